@@ -1,0 +1,200 @@
+"""The one training loop, the one evaluation, and the device they run on.
+
+Images stay uint8 until they are on the device; nothing here loops over images or waits for the device
+within a step.
+"""
+import contextlib
+import io
+import math
+import time
+import zlib
+from dataclasses import dataclass, field
+
+import torch
+
+from data import augment, epoch_generator, shuffled_batches
+from run import Progress, UserError, write_atomically
+
+AUXILIARY_WEIGHT = 0.4      # of an auxiliary head's loss, as in Inception (Szegedy et al. 2015)
+EVALUATION_BATCH = 512
+
+
+def pick_device(name):
+    """torch.device for "auto", "cpu", "cuda" or "mps". Raises UserError where it isn't there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
+        raise UserError(f"--device {name}: this machine, or this build of torch, has none")
+    if name == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return torch.device(name)
+
+
+def autocast(device):
+    """bf16 on CUDA; nothing elsewhere (on the CPUs measured, bf16 is slower)."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def seed_for(seed, purpose):
+    """A seed of its own for each purpose, so that no stage depends on which stages ran before it."""
+    return zlib.crc32(f"{seed}/{purpose}".encode())
+
+
+def to_device(images, device):
+    """A packed array as a uint8 tensor: on the device when it takes less than half of its free memory, else on the CPU."""
+    tensor = torch.from_numpy(images)
+    if device.type == "cpu":
+        return tensor
+    if device.type == "cuda" and tensor.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return tensor
+    return tensor.to(device)
+
+
+def batch_of(images, rows, device):
+    """images[rows] on the device. images: (N, H, W, 3) uint8 tensor; rows: (n,) int64 on the CPU."""
+    picked = images[rows.to(images.device)]
+    if picked.device != device:
+        picked = (picked.pin_memory() if device.type == "cuda" else picked).to(device, non_blocking=True)
+    return picked
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def predict(classifier, images, rows=None, device=torch.device("cpu"), label="evaluating", then=None):
+    """Logits of images, in eval mode, without gradients.
+
+    images: (N, H, W, 3) uint8, array or tensor. rows: (n,) int64, default all. Returns (n, C) float32 on the
+    CPU; with `then`, a function of a batch's logits (B, C) on the device that gives a tuple of tensors
+    (B, ...), returns those over all images instead, so that nothing larger than they are is kept.
+    """
+    classifier.eval()
+    images = images if isinstance(images, torch.Tensor) else to_device(images, device)
+    rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
+    then = then or (lambda logits: (logits,))
+    progress = Progress(label, len(rows))
+    parts = []
+    for batch in rows.split(EVALUATION_BATCH):
+        with autocast(device):
+            logits = classifier(batch_of(images, batch, device))
+        parts.append(tuple(value.cpu() for value in then(logits.float())))
+        progress.update(len(batch))
+    progress.close()
+    joined = tuple(torch.cat(column) for column in zip(*parts))
+    return joined if len(joined) > 1 else joined[0]
+
+
+def accuracy(classifier, images, labels, rows=None, device=torch.device("cpu")):
+    """Share of images, in [0, 1], whose label is the class with the largest logit. labels: (N,) int64."""
+    logits = predict(classifier, images, rows, device)
+    labels = torch.as_tensor(labels)
+    labels = labels if rows is None else labels[torch.as_tensor(rows)]
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Training:
+    """What a training left: mean loss, learning rate and accuracy on the confidence set of each epoch."""
+
+    history: list = field(default_factory=list)
+    seconds: float = 0.0        # of the steps alone, over all sittings
+    images: int = 0             # that went through the network
+
+    @property
+    def images_per_second(self):
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoint, label, evaluate=None):
+    """Trains `classifier` in place and returns the Training.
+
+    images: (N, H, W, 3) uint8 array. rows: (n,) int64, those to train on. objective(logits, views, rows): the
+    mean loss of a batch, where views are the augmented pixels that the classifier saw and rows says which
+    images they are. evaluate(): an accuracy to note after each epoch.
+
+    After each epoch everything is saved at `checkpoint`; a later call goes on from there and ends in the same
+    bits as one that was never interrupted, since an epoch draws from (seed, epoch) alone. Raises UserError
+    when the loss is no longer finite.
+    """
+    classifier.to(device)
+    tensor = to_device(images, device)
+    rows = torch.as_tensor(rows)
+    if len(rows) < 2:
+        raise UserError(f"{label}: {len(rows)} images are too few to train on")
+    steps = max(1, len(rows) // recipe.batch_size)
+    optimizer = torch.optim.SGD(classifier.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
+                                nesterov=recipe.momentum > 0, fused=True)
+    scheduler = (torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.epochs * steps, cycle_momentum=False)
+                 if recipe.schedule == "onecycle" else torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
+    training = Training()
+    start = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True, map_location=device)
+        classifier.network.load_state_dict(saved["state_dict"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        training = Training(saved["history"], saved["seconds"], saved["images"])
+        start = len(training.history)
+    progress = Progress(label, recipe.epochs * steps * min(recipe.batch_size, len(rows)))
+    progress.skip(start * steps * min(recipe.batch_size, len(rows)))
+
+    for epoch in range(start, recipe.epochs):
+        classifier.train()
+        generator = epoch_generator(seed, epoch)
+        torch.manual_seed(seed + epoch)         # dropout
+        total = torch.zeros((), device=device)
+        began = time.monotonic()
+        batches = shuffled_batches(rows, recipe.batch_size, generator)
+        for step, batch in enumerate(batches):
+            views = augment(batch_of(tensor, batch, device), recipe.augment, generator)
+            with autocast(device):
+                logits = classifier(views)
+                loss = _loss(objective, logits, views, batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            total += loss.detach()
+            progress.update(len(batch), lambda: f"epoch {epoch + 1}/{recipe.epochs}, loss {total.item() / (step + 1):.4f}")
+        mean_loss = total.item() / len(batches)     # waits for the device, so the clock is right
+        training.seconds += time.monotonic() - began
+        training.images += sum(map(len, batches))
+        if not math.isfinite(mean_loss):
+            raise UserError(f"{label}: the loss is {mean_loss} in epoch {epoch + 1} at a learning rate of "
+                            f"{optimizer.param_groups[0]['lr']:.3g}: give a smaller --lr")
+        training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"],
+                                 "confidence_accuracy": evaluate() if evaluate else None})
+        if epoch + 1 < recipe.epochs:
+            _save_progress(checkpoint, classifier, optimizer, scheduler, training)
+    progress.close()
+    return training
+
+
+def _loss(objective, logits, views, rows):
+    if isinstance(logits, tuple):       # a network with an auxiliary head
+        return objective(logits[0], views, rows) + AUXILIARY_WEIGHT * objective(logits[1], views, rows)
+    return objective(logits, views, rows)
+
+
+def _save_progress(path, classifier, optimizer, scheduler, training):
+    buffer = io.BytesIO()
+    torch.save({"state_dict": classifier.network.state_dict(), "optimizer": optimizer.state_dict(),
+                "scheduler": {name: value for name, value in scheduler.state_dict().items() if isinstance(value, (int, float, list, bool))},
+                "history": training.history, "seconds": training.seconds, "images": training.images}, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def cross_entropy(labels, device):
+    """The objective of a network that learns from labels. labels: (N,) int64 of all images."""
+    labels = torch.as_tensor(labels).to(device)
+
+    def objective(logits, views, rows):
+        return torch.nn.functional.cross_entropy(logits.float(), labels[rows.to(device)])
+    return objective

@@ -1,0 +1,512 @@
+"""The run folder and the settings: what every script shares and nothing that computes.
+
+A run is one folder. `config.json` in it says how it was made; every other file in it is written beside
+its place and moved there in one step, so a file that is there is whole. The flags of all the scripts are
+declared here, once, and therefore mean the same everywhere.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can put right. Its message is one line that names the thing and what to do."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Recipes
+# --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one network is trained: SGD on batches of `batch_size` for `epochs` passes."""
+
+    epochs: int
+    batch_size: int
+    lr: float                       # peak learning rate
+    momentum: float = 0.0           # Nesterov momentum when it is not 0
+    weight_decay: float = 0.0
+    schedule: str = "constant"      # or "onecycle": warm up to `lr`, then anneal to nearly 0 (cosine)
+    augment: str = "none"           # or "crop" (4 pixels, reflected), or "crop,flip"
+    temperature: float = 1.0        # of the KD loss; a network that learns from labels ignores it
+
+
+@dataclass(frozen=True)
+class RecipePair:
+    """A named recipe: how the teacher is fine-tuned and how every student is trained."""
+
+    teacher: Recipe
+    student: Recipe
+
+
+RECIPES = {
+    # The published protocol for the student. How the published teacher was trained is not stated; this
+    # is a usual way to train a CIFAR classifier.
+    "reference": RecipePair(
+        teacher=Recipe(epochs=15, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4,
+                       schedule="onecycle", augment="crop,flip"),
+        student=Recipe(epochs=20, batch_size=64, lr=0.1, temperature=10.0)),
+    "best": RecipePair(
+        teacher=Recipe(epochs=24, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4,
+                       schedule="onecycle", augment="crop,flip"),
+        student=Recipe(epochs=40, batch_size=256, lr=0.2, momentum=0.9, weight_decay=5e-4,
+                       schedule="onecycle", augment="crop,flip", temperature=4.0)),
+    "quick": RecipePair(
+        teacher=Recipe(epochs=12, batch_size=64, lr=0.05, momentum=0.9, weight_decay=5e-4,
+                       schedule="onecycle", augment="crop"),
+        student=Recipe(epochs=12, batch_size=64, lr=0.1, momentum=0.9, weight_decay=5e-4,
+                       schedule="onecycle", temperature=4.0)),
+}
+
+FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from trained weights
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+# --------------------------------------------------------------------------------------------------
+
+APPROACHES = ("supervised", "eats", "balanced", "random", "mms", "entropy")
+EATS_SOURCES = ("svhn", "tinyimagenet")     # arXiv 2011.09113
+PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "caltech101", "caltech256")
+BUILT_IN_SOURCES = ("glyphs", "photos", "noise")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run, resolved: no field is left for a later stage to guess.
+
+    `sources` and `target` are `NAME` or `NAME=PATH`. `transfer_size` is None where it is the size of
+    the target's training split; `limit` is None where there is none.
+    """
+
+    target: str
+    sources: tuple
+    approaches: tuple
+    recipe: str
+    data_dir: str
+    run_dir: str
+    device: str
+    seed: int
+    seeds: tuple
+    teacher_arch: str
+    student_arch: str
+    teacher_weights: str
+    student_weights: str
+    supervised_weights: str
+    teacher_checkpoint: str | None
+    calibrate: str
+    fill: str
+    transfer_size: int | None
+    temperature: float
+    epochs: int
+    teacher_epochs: int
+    batch_size: int
+    lr: float
+    limit: int | None
+    restart: bool
+
+    @property
+    def teacher_recipe(self):
+        recipe = RECIPES[self.recipe].teacher
+        scale = 1.0 if self.teacher_weights == "none" else FINE_TUNING_SCALE
+        return dataclasses.replace(recipe, epochs=self.teacher_epochs, lr=recipe.lr * scale)
+
+    @property
+    def student_recipe(self):
+        return dataclasses.replace(RECIPES[self.recipe].student, epochs=self.epochs, lr=self.lr,
+                                   batch_size=self.batch_size, temperature=self.temperature)
+
+
+def name_of(spec):
+    """The name in `NAME` or `NAME=PATH`."""
+    return spec.partition("=")[0]
+
+
+def _positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def _seed(text):
+    value = int(text)
+    if not 0 <= value < 2 ** 32:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 ... 4294967295")
+    return value
+
+
+def _positive_float(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _spec(text):
+    name, equals, path = text.partition("=")
+    if not name or name != Path(name).name or name.startswith(".") or (equals and not path):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither NAME nor NAME=PATH")
+    return text
+
+
+def _list_of(convert, what):
+    def parse(text):
+        items = tuple(convert(item.strip()) for item in text.split(",") if item.strip())
+        names = [name_of(item) if isinstance(item, str) else item for item in items]
+        if not items:
+            raise argparse.ArgumentTypeError(f"names no {what}")
+        if len(set(names)) < len(names):
+            raise argparse.ArgumentTypeError(f"names a {what} twice")
+        return items
+    return parse
+
+
+def _approach(text):
+    if text not in APPROACHES:
+        raise argparse.ArgumentTypeError(f"no approach '{text}' (there are {', '.join(APPROACHES)})")
+    return text
+
+
+# name -> keywords of argparse. A default in the text is what `resolve` puts where the flag is not given.
+FLAGS = {
+    "target": dict(type=_spec, metavar="NAME|NAME=PATH",
+                   help="data set whose classes the teacher knows: a known name, or a folder that holds "
+                        "train/<class>/* and test/<class>/* (default: cifar10)"),
+    "sources": dict(type=_list_of(_spec, "source"), metavar="A,B=PATH,...",
+                    help="unlabelled data sets for the students, in the order in which they fill the transfer "
+                         "set; B=PATH is a folder of images at any depth (default: "
+                         f"{','.join(PUBLISHED_ORDER)} without the target, cifar10 first for cifar100; "
+                         f"for digits {','.join(BUILT_IN_SOURCES)})"),
+    "approaches": dict(type=_list_of(_approach, "approach"), metavar="A,B,...",
+                       help=f"rows of the table, of {','.join(APPROACHES)} (default: all; eats only where "
+                            f"{' or '.join(EATS_SOURCES)} is among the sources)"),
+    "approach": dict(type=_approach, metavar="A",
+                     help=f"which approach, of {','.join(APPROACHES)} (default: mms)"),
+    "recipe": dict(choices=tuple(RECIPES), help="how the networks are trained: reference (the published protocol), "
+                                                "best, quick (default: reference; quick for digits)"),
+    "data_dir": dict(metavar="DIR", help="where data sets are looked for, fetched to and packed (default: data)"),
+    "run_dir": dict(metavar="DIR", help="the run folder (default: runs/<target>)"),
+    "device": dict(choices=("auto", "cpu", "cuda", "mps"), help="where to compute (default: auto)"),
+    "seed": dict(type=_seed, metavar="N", help="all randomness comes from it (default: 0)"),
+    "seeds": dict(type=_list_of(_seed, "seed"), metavar="N,N,...",
+                  help="repeat the whole run for each seed, report mean and standard deviation (default: --seed alone)"),
+    "teacher_arch": dict(metavar="ARCH", help="any torchvision classifier, or resnet18_cifar, resnet34_cifar "
+                                              "(default: resnet34; inception_v3 for cifar100)"),
+    "student_arch": dict(metavar="ARCH", help="as --teacher-arch (default: resnet18)"),
+    "teacher_weights": dict(metavar="imagenet|none|FILE",
+                            help="what fine-tuning starts from (default: imagenet; none for digits)"),
+    "student_weights": dict(metavar="imagenet|none|FILE",
+                            help="what students start from (default: none; the supervised student starts from "
+                                 "imagenet when the teacher does, as in the published table)"),
+    "teacher_checkpoint": dict(metavar="FILE", help="a teacher.pt to use instead of fine-tuning one"),
+    "calibrate": dict(choices=("target", "sources"),
+                      help="thresholds from the confidence set, or, data-free, from the best quarter of the "
+                           "candidates of each class (default: target)"),
+    "fill": dict(choices=("first", "best"),
+                 help="fill a class first come first served in the order of the sources, or with its best scores "
+                      "over all sources; approaches without a score always fill first (default: first)"),
+    "transfer_size": dict(type=_positive_int, metavar="N",
+                          help="images of a full transfer set, shared equally by the classes "
+                               "(default: the size of the target's training split)"),
+    "temperature": dict(type=_positive_float, metavar="T", help="of the KD loss (default: the recipe's)"),
+    "epochs": dict(type=_positive_int, metavar="N", help="of every student (default: the recipe's)"),
+    "teacher_epochs": dict(type=_positive_int, metavar="N", help="of the teacher (default: the recipe's)"),
+    "batch_size": dict(type=_positive_int, metavar="N", help="of every student (default: the recipe's)"),
+    "lr": dict(type=_positive_float, metavar="RATE", help="learning rate of every student (default: the recipe's)"),
+    "limit": dict(type=_positive_int, metavar="N",
+                  help="use at most N images of every data set and split, evenly spaced, for a trial run"),
+    "restart": dict(action="store_true", help="delete what this command's run folder holds and begin anew"),
+}
+
+RUN_FLAGS = tuple(name for name in FLAGS if name != "approach")
+STAGE_FLAGS = tuple(name for name in RUN_FLAGS if name not in ("approaches", "seeds", "restart"))
+
+# Which files a setting decides. A setting that no file depends on yet may still change.
+STAGES = ("teacher", "scores", "transfer", "students")
+DECIDES = {
+    "target": "teacher", "recipe": "teacher", "seed": "teacher", "teacher_arch": "teacher",
+    "teacher_weights": "teacher", "teacher_checkpoint": "teacher", "teacher_epochs": "teacher", "limit": "teacher",
+    "sources": "transfer", "calibrate": "transfer", "fill": "transfer", "transfer_size": "transfer",
+    "student_arch": "students", "student_weights": "students", "supervised_weights": "students",
+    "temperature": "students", "epochs": "students", "batch_size": "students", "lr": "students",
+}
+MADE_BY = {
+    "teacher": ("split.npz", "teacher.*"),
+    "scores": ("scores/*", "thresholds.json"),
+    "transfer": ("transfer/*",),
+    "students": ("students/*", "results.*"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def parse(argv, description, flags):
+    """What was given on the command line, and only that, as {flag: value}. Exits with status 2 in one line."""
+    parser = _Parser(description=description.strip().splitlines()[0], argument_default=argparse.SUPPRESS,
+                     allow_abbrev=False)
+    for name in flags:
+        parser.add_argument("--" + name.replace("_", "-"), dest=name, **FLAGS[name])
+    return vars(parser.parse_args(argv))
+
+
+def resolve(given):
+    """Settings from the flags that were given; everything else from the target, the recipe and the defaults."""
+    target = given.get("target", "cifar10")
+    name = name_of(target)
+    built_in = target == "digits"
+    first = ("cifar10",) if name == "cifar100" else ()
+    sources = given.get("sources") or (BUILT_IN_SOURCES if built_in else
+                                       first + tuple(s for s in PUBLISHED_ORDER if s != name))
+    names = [name_of(source) for source in sources]
+    has_eats = any(source in names for source in EATS_SOURCES)
+    approaches = given.get("approaches") or tuple(a for a in APPROACHES if a != "eats" or has_eats)
+    if "eats" in approaches and not has_eats:
+        raise UserError(f"--approaches eats needs {' or '.join(EATS_SOURCES)} among the sources, which are {','.join(names)}")
+    if name in names:
+        raise UserError(f"{name} is the target and can't be a source as well: take it out of --sources")
+    if "confidence" in names:
+        raise UserError("a source can't be called confidence, since scores/confidence.npz is the confidence set's: rename it")
+    recipe = given.get("recipe", "quick" if built_in else "reference")
+    seeds = given.get("seeds") or (given.get("seed", 0),)
+    if "seeds" in given and "seed" in given:
+        raise UserError("--seed and --seeds contradict each other: give one of them")
+    teacher_weights = given.get("teacher_weights", "none" if built_in else "imagenet")
+    student_weights = given.get("student_weights", "none")
+    return Settings(
+        target=target, sources=tuple(sources), approaches=tuple(approaches), recipe=recipe,
+        data_dir=given.get("data_dir", "data"), run_dir=given.get("run_dir", f"runs/{name}"),
+        device=given.get("device", "auto"), seed=seeds[0], seeds=tuple(seeds),
+        teacher_arch=given.get("teacher_arch", "inception_v3" if name == "cifar100" else "resnet34"),
+        student_arch=given.get("student_arch", "resnet18"),
+        teacher_weights=teacher_weights, student_weights=student_weights,
+        supervised_weights=given.get("student_weights", "imagenet" if teacher_weights == "imagenet" else "none"),
+        teacher_checkpoint=given.get("teacher_checkpoint"), calibrate=given.get("calibrate", "target"),
+        fill=given.get("fill", "first"), transfer_size=given.get("transfer_size"),
+        temperature=given.get("temperature", RECIPES[recipe].student.temperature),
+        epochs=given.get("epochs", RECIPES[recipe].student.epochs),
+        teacher_epochs=given.get("teacher_epochs", RECIPES[recipe].teacher.epochs),
+        batch_size=given.get("batch_size", RECIPES[recipe].student.batch_size),
+        lr=given.get("lr", RECIPES[recipe].student.lr), limit=given.get("limit"),
+        restart=given.get("restart", False))
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------
+
+def write_atomically(path, write):
+    """Calls `write(file)` with a binary file beside `path`, which takes its place when all of it is on disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged: it is not JSON; delete it and run the command that made it again") from None
+
+
+class Run:
+    """The run folder of `settings`: where each file is, and whether what is there was made with these settings."""
+
+    def __init__(self, settings):
+        self.path = Path(settings.run_dir)
+        self.settings = settings
+
+    def __truediv__(self, name):
+        return self.path / name
+
+    def scores(self, source):
+        return self.path / "scores" / f"{source}.npz"
+
+    def transfer(self, approach):
+        return self.path / "transfer" / approach
+
+    def student(self, approach, suffix):
+        return self.path / "students" / f"{approach}.{suffix}"
+
+    def require(self, name, command):
+        """The path of a file that an earlier stage makes; a UserError with the command where it is missing."""
+        path = self.path / name
+        if not path.exists():
+            raise UserError(f"{path} is missing: make it with `{command}{self._flags_to_repeat()}`")
+        return path
+
+    def _flags_to_repeat(self):
+        name = name_of(self.settings.target)
+        flags = f" --target {self.settings.target}" if self.settings.target != "cifar10" else ""
+        return flags + (f" --run-dir {self.path}" if str(self.path) != f"runs/{name}" else "")
+
+    def holds(self, stage):
+        """Whether any file of this stage or of a later one is there."""
+        later = STAGES[STAGES.index(stage):]
+        return any(next(self.path.glob(pattern), None) for name in later for pattern in MADE_BY[name])
+
+    def clear(self):
+        """Deletes what the stages made, and nothing else that may lie in the folder."""
+        for pattern in ("config.json", *(pattern for stage in STAGES for pattern in MADE_BY[stage])):
+            for path in self.path.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def open(self):
+        """Checks the settings against the folder's `config.json` and writes it. Returns the run.
+
+        Raises UserError when a setting differs on which a file depends that is there already.
+        """
+        if self.settings.restart:
+            self.clear()
+        config = dataclasses.asdict(self.settings)
+        if (self.path / "config.json").exists():
+            made_with = read_json(self.path / "config.json")
+            for name, stage in DECIDES.items():
+                now, then = json.loads(json.dumps(config[name])), made_with.get(name)
+                if now != then and self.holds(stage):
+                    raise UserError(f"{self.path} was made with --{name.replace('_', '-')} {_as_flag(then)}, not "
+                                    f"{_as_flag(now)}: use that, another --run-dir, or --restart")
+        if not os.access(_nearest_existing(self.path), os.W_OK):
+            raise UserError(f"{self.path} can't be written: choose another --run-dir")
+        write_json(self.path / "config.json", config | environment())
+        return self
+
+
+def _as_flag(value):
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else "unset" if value is None else str(value)
+
+
+def _nearest_existing(path):
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def open_stage(argv, description, flags=STAGE_FLAGS):
+    """For a stage run by hand: (settings, run, flags given). What is not given comes from the run folder."""
+    given = parse(argv, description, flags)
+    stored_flags = {}
+    config = Path(given.get("run_dir", resolve({k: v for k, v in given.items() if k == "target"}).run_dir)) / "config.json"
+    if config.exists():
+        stored = read_json(config)
+        fields = {field.name for field in dataclasses.fields(Settings)} - {"run_dir", "restart", "device", "data_dir", "seeds"}
+        stored_flags = {name: tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
+                        for name in fields if stored.get(name) is not None}
+        stored_flags["data_dir"] = stored.get("data_dir", "data")
+        supervised_weights = stored_flags.pop("supervised_weights")
+        other = any(name in given and given[name] != stored_flags[name] for name in ("target", "recipe"))
+        if other and not Run(resolve({"run_dir": str(config.parent)})).holds("teacher"):
+            stored_flags = {}       # a folder that nothing was made in yet: what it says follows from another target or recipe
+    merged = stored_flags | {name: value for name, value in given.items() if name != "approach"}
+    if "eats" in merged.get("approaches", ()) and "sources" in given:
+        del merged["approaches"]        # the stored rows belonged to the stored sources
+    settings = resolve(merged)
+    if stored_flags and "student_weights" not in given and "teacher_weights" not in given:
+        settings = dataclasses.replace(settings, supervised_weights=supervised_weights)
+    return settings, Run(settings).open(), given
+
+
+def environment():
+    """Versions, commit and machine, for `config.json`."""
+    import numpy
+    import torch
+    import torchvision
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here,
+                            capture_output=True, text=True).stdout.strip() if (here / ".git").exists() else ""
+    return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "numpy": numpy.__version__},
+            "commit": commit or None,
+            "machine": {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+                        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}}
+
+
+# --------------------------------------------------------------------------------------------------
+# Talking to the person
+# --------------------------------------------------------------------------------------------------
+
+def say(line):
+    print(line, flush=True)
+
+
+class Progress:
+    """A tqdm bar on a terminal; without one, a plain line every half minute."""
+
+    INTERVAL = 30.0     # seconds between plain lines
+
+    def __init__(self, label, total, unit="img"):
+        self.label, self.total, self.unit, self.done, self.skipped = label, total, unit, 0, 0
+        self.start = self.last = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=total, desc=label, unit=unit, leave=False, smoothing=0.1)
+
+    def skip(self, count):
+        """Counts what an earlier sitting did, which has no part in the speed."""
+        self.skipped = self.done = count
+        if self.bar is not None:
+            self.bar.update(count)
+            self.bar.unpause()
+
+    def update(self, count, figures=None):
+        """Advances by `count`. `figures()` gives a short text; it is called only when something is shown."""
+        self.done += count
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(count)
+            if figures and now - self.last >= 1.0:
+                self.bar.set_postfix_str(figures())
+                self.last = now
+        elif now - self.last >= self.INTERVAL:
+            speed = (self.done - self.skipped) / (now - self.start)
+            more = f", {figures()}" if figures else ""
+            say(f"  {self.label}: {self.done:,} of {self.total:,} {self.unit}, {speed:,.0f} {self.unit}/s, "
+                f"{(self.total - self.done) / speed:,.0f} s left{more}")
+            self.last = now
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def command(main):
+    """Runs a script's main(argv) and exits: 2 after one line for a UserError, 130 when interrupted."""
+    program = Path(sys.argv[0]).name
+    try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("several processes are not supported yet: run it without torchrun")
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
