@@ -5,15 +5,13 @@ Out: split.npz, teacher.pt, teacher.json in the run folder.
 
     python TeacherTrain.py --target cifar10
 """
-import sys
-
 import numpy as np
 import torch
 
 import engine
 import models
-from data import load_target
-from run import UserError, command, open_stage, read_json, say, write_atomically, write_json
+from data import load_target, unavailable
+from run import UserError, command, open_stage, read_json, say, stop_on, write_atomically, write_json
 
 TRAIN_SHARE = 0.8       # of the target's training split; the rest is the confidence set
 WATCHED = 2000          # images of the confidence set on which accuracy is noted after each epoch
@@ -84,6 +82,8 @@ def report(figures):
 def main(argv):
     settings, run, _ = open_stage(argv, __doc__)
     device = engine.pick_device(settings.device)
+    weights = [] if settings.teacher_checkpoint else [(settings.teacher_arch, settings.teacher_weights)]
+    stop_on(unavailable([(settings.target, "target")], settings.data_dir) + models.unavailable(weights))
     target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
     report(train_teacher(run, target, device))
 

@@ -556,13 +556,28 @@ def _check_folder(name, path, role):
                 raise UserError(f"{name}={path}: a target's folder holds train/<class>/* and test/<class>/*, and {path / split} is missing")
 
 
-def where_to_put(record, archives, data_dir):
-    """One line: what is missing, its address, and where to put it by hand."""
-    names = " and ".join(a.name for a in archives)
-    urls = " and ".join(a.url for a in archives)
-    return (f"{record.name} is missing: put {names} from {urls} into {Path(data_dir)}/, or its content as "
-            f"{Path(data_dir) / record.layout}/, or your images below {Path(data_dir) / record.name}/"
-            + ("train/<class>/ and test/<class>/" if record.read in (read_cifar10, read_cifar100) else ""))
+def unavailable(specs, data_dir):
+    """A line for each data set that is neither on disk nor to be had: its address and where to put it by hand.
+
+    Says how much will be fetched, when everything can be. specs as in `missing`.
+    """
+    absent = missing(specs, data_dir)
+    urls = [archive.url for _, _, archives in absent for archive in archives]
+    with ThreadPoolExecutor(len(urls) or 1) as pool:
+        reasons = dict(zip(urls, pool.map(reachable, urls)))
+    lines = []
+    for record, role, archives in absent:
+        lacking = [archive for archive in archives if reasons[archive.url]]
+        if lacking:
+            files = " and ".join(f"{archive.url} {reasons[archive.url]}" for archive in lacking)
+            folder = Path(data_dir) / record.name
+            lines.append(f"{record.name} is missing and {files}: put {' and '.join(archive.name for archive in lacking)} into {Path(data_dir)}/, "
+                         f"or what it holds at {Path(data_dir) / record.layout}/, or images "
+                         + (f"in {folder}/train/<class>/ and {folder}/test/<class>/" if role == "target" else f"below {folder}/"))
+    if absent and not lines:
+        size = sum(archive.size for _, _, archives in absent for archive in archives)
+        say(f"to fetch: {', '.join(record.name for record, _, _ in absent)}, {size / 1e6:,.0f} MB in all")
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------

@@ -89,19 +89,21 @@ class Classifier(nn.Module):
         return self.network(pixels)
 
 
+def require_known(arch):
+    """Raises UserError unless `arch` is a classifier of torchvision or one of CIFAR_STEMS."""
+    if arch not in CIFAR_STEMS and arch not in torchvision.models.list_models(torchvision.models):
+        raise UserError(f"no classifier is called {arch}: torchvision lists its own with torchvision.models.list_models(torchvision.models), "
+                        f"and there are {' and '.join(CIFAR_STEMS)}")
+
+
 def build(arch, classes, weights="none"):
     """A Classifier with a head for `classes` (names).
 
     weights: "none" (random, from torch's seed), "imagenet" (torchvision's; fetched where they aren't cached),
     or the path of a checkpoint. Raises UserError for an unknown architecture or a checkpoint that doesn't fit.
     """
+    require_known(arch)
     base = CIFAR_STEMS.get(arch, arch)
-    try:
-        known = torchvision.models.get_model_builder(base).__module__.split(".")[2:3]
-    except ValueError:
-        known = None
-    if not known or known[0] in ("detection", "segmentation", "video", "optical_flow", "quantization"):
-        raise UserError(f"no classifier is called {arch}: torchvision's names are listed by torchvision.models.list_models(torchvision.models), and there are {', '.join(CIFAR_STEMS)}")
     if weights not in ("none", "imagenet"):
         classifier = load(weights)
         if classifier.arch != arch:
@@ -161,13 +163,23 @@ def _imagenet(arch):
     return weights.url, Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
-def missing_weights(arch):
-    """One line that says what is missing, its address and where to put it by hand; None where nothing is missing."""
-    url, path = _imagenet(arch)
-    if path.exists():
-        return None
-    reason = reachable(url)
-    return reason and f"the ImageNet weights of {arch} are missing: put {url}, which {reason}, at {path}, or give --teacher-weights none"
+def unavailable(choices):
+    """A line for each of [(arch, weights)] that can't be had: what is missing, its address, where to put it by hand.
+
+    Raises UserError for an architecture that doesn't exist or a file that is no checkpoint.
+    """
+    lines = []
+    for arch, weights in dict.fromkeys(choices):
+        require_known(arch)
+        if weights == "imagenet":
+            url, path = _imagenet(arch)
+            reason = None if path.exists() else reachable(url)
+            if reason:
+                lines.append(f"the ImageNet weights of {arch} are missing and {url} {reason}: put that file at {path}, "
+                             "or give --teacher-weights none")
+        elif weights != "none":
+            read(weights)
+    return lines
 
 
 def imagenet_weights(arch):

@@ -456,6 +456,12 @@ def say(line):
     print(line, flush=True)
 
 
+def stop_on(lines):
+    """Raises UserError with these lines, one a thing that is missing; does nothing where there are none."""
+    if lines:
+        raise UserError("\n".join(dict.fromkeys(lines)))
+
+
 class Progress:
     """A tqdm bar on a terminal; without one, a plain line every half minute."""
 
@@ -505,7 +511,8 @@ def command(main):
             raise UserError("several processes are not supported yet: run it without torchrun")
         main(sys.argv[1:])
     except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"{program}: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted; the same command goes on from here", file=sys.stderr)

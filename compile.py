@@ -1,0 +1,73 @@
+"""The experiment, from data to table.
+
+Each step is a stage that also runs by hand; what a run folder holds already is not made again.
+
+    python compile.py                       # CIFAR10, the reference recipe, all approaches
+    python compile.py --target digits       # built-in data, no download, minutes on a CPU
+"""
+import dataclasses
+import time
+from pathlib import Path
+
+import data
+import engine
+import models
+import report
+from distill import report_student, train_student
+from run import RUN_FLAGS, Run, command, parse, resolve, say, stop_on
+from TeacherTrain import report as report_teacher, train_teacher
+from transfer import CRITERIA, Scoring, make_thresholds, make_transfer_set, report_thresholds, report_transfer_set
+
+
+def check_everything_is_there(settings):
+    """Raises UserError, a line for each thing that is neither on disk nor to be had, before anything long starts."""
+    specs = [(settings.target, "target")]
+    if set(settings.approaches) != {"supervised"}:
+        specs += [(source, "source") for source in settings.sources]
+    weights = [] if settings.teacher_checkpoint else [(settings.teacher_arch, settings.teacher_weights)]
+    if "supervised" in settings.approaches:
+        weights.append((settings.student_arch, settings.supervised_weights))
+    weights.append((settings.student_arch, settings.student_weights))
+    if settings.teacher_checkpoint:
+        models.read(settings.teacher_checkpoint)
+    stop_on(data.unavailable(specs, settings.data_dir) + models.unavailable(weights))
+
+
+def run_once(settings, device):
+    """One seed: data, teacher, scores, transfer sets, students. Returns the run."""
+    run = Run(settings).open()
+    target = data.load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
+    say(f"target: {len(target.train):,} training and {len(target.test):,} test images of {len(target.classes)} classes")
+    report_teacher(train_teacher(run, target, device))
+    selecting = [approach for approach in settings.approaches if approach != "supervised"]
+    if selecting:
+        scoring = Scoring(run, device)
+        thresholds = make_thresholds(run, scoring)
+        for criterion in (c for c in CRITERIA if c in selecting):
+            report_thresholds(criterion, thresholds[criterion], scoring.classes, settings.calibrate)
+        for approach in selecting:
+            report_transfer_set(approach, make_transfer_set(run, approach, scoring, len(target.train)))
+    for approach in settings.approaches:
+        report_student(train_student(run, approach, target, device))
+    return run
+
+
+def main(argv):
+    began = time.monotonic()
+    settings = resolve(parse(argv, __doc__, RUN_FLAGS))
+    device = engine.pick_device(settings.device)
+    check_everything_is_there(settings)
+    if len(settings.seeds) == 1:
+        folders = [run_once(settings, device).path]
+    else:
+        folders = []
+        for seed in settings.seeds:
+            say(f"seed {seed}")
+            folder = Path(settings.run_dir) / f"seed-{seed}"
+            folders.append(run_once(dataclasses.replace(settings, seed=seed, seeds=(seed,), run_dir=str(folder)), device).path)
+    say("\n" + report.write(settings, folders))
+    say(f"{time.monotonic() - began:,.0f} s in all; everything is in {settings.run_dir}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,104 @@
+"""The results table: results.json and results.md from what a run folder holds.
+
+    python report.py --run-dir runs/cifar10
+"""
+import argparse
+import statistics
+from pathlib import Path
+
+from run import APPROACHES, EATS_SOURCES, UserError, command, name_of, read_json, say, write_json, write_text
+
+# CIFAR10, ResNet-34 teacher, ResNet-18 student, ImageNet weights, all sources; in per cent.
+PUBLISHED = {"supervised": 79.65, "eats": 60.67, "mms": 68.02}
+
+
+def collect(settings, folders):
+    """The content of results.json from the run folders of one experiment, one a seed.
+
+    Accuracies are means over the seeds, accuracy_std the sample standard deviation (None for one seed).
+    """
+    teachers = [read_json(folder / "teacher.json") for folder in folders]
+    rows = []
+    for approach in (a for a in APPROACHES if a in settings.approaches):
+        students = [read_json(folder / "students" / f"{approach}.json") for folder in folders]
+        trained = [student for student in students if student["accuracy"] is not None]
+
+        def mean(key):
+            return statistics.fmean(student[key] for student in trained) if trained else None
+        rows.append({
+            "approach": approach, "student": students[0]["arch"],
+            "sources": [name for name in students[0]["sources"]],
+            "transfer_size": round(statistics.fmean(student["transfer_size"] for student in students)),
+            "per_class": [round(statistics.fmean(counts)) for counts in zip(*(student["per_class"] for student in students))],
+            "accuracy": mean("accuracy"),
+            "accuracy_std": statistics.stdev(student["accuracy"] for student in trained) if len(trained) > 1 else None,
+            "retention": mean("retention"), "seconds": mean("seconds"), "images_per_second": mean("images_per_second"),
+        })
+    return {"target": name_of(settings.target), "recipe": settings.recipe, "seeds": list(settings.seeds),
+            "teacher": {"arch": teachers[0]["arch"], "accuracy": statistics.fmean(t["accuracy"] for t in teachers)},
+            "rows": rows, "notes": notes(settings, folders)}
+
+
+def notes(settings, folders):
+    """What the table must not hide, a sentence each."""
+    found = [f"Thresholds are calibrated on the {'confidence set' if settings.calibrate == 'target' else 'sources themselves (no target image)'}; "
+             f"buckets are filled {settings.fill}."]
+    names = [name_of(source) for source in settings.sources]
+    absent = [name for name in EATS_SOURCES if name not in names]
+    if "eats" in settings.approaches and absent:
+        found.append(f"eats: without {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not among the sources.")
+    if "supervised" in settings.approaches:
+        found.append(f"supervised: labelled images of the target, from {'random' if settings.supervised_weights == 'none' else settings.supervised_weights} weights; "
+                     f"the other students start from {'random' if settings.student_weights == 'none' else settings.student_weights} weights.")
+    for folder in folders:
+        of_seed = f" (seed {read_json(folder / 'config.json')['seed']})" if len(folders) > 1 else ""
+        for approach in (a for a in settings.approaches if a != "supervised"):
+            summary = read_json(folder / "transfer" / approach / "summary.json")
+            if summary["shortfall"]:
+                short = ", ".join(f"{name}: {summary['bucket'] - lack:,}" for name, lack in summary["shortfall"].items())
+                found.append(f"{approach}{of_seed}: short of {summary['bucket']:,} images a class, {short}.")
+            if summary["no_threshold"]:
+                found.append(f"{approach}{of_seed}: no threshold, so nothing selected, for {', '.join(summary['no_threshold'])}.")
+    if settings.limit:
+        found.append(f"A trial run: at most {settings.limit:,} images of every data set.")
+    return found
+
+
+def as_markdown(results):
+    """The table for people."""
+    published = results["target"] == "cifar10"
+    lines = [f"Target {results['target']}, recipe {results['recipe']}, seeds {', '.join(map(str, results['seeds']))}. "
+             f"Teacher {results['teacher']['arch']}: {results['teacher']['accuracy']:.2%}.", ""]
+    header = ["approach", "student", "sources", "images", "a class", "accuracy %", "retention", "seconds", "img/s"] + ["published %"] * published
+    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * 3 + "---:|" * (len(header) - 3)]
+    for row in results["rows"]:
+        spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.2f}"
+        figures = (["none", "-", "-", "-"] if row["accuracy"] is None else
+                   [f"{100 * row['accuracy']:.2f}{spread}", f"{row['retention']:.3f}", f"{row['seconds']:,.0f}", f"{row['images_per_second']:,.0f}"])
+        cells = [row["approach"], row["student"], ", ".join(row["sources"]), f"{row['transfer_size']:,}",
+                 f"{min(row['per_class']):,} to {max(row['per_class']):,}", *figures]
+        cells += [f"{PUBLISHED[row['approach']]:.2f}" if row["approach"] in PUBLISHED else "-"] * published
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines + [""] + [f"- {note}" for note in results["notes"]]) + "\n"
+
+
+def write(settings, folders):
+    """Writes results.json and results.md into the run folder of `settings`. Returns the Markdown."""
+    results = collect(settings, folders)
+    write_json(Path(settings.run_dir) / "results.json", results)
+    markdown = as_markdown(results)
+    write_text(Path(settings.run_dir) / "results.md", markdown)
+    return markdown
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", default="runs/cifar10", metavar="DIR", help="a finished run (default: runs/cifar10)")
+    path = Path(parser.parse_args(argv).run_dir) / "results.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: make it with `python compile.py --run-dir {path.parent}`")
+    say(as_markdown(read_json(path)))
+
+
+if __name__ == "__main__":
+    command(main)
