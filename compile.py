@@ -16,7 +16,7 @@ import report
 from distill import report_student, train_student
 from run import RUN_FLAGS, Run, command, parse, resolve, say, stop_on
 from TeacherTrain import report as report_teacher, train_teacher
-from transfer import CRITERIA, Scoring, make_thresholds, make_transfer_set, report_thresholds, report_transfer_set
+from transfer import CRITERIA, Scoring, bucket_size, make_thresholds, make_transfer_set, report_thresholds, report_transfer_set
 
 
 def check_everything_is_there(settings):
@@ -35,8 +35,9 @@ def check_everything_is_there(settings):
 
 def run_once(settings, device):
     """One seed: data, teacher, scores, transfer sets, students. Returns the run."""
-    run = Run(settings).open()
     target = data.load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
+    bucket_size(settings.transfer_size, len(target.train), len(target.classes))
+    run = Run(settings).open()
     say(f"target: {len(target.train):,} training and {len(target.test):,} test images of {len(target.classes)} classes")
     report_teacher(train_teacher(run, target, device))
     selecting = [approach for approach in settings.approaches if approach != "supervised"]

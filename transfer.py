@@ -56,7 +56,10 @@ def score_images(teacher, images, rows=None, device=torch.device("cpu"), label="
 
 
 def saved_scores(path, made_from, count, compute):
-    """The scores in `path`, computed and saved where they aren't there. made_from: what they are the scores of."""
+    """The scores in `path`, computed and saved where they aren't there, with the seconds that it took.
+
+    made_from: what they are the scores of; count: how many images that is.
+    """
     if path.exists():
         try:
             with np.load(path) as saved:
@@ -65,9 +68,13 @@ def saved_scores(path, made_from, count, compute):
             raise UserError(f"{path} is damaged: delete it and run the command again") from None
         if str(scores.pop("made_from")) != made_from or len(scores["predicted"]) != count:
             raise UserError(f"{path} was computed from other images: the data set has changed since; use another --run-dir, or --restart")
+        del scores["seconds"]
         return scores
+    began = time.monotonic()
     scores = compute()
-    write_atomically(path, lambda file: np.savez(file, made_from=made_from, **scores))
+    seconds = time.monotonic() - began
+    say(f"scores: {path.stem}, {count:,} images in {seconds:,.1f} s, {count / seconds:,.0f} img/s")
+    write_atomically(path, lambda file: np.savez(file, made_from=made_from, seconds=seconds, **scores))
     return scores
 
 
@@ -211,15 +218,8 @@ class Scoring:
 
     def _scores(self, name):
         source = self.source(name)
-
-        def compute():
-            import time
-            began = time.monotonic()
-            scores = score_images(self.teacher, source.images, device=self.device, label=f"scoring {name}")
-            seconds = time.monotonic() - began
-            say(f"scores: {name}, {len(source):,} images in {seconds:,.1f} s, {len(source) / seconds:,.0f} img/s")
-            return scores
-        return saved_scores(self.run.scores(name), source.made_from, len(source), compute)
+        return saved_scores(self.run.scores(name), source.made_from, len(source),
+                            lambda: score_images(self.teacher, source.images, device=self.device, label=f"scoring {name}"))
 
 
 def make_thresholds(run, scoring):
@@ -243,6 +243,14 @@ def make_thresholds(run, scoring):
     return {name: np.array([math.nan if value is None else value for value in saved[name]]) for name in CRITERIA}
 
 
+def bucket_size(transfer_size, target_size, classes):
+    """Images a class: an equal share of `transfer_size`, or, where that is None, of the target's training split."""
+    bucket = (transfer_size or target_size) // classes
+    if bucket < 1:
+        raise UserError(f"--transfer-size {transfer_size} is less than one image for each of {classes} classes")
+    return bucket
+
+
 def make_transfer_set(run, approach, scoring, target_size):
     """Makes transfer/<approach> unless it is there. Returns the content of its summary.json.
 
@@ -253,9 +261,7 @@ def make_transfer_set(run, approach, scoring, target_size):
         return read_json(folder / "summary.json")
     settings, classes = run.settings, scoring.classes
     candidates, thresholds = scoring.candidates(), make_thresholds(run, scoring)
-    bucket = (settings.transfer_size or target_size) // len(classes)
-    if bucket < 1:
-        raise UserError(f"--transfer-size {settings.transfer_size} is less than one image for each of {len(classes)} classes")
+    bucket = bucket_size(settings.transfer_size, target_size, len(classes))
     chosen = select(approach, candidates, thresholds, bucket, settings.fill, settings.seed)
     predicted, source, index = (column[chosen] for column in (candidates.predicted, candidates.source, candidates.index))
     per_class = np.bincount(predicted, minlength=len(classes))

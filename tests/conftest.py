@@ -1,0 +1,60 @@
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import run
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+
+
+def paint(path, colour, rng):
+    """A PNG of a colour with noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.clip(np.array(colour) + rng.normal(0, 40, (24, 28, 3)), 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="session")
+def painted(tmp_path_factory):
+    """A target of three colours and two sources, `pool` and `more`, as folders: (target, pool, more)."""
+    root, rng = tmp_path_factory.mktemp("painted"), np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 10)):
+        for name, colour in COLOURS.items():
+            for i in range(count):
+                paint(root / "colours" / split / name / f"{i:03}.png", colour, rng)
+    for source, count in (("pool", 120), ("more", 60)):
+        for i in range(count):
+            paint(root / source / f"{i % 4}" / f"{i:03}.png", rng.integers(0, 256, 3), rng)
+    return root / "colours", root / "pool", root / "more"
+
+
+def small_run(target, pool, more):
+    """The flags of a run of seconds."""
+    return ["--target", f"colours={target}", "--sources", f"pool={pool},more={more}", "--teacher-weights", "none",
+            "--teacher-arch", "resnet18", "--recipe", "quick", "--teacher-epochs", "6", "--epochs", "2",
+            "--batch-size", "16", "--device", "cpu"]
+
+
+@pytest.fixture
+def flags(painted, tmp_path, monkeypatch):
+    """The flags of a run of seconds, in an empty folder that is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return small_run(*painted)
+
+
+@pytest.fixture
+def execute(monkeypatch, capsys):
+    """Runs a script's main as its command line would: execute(main, argv) -> (exit status, stdout, stderr)."""
+    def execute(main, argv, program="compile.py"):
+        monkeypatch.setattr(sys, "argv", [program, *argv])
+        capsys.readouterr()
+        try:
+            run.command(main)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+    return execute

@@ -1,0 +1,127 @@
+"""Scores, thresholds and the KD loss against values worked by hand, and the direction of every comparison."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import entropy
+import mms_threshold
+from distill import kd_loss
+from transfer import passes, source_threshold
+
+
+def test_mms_is_the_margin_over_the_distance_of_the_two_weight_rows():
+    weight = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+    logits = torch.tensor([[7.0, 2.0, 1.0],      # a=0, b=1: (7-2)/||(3,-4)|| = 5/5
+                           [6.0, 0.0, 9.0],      # a=2, b=0: (9-6)/||(-3,0)|| = 3/3
+                           [0.0, 8.0, 6.0]])     # a=1, b=2: (8-6)/||(0,4)|| = 2/4
+    assert mms_threshold.score(logits, weight).tolist() == [1.0, 1.0, 0.5]
+
+
+def test_mms_is_the_distance_to_the_decision_boundary_in_feature_space():
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(5, 7, generator=generator), torch.randn(5, generator=generator)
+    features = torch.randn(20, 7, generator=generator)
+    logits = features @ weight.T + bias
+    distance = mms_threshold.score(logits, weight)
+    for x, z, d in zip(features, logits, distance):
+        a, b = z.argsort(descending=True)[:2]
+        normal = weight[b] - weight[a]
+        moved = x + d * normal / normal.norm()
+        at_boundary = moved @ weight.T + bias
+        assert at_boundary[a].item() == pytest.approx(at_boundary[b].item(), abs=1e-4)
+
+
+def test_mms_of_a_tie_is_zero_even_between_identical_rows():
+    weight = torch.ones(3, 4)
+    assert mms_threshold.score(torch.tensor([[2.0, 2.0, 0.0]]), weight).tolist() == [0.0]
+
+
+def test_mms_threshold_is_the_mean_of_each_predicted_class():
+    scores = np.array([1.0, 3.0, 10.0, 2.0], np.float32)
+    predicted = np.array([0, 0, 2, 2])
+    thresholds = mms_threshold.threshold(scores, predicted, 3)
+    assert thresholds[[0, 2]].tolist() == [2.0, 6.0]
+
+
+@pytest.mark.parametrize("criterion", [mms_threshold, entropy])
+def test_threshold_ignores_classes_the_teacher_never_predicts(criterion):
+    with np.errstate(all="raise"):
+        thresholds = criterion.threshold(np.array([1.0], np.float32), np.array([1]), 3)
+    assert np.isnan(thresholds).tolist() == [True, False, True]
+    assert not passes(np.array([-1e30, 1e30]), np.array([0, 2]), thresholds, criterion.KEEP).any()
+
+
+def test_entropy_of_uniform_logits_is_log_of_the_number_of_classes():
+    assert entropy.score(torch.zeros(1, 10)).item() == pytest.approx(math.log(10), rel=1e-6)
+
+
+def test_entropy_of_a_worked_distribution():
+    p = torch.tensor([[0.5, 0.25, 0.25]])
+    assert entropy.score(p.log()).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4), rel=1e-6)
+
+
+@pytest.mark.parametrize("logits", [[1000.0, 0.0, 0.0], [0.0, -math.inf, -math.inf]])
+def test_entropy_of_a_one_hot_output_is_zero_and_passes(logits):
+    value = entropy.score(torch.tensor([logits])).numpy()
+    assert value.tolist() == [0.0]
+    thresholds = entropy.threshold(value, np.array([0]), 3)
+    assert passes(value, np.array([0]), thresholds, entropy.KEEP).all()
+
+
+def test_entropy_threshold_is_the_mean_over_the_lowest_tenth():
+    scores = np.arange(20, dtype=np.float32)[::-1]      # the lowest two are 0 and 1
+    assert entropy.threshold(scores, np.zeros(20, int), 1).tolist() == [0.5]
+
+
+def test_entropy_threshold_of_fewer_than_ten_images_is_the_lowest():
+    assert entropy.threshold(np.array([3.0, 2.0, 5.0], np.float32), np.zeros(3, int), 1).tolist() == [2.0]
+
+
+def test_high_margins_are_kept():
+    assert passes(np.array([1.0, 3.0]), np.array([0, 0]), np.array([2.0]), mms_threshold.KEEP).tolist() == [False, True]
+
+
+def test_low_entropies_are_kept():
+    assert passes(np.array([1.0, 3.0]), np.array([0, 0]), np.array([2.0]), entropy.KEEP).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("criterion", [mms_threshold, entropy])
+def test_an_exact_hit_of_the_threshold_is_kept(criterion):
+    value = np.full(7, 0.1, np.float32)     # 0.1 is no binary fraction: the mean must not round away from it
+    thresholds = criterion.threshold(value, np.zeros(7, int), 1)
+    assert passes(value, np.zeros(7, int), thresholds, criterion.KEEP).all()
+
+
+@pytest.mark.parametrize("keep, expected", [(">=", [7.0, 8.0]), ("<=", [1.0, 2.0])])
+def test_source_threshold_lets_the_best_quarter_of_a_class_pass(keep, expected):
+    scores, predicted = np.arange(1.0, 9.0), np.zeros(8, int)
+    thresholds = source_threshold(scores, predicted, 2, keep)
+    assert scores[passes(scores, predicted, thresholds, keep)].tolist() == expected
+    assert np.isnan(thresholds[1])
+
+
+def test_kd_loss_of_a_worked_pair():
+    teacher = torch.tensor([[math.log(3.0), 0.0]]) * 2      # at T=2: p = (3/4, 1/4)
+    student = torch.zeros(1, 2)                             # q = (1/2, 1/2)
+    kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert kd_loss(student, teacher, 2.0).item() == pytest.approx(4 * kl, rel=1e-6)
+
+
+def test_kd_loss_averages_over_images_and_not_over_classes():
+    teacher = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    student = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    each = [kd_loss(student[i:i + 1], teacher[i:i + 1], 10.0).item() for i in range(3)]
+    assert kd_loss(student, teacher, 10.0).item() == pytest.approx(sum(each) / 3, rel=1e-5)
+    p, q = torch.softmax(teacher / 10, 1), torch.softmax(student / 10, 1)
+    assert sum(each) / 3 == pytest.approx(100 * (p * (p / q).log()).sum().item() / 3, rel=1e-4)
+
+
+def test_kd_loss_is_the_divergence_from_the_teacher_to_the_student():
+    sharp, flat = torch.tensor([[10.0, 0.0]]), torch.zeros(1, 2)
+    p = torch.softmax(sharp[0], 0)
+    from_sharp = (p * (p / 0.5).log()).sum().item()
+    assert kd_loss(flat, sharp, 1.0).item() == pytest.approx(from_sharp, rel=1e-5)
+    assert kd_loss(sharp, flat, 1.0).item() != pytest.approx(from_sharp, rel=1e-1)
+    assert kd_loss(sharp, sharp, 1.0).item() == pytest.approx(0, abs=1e-7)

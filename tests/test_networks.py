@@ -1,0 +1,198 @@
+"""Networks, their heads and checkpoints; the training loop and the evaluation."""
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import engine
+import models
+from run import Recipe, UserError
+
+CLASSES = ["cat", "dog", "frog"]
+RECIPE = Recipe(epochs=3, batch_size=8, lr=0.05, momentum=0.9, weight_decay=5e-4, schedule="onecycle", augment="crop,flip")
+
+
+def tiny(seed=0):
+    """A network of the same kind that takes milliseconds."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                            nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, 3))
+    return models.Classifier(network, "tiny", CLASSES)
+
+
+def random_images(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kernel, stride, padding", [(3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0)])
+def test_small_inputs_are_convolved_as_torch_does(size, kernel, stride, padding):
+    torch.manual_seed(0)
+    reference = nn.Conv2d(5, 7, kernel, stride, padding)
+    ours = models.SmallInputConv2d(5, 7, kernel, stride, padding)
+    ours.load_state_dict(reference.state_dict())
+    images = torch.randn(4, 5, size, size, requires_grad=True)
+    gradient = torch.randn_like(reference(images))
+    results = []
+    for layer in (reference, ours):
+        out = layer(images)
+        results.append((out, *torch.autograd.grad(out, [images, *layer.parameters()], gradient)))
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_gives_the_logits_of_torchvisions_own_network_on_normalised_pixels():
+    import torchvision
+    torch.manual_seed(0)
+    classifier = models.build("resnet18", CLASSES).eval()
+    plain = torchvision.models.resnet18(num_classes=3).eval()
+    plain.load_state_dict(classifier.network.state_dict())
+    images = torch.from_numpy(random_images(4))
+    pixels = images.permute(0, 3, 1, 2).float() / 255 * 2 - 1       # [-1, 1]
+    torch.testing.assert_close(classifier(images), plain(pixels), rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_of_another_input_size_is_handed_the_same_batch():
+    classifier = models.Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3 * 48 * 48, 3)), "wide", CLASSES, input_size=48)
+    assert classifier(torch.from_numpy(random_images(2))).shape == (2, 3)
+
+
+def test_the_last_linear_layer_is_the_head_and_its_rows_make_the_logits():
+    classifier = models.build("resnet18", CLASSES).eval()
+    features = []
+    classifier.network.fc.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+    logits = classifier(torch.from_numpy(random_images(2)))
+    torch.testing.assert_close(logits, features[0] @ models.head_weight(classifier).T + classifier.network.fc.bias)
+
+
+def test_inception_has_two_heads_of_which_the_last_is_the_main_one():
+    classifier = models.build("inception_v3", CLASSES)
+    models.replace_head(classifier.network, 3, 5)
+    assert (classifier.network.fc.out_features, classifier.network.AuxLogits.fc.out_features) == (5, 5)
+    assert models.heads(classifier.network, 5)[-1] == (classifier.network, "fc")
+
+
+def test_the_cifar_variant_keeps_the_resolution():
+    network = models.build("resnet18_cifar", CLASSES).network
+    assert network.conv1.stride == (1, 1) and network.conv1.kernel_size == (3, 3) and isinstance(network.maxpool, nn.Identity)
+
+
+def test_a_checkpoint_gives_the_same_logits_and_is_plain(tmp_path):
+    classifier = models.build("resnet18", CLASSES).eval()
+    models.save(tmp_path / "student.pt", classifier, accuracy=0.5)
+    loaded = models.load(tmp_path / "student.pt")
+    images = torch.from_numpy(random_images(3))
+    assert torch.equal(classifier(images), loaded(images))
+    content = torch.load(tmp_path / "student.pt", weights_only=True)
+    assert (content["arch"], content["classes"], content["input_size"], content["accuracy"]) == ("resnet18", CLASSES, 32, 0.5)
+    assert content["mean"] == content["std"] == [0.5, 0.5, 0.5]
+    import torchvision
+    torchvision.models.resnet18(num_classes=3).load_state_dict(content["state_dict"])
+
+
+class _Bomb:
+    def __reduce__(self):
+        return print, ("code from a checkpoint ran",)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, capsys):
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(_Bomb()))
+    with pytest.raises(UserError, match="bomb.pt"):
+        models.load(tmp_path / "bomb.pt")
+    torch.save({"arch": _Bomb()}, tmp_path / "bomb2.pt")
+    with pytest.raises(UserError, match="bomb2.pt"):
+        models.load(tmp_path / "bomb2.pt")
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_damaged_imagenet_weights_in_the_cache_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    (cache / "resnet18-f37072fd.pth").write_bytes(b"junk")
+    with pytest.raises(UserError, match="resnet18-f37072fd.pth has the wrong sha256"):
+        models.build("resnet18", CLASSES, "imagenet")
+
+
+def test_imagenet_weights_are_loaded_and_the_head_is_new(tmp_path, monkeypatch):
+    import hashlib
+    import torchvision
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    original = torchvision.models.resnet18()
+    torch.save(original.state_dict(), cache / "weights")
+    digest = hashlib.sha256((cache / "weights").read_bytes()).hexdigest()[:8]
+    path = (cache / "weights").rename(cache / f"resnet18-{digest}.pth")
+    monkeypatch.setattr(models, "_imagenet", lambda arch: ("http://127.0.0.1:9/", path))
+    network = models.build("resnet18", CLASSES, "imagenet").network
+    assert torch.equal(network.layer4[1].conv2.weight, original.layer4[1].conv2.weight)
+    assert network.fc.out_features == 3
+
+
+def test_training_is_repeatable_and_an_interrupted_one_ends_in_the_same_bits(tmp_path):
+    images, rows = random_images(40), np.arange(2, 38)
+    labels = np.random.default_rng(1).integers(0, 3, 40)
+
+    def trained(path, stop_after=None):
+        network = tiny()
+        stopping = iter(range(100))
+
+        def evaluate():
+            if stop_after is not None and next(stopping) == stop_after:
+                raise KeyboardInterrupt
+            return 0.0
+        training = engine.train(network, images, rows, engine.cross_entropy(labels, torch.device("cpu")), RECIPE, seed=7,
+                                device=torch.device("cpu"), checkpoint=path, label="test", evaluate=evaluate)
+        return network.state_dict(), training
+
+    whole, training = trained(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "b", stop_after=1)
+    resumed, resumed_training = trained(tmp_path / "b")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [epoch["loss"] for epoch in training.history] == [epoch["loss"] for epoch in resumed_training.history]
+    assert training.images == resumed_training.images == 3 * 32
+    other = tiny(seed=1).state_dict()
+    assert not all(torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
+    with pytest.raises(UserError, match="smaller --lr"):
+        engine.train(tiny(), random_images(16), np.arange(16), lambda logits, views, rows: logits.sum() * float("nan"), RECIPE,
+                     seed=0, device=torch.device("cpu"), checkpoint=tmp_path / "part", label="test")
+
+
+def test_evaluation_is_in_eval_mode_without_gradients_and_leaves_the_statistics_alone():
+    network = tiny().train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    images = random_images(30)
+    logits = engine.predict(network, images, rows=np.array([3, 5]))
+    assert not network.training and not logits.requires_grad
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    torch.testing.assert_close(logits, network(torch.from_numpy(images[[3, 5]])).detach())
+
+
+def test_accuracy_counts_the_rows_it_is_given():
+    network = models.Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3)), "flat", CLASSES)
+    with torch.no_grad():
+        network.network[1].weight.zero_()
+        network.network[1].bias.copy_(torch.tensor([0.0, 1.0, 0.0]))      # always the second class
+    labels = np.array([1, 1, 0, 1, 2])
+    assert engine.accuracy(network, random_images(5), labels) == 0.6
+    assert engine.accuracy(network, random_images(5), labels, rows=np.array([2, 3])) == 0.5
+
+
+def test_the_teacher_answers_in_eval_mode_for_the_views_the_student_sees():
+    from distill import fixed_objective, live_objective
+    teacher, cpu = tiny().train(), torch.device("cpu")
+    images = random_images(12)
+    views = torch.from_numpy(images[4:8])
+    logits = torch.randn(4, 3, requires_grad=True)
+    live = live_objective(teacher, 4.0, cpu)(logits, views, None)
+    fixed = fixed_objective(teacher, images, 4.0, cpu)(logits, views, torch.arange(4, 8))
+    assert live.item() == pytest.approx(fixed.item(), rel=1e-5)
+    live.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())

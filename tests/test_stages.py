@@ -1,0 +1,267 @@
+"""The stages, one by one and through compile.py, on small folders of images and real networks."""
+import contextlib
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import compile
+import distill
+import engine
+import entropy
+import mms_threshold
+import TeacherTrain
+import transfer
+from conftest import small_run
+from data import decode
+
+RUN = Path("runs/colours")
+
+
+def threshold_main(name, module):
+    return lambda argv: transfer.threshold_command(name, module.__doc__, argv)
+
+
+STAGES = [(TeacherTrain.main, []), (threshold_main("mms", mms_threshold), []), (threshold_main("entropy", entropy), []),
+          *((transfer.main, ["--approach", name]) for name in ("balanced", "random", "mms", "entropy")),
+          *((distill.main, ["--approach", name]) for name in ("supervised", "balanced", "random", "mms", "entropy"))]
+
+
+def modified(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != "config.json"}
+
+
+def same_checkpoint(a, b):
+    a, b = (torch.load(path, weights_only=True)["state_dict"] for path in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="session")
+def finished_run(painted, tmp_path_factory):
+    """A run of all approaches, made once."""
+    root = tmp_path_factory.mktemp("finished")
+    with contextlib.chdir(root):
+        compile.main(small_run(*painted))
+    return root
+
+
+@pytest.fixture
+def finished(flags, finished_run):
+    """That run in this test's own folder. Its files are links: what the tool changes, it replaces."""
+    shutil.copytree(finished_run, ".", copy_function=os.link, dirs_exist_ok=True)
+
+
+def test_stages_by_hand_give_the_numbers_of_compile(flags, finished, execute):
+    hand = RUN.parent / "hand"
+    for number, (main, extra) in enumerate(STAGES):
+        given = flags if number == 0 else ["--target", flags[1]]        # the rest comes from the run folder
+        status, out, err = execute(main, [*given, "--run-dir", str(hand), *extra])
+        assert (status, err) == (0, "")
+    for name in ("thresholds.json", *(f"transfer/{a}/{f}" for a in ("balanced", "random", "mms", "entropy") for f in ("manifest.csv", "images.npy", "summary.json"))):
+        assert (hand / name).read_bytes() == (RUN / name).read_bytes(), name
+    for name in ("teacher", "students/supervised", "students/balanced", "students/random", "students/mms", "students/entropy"):
+        assert same_checkpoint(hand / f"{name}.pt", RUN / f"{name}.pt"), name
+        by_hand, by_compile = (json.loads((folder / f"{name}.json").read_text()) for folder in (hand, RUN))
+        assert by_hand["accuracy"] == by_compile["accuracy"]
+
+
+def test_the_run_folder_and_the_table_are_as_documented(finished):
+    for name in ("config.json", "split.npz", "teacher.pt", "teacher.json", "scores/pool.npz", "scores/more.npz", "scores/confidence.npz",
+                 "thresholds.json", "transfer/mms/images.npy", "transfer/mms/manifest.csv", "transfer/mms/summary.json",
+                 "students/mms.pt", "students/mms.json", "results.json", "results.md"):
+        assert (RUN / name).is_file(), name
+    assert not list(RUN.rglob("*.part"))
+    results = json.loads((RUN / "results.json").read_text())
+    assert {"target", "recipe", "seeds", "teacher", "rows"} <= set(results)
+    assert (results["target"], results["recipe"], results["seeds"]) == ("colours", "quick", [0])
+    assert [row["approach"] for row in results["rows"]] == ["supervised", "balanced", "random", "mms", "entropy"]
+    teacher = json.loads((RUN / "teacher.json").read_text())
+    for row in results["rows"]:
+        assert set(row) == {"approach", "student", "sources", "transfer_size", "per_class", "accuracy", "accuracy_std",
+                            "retention", "seconds", "images_per_second"}
+        assert sum(row["per_class"]) == row["transfer_size"]
+        assert row["retention"] == pytest.approx(row["accuracy"] / teacher["accuracy"])
+    assert f"{100 * results['rows'][0]['accuracy']:.2f}" in (RUN / "results.md").read_text()
+    scores = np.load(RUN / "scores" / "pool.npz")
+    assert {name: scores[name].dtype.kind for name in ("predicted", "mms", "entropy", "confidence")} == {
+        "predicted": "i", "mms": "f", "entropy": "f", "confidence": "f"}
+    assert len(scores["mms"]) == 120
+    assert len(np.load(RUN / "scores" / "confidence.npz")["mms"]) == len(np.load(RUN / "split.npz")["confidence"]) == 24
+
+
+def test_a_manifest_row_is_the_image_of_that_row(finished, painted):
+    folders = dict(zip(("colours", "pool", "more"), painted))
+    for approach in ("mms", "random", "balanced"):
+        images = np.load(RUN / "transfer" / approach / "images.npy")
+        rows = list(csv.DictReader(open(RUN / "transfer" / approach / "manifest.csv")))
+        assert len(rows) == len(images) > 0
+        scores = {name: np.load(RUN / "scores" / f"{name}.npz") for name in ("pool", "more")}
+        for row, pixels in zip(rows, images):
+            assert np.array_equal(decode(Image.open(folders[row["source"]] / row["file"])), pixels)
+            of = scores[row["source"]]
+            assert int(row["predicted"]) == of["predicted"][int(row["index"])]
+            assert np.float32(row["score"]) == of["mms"][int(row["index"])]
+
+
+def test_what_mms_selects_passes_the_threshold_and_nothing_eligible_is_left_out_of_an_open_bucket(finished):
+    thresholds = json.loads((RUN / "thresholds.json").read_text())["mms"]
+    rows = list(csv.DictReader(open(RUN / "transfer" / "mms" / "manifest.csv")))
+    taken = {(row["source"], int(row["index"])) for row in rows}
+    summary = json.loads((RUN / "transfer" / "mms" / "summary.json").read_text())
+    assert summary["bucket"] == 120 // 3
+    for source in ("pool", "more"):
+        scores = np.load(RUN / "scores" / f"{source}.npz")
+        for index, (label, value) in enumerate(zip(scores["predicted"], scores["mms"])):
+            eligible = thresholds[label] is not None and value >= thresholds[label]
+            if (source, index) in taken:
+                assert eligible
+            elif eligible:
+                assert summary["per_class"][label] == summary["bucket"]
+
+
+def test_confidence_is_the_largest_probability_and_scores_follow_from_the_logits(finished, painted):
+    import models
+    teacher = models.load(RUN / "teacher.pt")
+    scores = np.load(RUN / "scores" / "pool.npz")
+    files = sorted(str(path.relative_to(painted[1])) for path in painted[1].rglob("*.png"))
+    images = np.stack([decode(Image.open(painted[1] / name)) for name in files[:8]])
+    with torch.no_grad():
+        logits = teacher(torch.from_numpy(images)).double()
+    p = torch.softmax(logits, 1)
+    assert scores["confidence"][:8] == pytest.approx(p.amax(1).numpy(), rel=1e-4)
+    assert scores["entropy"][:8] == pytest.approx(-(p * p.log()).sum(1).numpy(), rel=1e-3, abs=1e-5)
+    assert (scores["predicted"][:8] == logits.argmax(1).numpy()).all()
+
+
+def test_a_second_run_redoes_nothing(flags, finished, execute, monkeypatch):
+    before = modified(RUN / "students") | modified(RUN / "scores") | modified(RUN / "transfer")
+    monkeypatch.setattr(engine, "train", None)
+    monkeypatch.setattr(engine, "predict", None)
+    assert execute(compile.main, flags)[0] == 0
+    assert before == modified(RUN / "students") | modified(RUN / "scores") | modified(RUN / "transfer")
+
+
+def test_another_approach_costs_no_second_look_at_the_sources(flags, execute):
+    assert execute(compile.main, [*flags, "--approaches", "balanced"])[0] == 0
+    before = modified(RUN / "scores")
+    status, out, err = execute(compile.main, [*flags, "--approaches", "balanced,entropy"])
+    assert status == 0 and before == modified(RUN / "scores") and (RUN / "students" / "entropy.pt").exists()
+
+
+def test_a_setting_that_differs_from_the_run_folder_is_named(flags, finished, execute):
+    for name, value in (("--teacher-epochs", "7"), ("--seed", "1"), ("--temperature", "2"), ("--fill", "best")):
+        status, out, err = execute(compile.main, [*flags, name, value])
+        assert status == 2 and name in err and len(err.splitlines()) == 1
+
+
+def test_restart_begins_anew(flags, finished, execute):
+    (RUN / "mine.txt").write_text("not the tool's")
+    assert execute(compile.main, [*flags, "--seed", "1", "--approaches", "balanced", "--restart"])[0] == 0
+    assert not (RUN / "students" / "mms.pt").exists() and (RUN / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("main, extra, missing, command", [
+    (threshold_main("mms", mms_threshold), [], "teacher.json", "python TeacherTrain.py"),
+    (transfer.main, ["--approach", "mms"], "teacher.json", "python TeacherTrain.py"),
+    (distill.main, ["--approach", "mms"], "teacher.json", "python TeacherTrain.py"),
+])
+def test_a_missing_predecessor_is_named_with_the_command_that_makes_it(flags, execute, main, extra, missing, command):
+    status, out, err = execute(main, [*flags, *extra])
+    assert status == 2 and missing in err and f"`{command} --target colours=" in err and len(err.splitlines()) == 1
+
+
+def test_a_missing_transfer_set_is_named_with_the_command_that_makes_it(flags, execute):
+    execute(TeacherTrain.main, flags)
+    status, out, err = execute(distill.main, [*flags, "--approach", "entropy"])
+    assert status == 2 and "python transfer.py --approach entropy" in err
+
+
+def test_the_teacher_never_trains_on_the_confidence_set(flags, execute, monkeypatch):
+    trained_on = []
+    train = engine.train
+    monkeypatch.setattr(engine, "train", lambda classifier, images, rows, *more, **named: trained_on.append(rows) or train(classifier, images, rows, *more, **named))
+    execute(TeacherTrain.main, flags)
+    execute(distill.main, [*flags, "--approach", "supervised"])
+    split = np.load(RUN / "split.npz")
+    assert len(trained_on) == 2
+    for rows in trained_on:
+        assert not set(rows) & set(split["confidence"])
+        assert sorted([*rows, *split["confidence"]]) == list(range(120))
+
+
+def test_the_split_is_drawn_once(flags, execute):
+    execute(TeacherTrain.main, flags)
+    np.savez(RUN / "split.npz", train=np.arange(24, 120), confidence=np.arange(24))
+    (RUN / "teacher.json").unlink()
+    execute(TeacherTrain.main, flags)
+    assert np.load(RUN / "split.npz")["confidence"].tolist() == list(range(24))
+
+
+def test_a_class_without_threshold_is_reported_and_nothing_is_selected_for_it(flags, execute):
+    execute(TeacherTrain.main, flags)
+    content = torch.load(RUN / "teacher.pt", weights_only=True)
+    content["state_dict"]["fc.bias"][1] = -1e4      # green is never predicted
+    torch.save(content, RUN / "teacher.pt")
+    status, out, err = execute(compile.main, flags)
+    assert status == 0
+    assert json.loads((RUN / "thresholds.json").read_text())["mms"][1] is None
+    summary = json.loads((RUN / "transfer" / "mms" / "summary.json").read_text())
+    assert summary["per_class"][1] == 0
+    assert "no threshold, so nothing is selected, for green" in out
+    assert "mms: no threshold, so nothing selected, for green" in (RUN / "results.md").read_text()
+
+
+def test_an_empty_transfer_set_has_no_student_and_the_table_says_so(flags, execute):
+    execute(TeacherTrain.main, flags)
+    execute(threshold_main("mms", mms_threshold), flags)
+    thresholds = json.loads((RUN / "thresholds.json").read_text())
+    (RUN / "thresholds.json").write_text(json.dumps(thresholds | {"mms": [1e9] * 3}))
+    status, out, err = execute(compile.main, [*flags, "--approaches", "mms"])
+    assert status == 0 and "too small to learn from" in out
+    row = json.loads((RUN / "results.json").read_text())["rows"][0]
+    assert (row["transfer_size"], row["accuracy"]) == (0, None)
+
+
+def test_calibration_on_the_sources_is_said(flags, execute):
+    status, out, err = execute(compile.main, [*flags, "--calibrate", "sources", "--fill", "best", "--approaches", "mms"])
+    assert status == 0 and json.loads((RUN / "thresholds.json").read_text())["calibrated_on"] == "sources"
+    assert "calibrated on the sources" in (RUN / "results.md").read_text()
+
+
+def test_seeds_are_repeated_and_averaged(flags, execute):
+    status, out, err = execute(compile.main, [*flags, "--seeds", "0,1", "--approaches", "balanced"])
+    assert status == 0
+    row = json.loads((RUN / "results.json").read_text())["rows"][0]
+    each = [json.loads((RUN / f"seed-{seed}" / "students" / "balanced.json").read_text())["accuracy"] for seed in (0, 1)]
+    assert row["accuracy"] == pytest.approx(sum(each) / 2)
+    assert row["accuracy_std"] == pytest.approx(abs(each[0] - each[1]) / 2 ** 0.5)
+
+
+def test_a_teacher_checkpoint_takes_the_place_of_fine_tuning(flags, execute, monkeypatch):
+    execute(TeacherTrain.main, [*flags, "--run-dir", "runs/other"])
+    monkeypatch.setattr(engine, "train", None)
+    assert execute(TeacherTrain.main, [*flags, "--teacher-checkpoint", "runs/other/teacher.pt"])[0] == 0
+    assert same_checkpoint(RUN / "teacher.pt", "runs/other/teacher.pt")
+
+
+def test_a_student_learns_the_colours_from_other_images(flags, execute):
+    assert execute(compile.main, [*flags, "--approaches", "balanced", "--teacher-epochs", "25", "--epochs", "12"])[0] == 0
+    results = json.loads((RUN / "results.json").read_text())
+    assert results["teacher"]["accuracy"] >= 0.9 and results["rows"][0]["accuracy"] >= 0.8
+
+
+def test_importing_the_modules_does_nothing(tmp_path):
+    repository = Path(compile.__file__).parent
+    modules = sorted(path.stem for path in repository.glob("*.py"))
+    assert len(modules) >= 11
+    script = f"import sys; sys.path.insert(0, {str(repository)!r}); sys.argv = ['x', '--nonsense']; import {', '.join(modules)}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
