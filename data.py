@@ -140,14 +140,17 @@ def pack(images, folder, label, size=IMAGE_SIZE, chunk=2048):
         return packed
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    try:
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder.parent} can't be written ({_first_line(error)}): choose another --data-dir") from None
     progress = Progress(f"packing {label}", images.count)
 
     def read(i):
         try:
             return decode(images.read(i), size)
         except Exception as error:      # whatever a broken file makes a decoder raise
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+            return f"{type(error).__name__}: {_first_line(error)}"
 
     try:
         out = np.lib.format.open_memmap(beside / "images.npy", "w+", np.uint8, (images.count, size, size, 3))
@@ -198,18 +201,25 @@ def open_pack(folder, made_from):
     """The pack in `folder`, or None where there is none or it was made from something else."""
     if not (folder / "pack.json").exists():
         return None
-    meta = json.loads((folder / "pack.json").read_text())
-    if meta["made_from"] != made_from:
-        return None
 
     def optional(name, read):
         return read(folder / name) if (folder / name).exists() else None
 
-    images = np.load(folder / "images.npy", mmap_mode="c")
-    if images.shape != (meta["images"], meta["size"], meta["size"], 3):
-        raise UserError(f"{folder} is damaged: delete it, it is packed anew")
-    return Packed(images, optional("labels.npy", np.load), meta["classes"],
-                  optional("files.json", lambda path: json.loads(path.read_text())), np.load(folder / "rows.npy"), made_from)
+    try:
+        meta = json.loads((folder / "pack.json").read_text())
+        if meta["made_from"] != made_from:
+            return None
+        images = np.load(folder / "images.npy", mmap_mode="c")
+        if images.shape != (meta["images"], meta["size"], meta["size"], 3):
+            raise ValueError("it has another shape")
+        return Packed(images, optional("labels.npy", np.load), meta["classes"],
+                      optional("files.json", lambda path: json.loads(path.read_text())), np.load(folder / "rows.npy"), made_from)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{folder} is damaged ({_first_line(error)}): delete it, it is packed anew") from None
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _digest(content):
@@ -231,8 +241,12 @@ def _state_of(root, paths):
 
 def list_images(root, pattern=None):
     """Paths of the image files below `root` at any depth, relative to it, sorted by name."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
+    found, seen = [], set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in seen:        # a link to where we have been
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
         subfolders.sort()
         below = os.path.relpath(folder, root)
         found += [name if below == "." else f"{below}/{name}" for name in names
@@ -634,18 +648,20 @@ def extract(archive, data_dir, record):
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(archive, target)
         return
+    if (data_dir / record.layout).exists():
+        raise UserError(f"{data_dir / record.layout} is incomplete: delete it, it is extracted anew from {archive.name}")
     beside = data_dir / f".{record.layout}.{os.getpid()}.part"
     say(f"extracting {archive.name}")
     try:
         _extract_into(archive, beside)
-        for nested in beside.rglob("*.tar.gz"):     # Caltech101's zip holds two tars
+        for nested in list(beside.rglob("[!.]*.tar.gz")):       # Caltech101's zip holds two tars
             _extract_into(nested, beside)
         found = next((path for path in beside.rglob(record.layout) if path.is_dir()), None)
         if found is None:
             raise UserError(f"{archive} does not hold {record.layout}/: delete it and fetch it again")
         os.replace(found, data_dir / record.layout)
     except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError) as error:
-        raise UserError(f"{archive} can't be extracted ({error}): delete it and fetch it again") from None
+        raise UserError(f"{archive} can't be extracted ({_first_line(error)}): delete it and fetch it again") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -704,7 +720,10 @@ def _read(spec, data_dir, role, split, seed):
         if place.kind == "built-in":
             images = record.read(seed, split)
         elif place.kind == "layout":
-            images = record.read(place.path, "train" if split == "source" and record.read in _TRAIN_IS_SOURCE else split)
+            try:
+                images = record.read(place.path, "train" if split == "source" and record.read in _TRAIN_IS_SOURCE else split)
+            except (OSError, KeyError, ValueError, IndexError) as error:
+                raise UserError(f"{place.path} is incomplete or damaged ({_first_line(error)}): delete it and extract the archive again") from None
         elif role == "target":
             images = read_class_folders(place.path / split)
         else:

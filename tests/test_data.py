@@ -961,3 +961,37 @@ def test_a_damaged_pack_is_a_user_error_that_names_its_folder(tmp_path):
     (pack / "pack.json").write_text(json.dumps(meta | {"images": 3}))
     with pytest.raises(UserError, match=str(pack)):
         load_source(f"mine={tmp_path / 'pictures'}", tmp_path / "data")
+
+
+def test_class_folders_may_be_links_and_a_loop_of_links_ends(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.new("RGB", (8, 8)).save(elsewhere / "a.png")
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "cat").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(tmp_path / "pool")
+    assert data.list_images(tmp_path / "pool") == ["cat/a.png"]
+
+
+def test_a_damaged_pack_is_named(tmp_path):
+    (tmp_path / "pool").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pool" / "a.png")
+    spec = f"pool={tmp_path / 'pool'}"
+    data.load_source(spec, tmp_path / "data")
+    images = next((tmp_path / "data" / "packed").glob("*/images.npy"))
+    images.write_bytes(images.read_bytes()[:1000])
+    with pytest.raises(UserError, match="is damaged"):
+        data.load_source(spec, tmp_path / "data")
+
+
+def test_an_incomplete_layout_is_named(tmp_path):
+    (tmp_path / "stl10_binary").mkdir()
+    (tmp_path / "stl10_binary" / "unlabeled_X.bin").write_bytes(bytes(3 * 96 * 96))
+    with pytest.raises(UserError, match="stl10_binary is incomplete or damaged"):
+        data.load_source("stl10", tmp_path)
+
+
+def test_a_data_folder_that_can_not_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--data-dir"):
+        data.load_source("noise", tmp_path / "file")
