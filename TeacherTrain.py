@@ -32,10 +32,18 @@ def saved_split(run, count):
         write_atomically(path, lambda file: np.savez(file, train=train, confidence=confidence))
     with np.load(path) as split:
         train, confidence = split["train"], split["confidence"]
+    if not len(confidence) or len(train) < 2:
+        raise UserError(f"{count} training images of the target are too few to cut a confidence set from")
     if len(train) + len(confidence) != count:
         raise UserError(f"{path} cuts {len(train) + len(confidence):,} images and the target has {count:,}: "
                         "the data set has changed; use another --run-dir, or --restart")
     return train, confidence
+
+
+def watch(target, confidence):
+    """(images, labels) of about WATCHED images of the confidence set, for an accuracy after each epoch."""
+    rows = confidence[:: max(1, len(confidence) // WATCHED)]
+    return target.train.images[rows], target.train.labels[rows]
 
 
 def train_teacher(run, target, device):
@@ -57,11 +65,11 @@ def train_teacher(run, target, device):
     else:
         torch.manual_seed(seed)
         teacher = models.build(settings.teacher_arch, target.classes, settings.teacher_weights)
-        watched = confidence[:: max(1, len(confidence) // WATCHED)]
+        watched = watch(target, confidence)
         training = engine.train(
             teacher, target.train.images, train, engine.cross_entropy(target.train.labels, device),
             settings.teacher_recipe, seed=seed, device=device, checkpoint=run / "teacher.part", label="teacher",
-            evaluate=lambda: engine.accuracy(teacher, target.train.images, target.train.labels, watched, device))
+            evaluate=lambda: engine.accuracy(teacher, *watched, device=device), remedy="another --recipe")
     figures = {
         "arch": teacher.arch,
         "accuracy": engine.accuracy(teacher, target.test.images, target.test.labels, device=device),
@@ -84,6 +92,7 @@ def main(argv):
     device = engine.pick_device(settings.device)
     weights = [] if settings.teacher_checkpoint else [(settings.teacher_arch, settings.teacher_weights)]
     stop_on(unavailable([(settings.target, "target")], settings.data_dir) + models.unavailable(weights))
+    run.open(device)
     target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
     report(train_teacher(run, target, device))
 

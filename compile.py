@@ -19,17 +19,32 @@ from TeacherTrain import report as report_teacher, train_teacher
 from transfer import CRITERIA, Scoring, bucket_size, make_thresholds, make_transfer_set, report_thresholds, report_transfer_set
 
 
+def of_each_seed(settings):
+    """The settings of each seed's run: several seeds have a folder each below the run folder."""
+    if len(settings.seeds) == 1:
+        return [settings]
+    return [dataclasses.replace(settings, seed=seed, seeds=(seed,), run_dir=str(Path(settings.run_dir) / f"seed-{seed}"))
+            for seed in settings.seeds]
+
+
 def check_everything_is_there(settings):
     """Raises UserError, a line for each thing that is neither on disk nor to be had, before anything long starts."""
+    runs = [Run(each) for each in of_each_seed(settings)]
+
+    def is_made(name):
+        return not settings.restart and all((run / name).exists() for run in runs)
     specs = [(settings.target, "target")]
     if set(settings.approaches) != {"supervised"}:
         specs += [(source, "source") for source in settings.sources]
-    weights = [] if settings.teacher_checkpoint else [(settings.teacher_arch, settings.teacher_weights)]
-    if "supervised" in settings.approaches:
+    weights = [] if settings.teacher_checkpoint or is_made("teacher.json") else [(settings.teacher_arch, settings.teacher_weights)]
+    if "supervised" in settings.approaches and not is_made("students/supervised.json"):
         weights.append((settings.student_arch, settings.supervised_weights))
     weights.append((settings.student_arch, settings.student_weights))
     if settings.teacher_checkpoint:
         models.read(settings.teacher_checkpoint)
+    if not settings.restart:
+        for run in runs:
+            run.check()
     stop_on(data.unavailable(specs, settings.data_dir) + models.unavailable(weights))
 
 
@@ -37,10 +52,12 @@ def run_once(settings, device):
     """One seed: data, teacher, scores, transfer sets, students. Returns the run."""
     target = data.load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
     bucket_size(settings.transfer_size, len(target.train), len(target.classes))
-    run = Run(settings).open()
+    selecting = [approach for approach in settings.approaches if approach != "supervised"]
+    for source in settings.sources if selecting else ():        # whatever is wrong with one shows before anything long
+        data.load_source(source, settings.data_dir, settings.seed, settings.limit)
+    run = Run(settings).open(device)
     say(f"target: {len(target.train):,} training and {len(target.test):,} test images of {len(target.classes)} classes")
     report_teacher(train_teacher(run, target, device))
-    selecting = [approach for approach in settings.approaches if approach != "supervised"]
     if selecting:
         scoring = Scoring(run, device)
         thresholds = make_thresholds(run, scoring)
@@ -58,14 +75,11 @@ def main(argv):
     settings = resolve(parse(argv, __doc__, RUN_FLAGS))
     device = engine.pick_device(settings.device)
     check_everything_is_there(settings)
-    if len(settings.seeds) == 1:
-        folders = [run_once(settings, device).path]
-    else:
-        folders = []
-        for seed in settings.seeds:
-            say(f"seed {seed}")
-            folder = Path(settings.run_dir) / f"seed-{seed}"
-            folders.append(run_once(dataclasses.replace(settings, seed=seed, seeds=(seed,), run_dir=str(folder)), device).path)
+    folders = []
+    for each in of_each_seed(settings):
+        if len(settings.seeds) > 1:
+            say(f"seed {each.seed}")
+        folders.append(run_once(each, device).path)
     say("\n" + report.write(settings, folders))
     say(f"{time.monotonic() - began:,.0f} s in all; everything is in {settings.run_dir}")
 

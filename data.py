@@ -8,7 +8,6 @@ Out: a packed array for each, uint8 N x 32 x 32 x 3, memory-mapped, decoded once
     python data.py svhn stl10        # fetch, extract and pack
     python data.py --all
 """
-import argparse
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ import requests
 import torch
 from PIL import Image
 
-from run import Progress, UserError, command, name_of, say, write_json, write_text
+from run import Parser, Progress, UserError, command, name_of, say, seed_number, write_json, write_text
 
 IMAGE_SIZE = 32
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -63,16 +62,21 @@ def augment(images, steps, generator, padding=4):
     y = torch.arange(height, device=images.device).expand(count, height)
     x = torch.arange(width, device=images.device).expand(count, width)
     if "crop" in steps:
-        shift = torch.randint(-padding, padding + 1, (2, count, 1), generator=generator).to(images.device)
+        shift = _moved(torch.randint(-padding, padding + 1, (2, count, 1), generator=generator), images.device)
         y = height - 1 - (height - 1 - (y + shift[0]).abs()).abs()      # reflected into 0 ... height - 1
         x = width - 1 - (width - 1 - (x + shift[1]).abs()).abs()
     if "flip" in steps:
-        flip = torch.rand((count, 1), generator=generator).to(images.device) < 0.5
+        flip = _moved(torch.rand((count, 1), generator=generator) < 0.5, images.device)
         x = torch.where(flip, x.flip(1), x)
     if not steps:
         return images
     image = torch.arange(count, device=images.device)[:, None, None]
     return images[image, y[:, :, None], x[:, None, :]]
+
+
+def _moved(drawn, device):
+    """What was drawn on the CPU, on the device; nothing waits for the copy."""
+    return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -228,7 +232,7 @@ def _digest(content):
 
 def _state_of(root, paths):
     """A digest of names, sizes and times of change."""
-    state = hashlib.sha256(str(root).encode())
+    state = hashlib.sha256(os.path.realpath(root).encode("utf-8", "surrogateescape"))
     for path in paths:
         stat = os.stat(os.path.join(root, path))
         state.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
@@ -764,12 +768,12 @@ def _list(data_dir):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Fetch, extract and pack data sets.")
+    parser = Parser(description="Fetch, extract and pack data sets.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"data sets, of {', '.join(DATA_SETS)}")
     parser.add_argument("--all", action="store_true", help="every data set of the list")
     parser.add_argument("--list", action="store_true", help="show every data set, its size, its state and its terms")
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="where they are looked for, fetched to and packed (default: data)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sources that are drawn here (default: 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of the sources that are drawn here (default: 0)")
     args = parser.parse_args(argv)
     if args.list or not (args.names or args.all):
         return _list(args.data_dir)

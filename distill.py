@@ -20,7 +20,7 @@ import engine
 import models
 from data import load_target
 from run import STAGE_FLAGS, command, name_of, open_stage, read_json, say, stop_on, write_json
-from TeacherTrain import WATCHED, saved_split
+from TeacherTrain import saved_split, watch
 
 SMALLEST = 2        # images: fewer have no batch statistics
 
@@ -66,7 +66,7 @@ def train_student(run, approach, target, device):
     seed = engine.seed_for(settings.seed, "student")        # the same start for all approaches
     labels = target.train.labels
     train, confidence = saved_split(run, len(target.train))
-    watched = confidence[:: max(1, len(confidence) // WATCHED)]
+    watched = watch(target, confidence)
     supervised = approach == "supervised"
     figures = {"approach": approach, "arch": settings.student_arch,
                "weights": settings.supervised_weights if supervised else settings.student_weights}
@@ -96,7 +96,7 @@ def train_student(run, approach, target, device):
     training = engine.train(
         student, images, rows, objective, recipe, seed=seed, device=device,
         checkpoint=run.student(approach, "part"), label=f"student {approach}",
-        evaluate=lambda: engine.accuracy(student, target.train.images, labels, watched, device))
+        evaluate=lambda: engine.accuracy(student, *watched, device=device))
     accuracy = engine.accuracy(student, target.test.images, target.test.labels, device=device)
     figures |= {"accuracy": accuracy, "confidence_accuracy": engine.accuracy(student, target.train.images, labels, confidence, device),
                 "retention": accuracy / teacher_figures["accuracy"] if teacher_figures["accuracy"] else None,
@@ -111,8 +111,9 @@ def report_student(figures):
     if figures["accuracy"] is None:
         say(f"student: {figures['approach']}, none: a transfer set of {figures['transfer_size']} images is too small to learn from")
     else:
+        retention = "unknown" if figures["retention"] is None else f"{figures['retention']:.3f}"
         say(f"student: {figures['approach']}, {figures['arch']}, {figures['accuracy']:.2%} on the test split, retention "
-            f"{figures['retention']:.3f}, {figures['seconds']:,.0f} s at {figures['images_per_second']:,.0f} img/s")
+            f"{retention}, {figures['seconds']:,.0f} s at {figures['images_per_second']:,.0f} img/s")
 
 
 def main(argv):
@@ -121,6 +122,8 @@ def main(argv):
     device = engine.pick_device(settings.device)
     weights = settings.supervised_weights if approach == "supervised" else settings.student_weights
     stop_on(models.unavailable([(settings.student_arch, weights)]))
+    run.require("teacher.json", "python TeacherTrain.py")
+    run.open(device)
     target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
     report_student(train_student(run, approach, target, device))
 

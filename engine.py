@@ -28,7 +28,7 @@ def pick_device(name):
         raise UserError(f"--device {name}: this machine, or this build of torch, has none")
     if name == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return torch.device(name)
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def autocast(device):
@@ -42,19 +42,18 @@ def seed_for(seed, purpose):
 
 
 def to_device(images, device):
-    """A packed array as a uint8 tensor: on the device when it takes less than half of its free memory, else on the CPU."""
+    """A packed array as a uint8 tensor: on the device when it takes less than half of its memory, else on the CPU."""
     tensor = torch.from_numpy(images)
     if device.type == "cpu":
         return tensor
-    if device.type == "cuda" and tensor.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return tensor
-    return tensor.to(device)
+    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else torch.mps.recommended_max_memory()
+    return tensor if tensor.nbytes > memory / 2 else tensor.to(device)
 
 
 def batch_of(images, rows, device):
-    """images[rows] on the device. images: (N, H, W, 3) uint8 tensor; rows: (n,) int64 on the CPU."""
+    """images[rows] on the device. images: (N, H, W, 3) uint8 tensor; rows: (n,) int64."""
     picked = images[rows.to(images.device)]
-    if picked.device != device:
+    if picked.device.type != device.type:
         picked = (picked.pin_memory() if device.type == "cuda" else picked).to(device, non_blocking=True)
     return picked
 
@@ -65,7 +64,8 @@ def batch_of(images, rows, device):
 
 @torch.inference_mode()
 def predict(classifier, images, rows=None, device=torch.device("cpu"), label="evaluating", then=None):
-    """Logits of images, in eval mode, without gradients.
+    """Logits of images, in eval mode, without gradients, in float32: scores are compared with thresholds, so that
+    the coarser numbers of autocast would not do.
 
     images: (N, H, W, 3) uint8, array or tensor. rows: (n,) int64, default all. Returns (n, C) float32 on the
     CPU; with `then`, a function of a batch's logits (B, C) on the device that gives a tuple of tensors
@@ -78,9 +78,8 @@ def predict(classifier, images, rows=None, device=torch.device("cpu"), label="ev
     progress = Progress(label, len(rows))
     parts = []
     for batch in rows.split(EVALUATION_BATCH):
-        with autocast(device):
-            logits = classifier(batch_of(images, batch, device))
-        parts.append(tuple(value.cpu() for value in then(logits.float())))
+        logits = classifier(batch_of(images, batch, device))
+        parts.append(tuple(value.cpu() for value in then(logits)))
         progress.update(len(batch))
     progress.close()
     joined = tuple(torch.cat(column) for column in zip(*parts))
@@ -112,7 +111,7 @@ class Training:
         return self.images / self.seconds if self.seconds else 0.0
 
 
-def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoint, label, evaluate=None):
+def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoint, label, evaluate=None, remedy="a smaller --lr"):
     """Trains `classifier` in place and returns the Training.
 
     images: (N, H, W, 3) uint8 array. rows: (n,) int64, those to train on. objective(logits, views, rows): the
@@ -121,7 +120,7 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
 
     After each epoch everything is saved at `checkpoint`; a later call goes on from there and ends in the same
     bits as one that was never interrupted, since an epoch draws from (seed, epoch) alone. Raises UserError
-    when the loss is no longer finite.
+    when the loss is no longer finite; it names `remedy`.
     """
     classifier.to(device)
     tensor = to_device(images, device)
@@ -151,7 +150,7 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
         torch.manual_seed(seed + epoch)         # dropout
         total = torch.zeros((), device=device)
         began = time.monotonic()
-        batches = shuffled_batches(rows, recipe.batch_size, generator)
+        batches = [batch.to(tensor.device) for batch in shuffled_batches(rows, recipe.batch_size, generator)]
         for step, batch in enumerate(batches):
             views = augment(batch_of(tensor, batch, device), recipe.augment, generator)
             with autocast(device):
@@ -167,8 +166,9 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
         training.seconds += time.monotonic() - began
         training.images += sum(map(len, batches))
         if not math.isfinite(mean_loss):
+            checkpoint.unlink(missing_ok=True)
             raise UserError(f"{label}: the loss is {mean_loss} in epoch {epoch + 1} at a learning rate of "
-                            f"{optimizer.param_groups[0]['lr']:.3g}: give a smaller --lr")
+                            f"{optimizer.param_groups[0]['lr']:.3g}: give {remedy}")
         training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"],
                                  "confidence_accuracy": evaluate() if evaluate else None})
         if epoch + 1 < recipe.epochs:

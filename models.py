@@ -17,7 +17,8 @@ from data import IMAGE_SIZE, fetch, reachable, _verify
 from run import UserError, write_atomically
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
-INPUT_SIZES = {"inception_v3": 299}
+INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
+               **dict.fromkeys(("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"), 224)}
 CENTERED = (0.5, 0.5, 0.5)      # as mean and as deviation: pixels in [-1, 1]
 
 
@@ -32,7 +33,7 @@ class SmallInputConv2d(nn.Conv2d):
     def forward(self, images):
         height, width = images.shape[-2:]
         taps = _taps(height, width, self.kernel_size, self.stride, self.padding) if (
-            height * width <= 4 and self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros") else None
+            images.device.type == "cpu" and height * width <= 4 and self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros") else None
         if taps is None:
             return super().forward(images)
         out_height, out_width, numbers = taps
@@ -76,10 +77,9 @@ class Classifier(nn.Module):
             if type(module) is nn.Conv2d:
                 module.__class__ = SmallInputConv2d     # same parameters, same names
         self.arch, self.classes, self.input_size = arch, list(classes), input_size
-        mean, std = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-        self.register_buffer("scale", (1 / (255 * std)).view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", (-mean / std).view(3, 1, 1), persistent=False)
-        self.mean, self.std = mean.tolist(), std.tolist()
+        self.mean, self.std = [float(value) for value in mean], [float(value) for value in std]
+        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in self.std]).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(self.mean, self.std)]).view(3, 1, 1), persistent=False)
 
     def forward(self, images):
         # (N, H, W, 3) in memory is (N, 3, H, W) in channels_last: the permutation moves nothing.
@@ -115,7 +115,11 @@ def build(arch, classes, weights="none"):
     count = 1000 if weights == "imagenet" else len(classes)
     network = torchvision.models.get_model(base, weights=None, num_classes=count, **options)
     if weights == "imagenet":
-        network.load_state_dict(torch.load(imagenet_weights(base), weights_only=True, map_location="cpu"))
+        path = imagenet_weights(base)
+        try:
+            network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit torchvision's {base} ({str(error).splitlines()[1].strip()}): give --teacher-weights none") from None
         replace_head(network, count, len(classes))
     if arch in CIFAR_STEMS:
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -163,14 +167,24 @@ def _imagenet(arch):
     return weights.url, Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
+def require_fits(arch):
+    """Raises UserError unless `arch` exists and takes images of our size. Nothing is computed, only shapes."""
+    require_known(arch)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            build(arch, ["a", "b"]).eval()(torch.empty(2, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8))
+    except RuntimeError as error:
+        raise UserError(f"{arch} does not take {IMAGE_SIZE}x{IMAGE_SIZE} images: {str(error).splitlines()[0]}") from None
+
+
 def unavailable(choices):
     """A line for each of [(arch, weights)] that can't be had: what is missing, its address, where to put it by hand.
 
-    Raises UserError for an architecture that doesn't exist or a file that is no checkpoint.
+    Raises UserError for an architecture that doesn't exist or doesn't fit, and for a file that is no checkpoint.
     """
     lines = []
     for arch, weights in dict.fromkeys(choices):
-        require_known(arch)
+        require_fits(arch)
         if weights == "imagenet":
             url, path = _imagenet(arch)
             reason = None if path.exists() else reachable(url)

@@ -2,11 +2,10 @@
 
     python report.py --run-dir runs/cifar10
 """
-import argparse
 import statistics
 from pathlib import Path
 
-from run import APPROACHES, EATS_SOURCES, UserError, command, name_of, read_json, say, write_json, write_text
+from run import APPROACHES, EATS_SOURCES, Parser, UserError, command, name_of, read_json, say, write_json, write_text
 
 # CIFAR10, ResNet-34 teacher, ResNet-18 student, ImageNet weights, all sources; in per cent.
 PUBLISHED = {"supervised": 79.65, "eats": 60.67, "mms": 68.02}
@@ -24,7 +23,8 @@ def collect(settings, folders):
         trained = [student for student in students if student["accuracy"] is not None]
 
         def mean(key):
-            return statistics.fmean(student[key] for student in trained) if trained else None
+            figures = [student[key] for student in trained if student[key] is not None]
+            return statistics.fmean(figures) if figures else None
         rows.append({
             "approach": approach, "student": students[0]["arch"],
             "sources": [name for name in students[0]["sources"]],
@@ -50,6 +50,11 @@ def notes(settings, folders):
     if "supervised" in settings.approaches:
         found.append(f"supervised: labelled images of the target, from {'random' if settings.supervised_weights == 'none' else settings.supervised_weights} weights; "
                      f"the other students start from {'random' if settings.student_weights == 'none' else settings.student_weights} weights.")
+    for approach in settings.approaches:
+        students = [read_json(folder / "students" / f"{approach}.json") for folder in folders]
+        without = sum(student["accuracy"] is None for student in students)
+        if without:
+            found.append(f"{approach}: no student for {without} of {len(folders)} seeds, since the transfer set was too small to learn from.")
     for folder in folders:
         of_seed = f" (seed {read_json(folder / 'config.json')['seed']})" if len(folders) > 1 else ""
         for approach in (a for a in settings.approaches if a != "supervised"):
@@ -74,7 +79,7 @@ def as_markdown(results):
     for row in results["rows"]:
         spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.2f}"
         figures = (["none", "-", "-", "-"] if row["accuracy"] is None else
-                   [f"{100 * row['accuracy']:.2f}{spread}", f"{row['retention']:.3f}", f"{row['seconds']:,.0f}", f"{row['images_per_second']:,.0f}"])
+                   [f"{100 * row['accuracy']:.2f}{spread}", "-" if row["retention"] is None else f"{row['retention']:.3f}", f"{row['seconds']:,.0f}", f"{row['images_per_second']:,.0f}"])
         cells = [row["approach"], row["student"], ", ".join(row["sources"]), f"{row['transfer_size']:,}",
                  f"{min(row['per_class']):,} to {max(row['per_class']):,}", *figures]
         cells += [f"{PUBLISHED[row['approach']]:.2f}" if row["approach"] in PUBLISHED else "-"] * published
@@ -92,7 +97,7 @@ def write(settings, folders):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", default="runs/cifar10", metavar="DIR", help="a finished run (default: runs/cifar10)")
     path = Path(parser.parse_args(argv).run_dir) / "results.json"
     if not path.exists():

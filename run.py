@@ -136,7 +136,13 @@ def _positive_int(text):
     return value
 
 
-def _seed(text):
+def _batch(text):
+    if _positive_int(text) < 2:
+        raise argparse.ArgumentTypeError("a batch of one image has no batch statistics: give 2 or more")
+    return int(text)
+
+
+def seed_number(text):
     value = int(text)
     if not 0 <= value < 2 ** 32:
         raise argparse.ArgumentTypeError(f"{text} is not in 0 ... 4294967295")
@@ -195,8 +201,8 @@ FLAGS = {
     "data_dir": dict(metavar="DIR", help="where data sets are looked for, fetched to and packed (default: data)"),
     "run_dir": dict(metavar="DIR", help="the run folder (default: runs/<target>)"),
     "device": dict(choices=("auto", "cpu", "cuda", "mps"), help="where to compute (default: auto)"),
-    "seed": dict(type=_seed, metavar="N", help="all randomness comes from it (default: 0)"),
-    "seeds": dict(type=_list_of(_seed, "seed"), metavar="N,N,...",
+    "seed": dict(type=seed_number, metavar="N", help="all randomness comes from it (default: 0)"),
+    "seeds": dict(type=_list_of(seed_number, "seed"), metavar="N,N,...",
                   help="repeat the whole run for each seed, report mean and standard deviation (default: --seed alone)"),
     "teacher_arch": dict(metavar="ARCH", help="any torchvision classifier, or resnet18_cifar, resnet34_cifar "
                                               "(default: resnet34; inception_v3 for cifar100)"),
@@ -219,7 +225,7 @@ FLAGS = {
     "temperature": dict(type=_positive_float, metavar="T", help="of the KD loss (default: the recipe's)"),
     "epochs": dict(type=_positive_int, metavar="N", help="of every student (default: the recipe's)"),
     "teacher_epochs": dict(type=_positive_int, metavar="N", help="of the teacher (default: the recipe's)"),
-    "batch_size": dict(type=_positive_int, metavar="N", help="of every student (default: the recipe's)"),
+    "batch_size": dict(type=_batch, metavar="N", help="of every student (default: the recipe's)"),
     "lr": dict(type=_positive_float, metavar="RATE", help="learning rate of every student (default: the recipe's)"),
     "limit": dict(type=_positive_int, metavar="N",
                   help="use at most N images of every data set and split, evenly spaced, for a trial run"),
@@ -246,14 +252,14 @@ MADE_BY = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
 def parse(argv, description, flags):
     """What was given on the command line, and only that, as {flag: value}. Exits with status 2 in one line."""
-    parser = _Parser(description=description.strip().splitlines()[0], argument_default=argparse.SUPPRESS,
+    parser = Parser(description=description.strip().splitlines()[0], argument_default=argparse.SUPPRESS,
                      allow_abbrev=False)
     for name in flags:
         parser.add_argument("--" + name.replace("_", "-"), dest=name, **FLAGS[name])
@@ -271,8 +277,8 @@ def resolve(given):
     names = [name_of(source) for source in sources]
     has_eats = any(source in names for source in EATS_SOURCES)
     approaches = given.get("approaches") or tuple(a for a in APPROACHES if a != "eats" or has_eats)
-    if "eats" in approaches and not has_eats:
-        raise UserError(f"--approaches eats needs {' or '.join(EATS_SOURCES)} among the sources, which are {','.join(names)}")
+    if "eats" in (*approaches, given.get("approach")) and not has_eats:
+        raise UserError(f"eats needs {' or '.join(EATS_SOURCES)} among the sources, which are {','.join(names)}")
     if name in names:
         raise UserError(f"{name} is the target and can't be a source as well: take it out of --sources")
     if "confidence" in names:
@@ -377,24 +383,26 @@ class Run:
             for path in self.path.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def open(self):
-        """Checks the settings against the folder's `config.json` and writes it. Returns the run.
-
-        Raises UserError when a setting differs on which a file depends that is there already.
-        """
-        if self.settings.restart:
-            self.clear()
+    def check(self):
+        """Raises UserError when a setting differs from the folder's `config.json` on which a file depends that is there."""
         config = dataclasses.asdict(self.settings)
         if (self.path / "config.json").exists():
             made_with = read_json(self.path / "config.json")
             for name, stage in DECIDES.items():
                 now, then = json.loads(json.dumps(config[name])), made_with.get(name)
                 if now != then and self.holds(stage):
-                    raise UserError(f"{self.path} was made with --{name.replace('_', '-')} {_as_flag(then)}, not "
-                                    f"{_as_flag(now)}: use that, another --run-dir, or --restart")
+                    flag = "student-weights" if name == "supervised_weights" else name.replace("_", "-")
+                    raise UserError(f"{self.path} was made with --{flag} {_as_flag(then)}, not {_as_flag(now)}: "
+                                    "use that, another --run-dir, or --restart")
         if not os.access(_nearest_existing(self.path), os.W_OK):
             raise UserError(f"{self.path} can't be written: choose another --run-dir")
-        write_json(self.path / "config.json", config | environment())
+
+    def open(self, device):
+        """Checks, and writes `config.json`; device: the torch.device that computes. Returns the run."""
+        if self.settings.restart:
+            self.clear()
+        self.check()
+        write_json(self.path / "config.json", dataclasses.asdict(self.settings) | {"device": device.type} | environment())
         return self
 
 
@@ -410,27 +418,39 @@ def _nearest_existing(path):
 
 
 def open_stage(argv, description, flags=STAGE_FLAGS):
-    """For a stage run by hand: (settings, run, flags given). What is not given comes from the run folder."""
+    """For a stage run by hand: (settings, run, flags given). What is not given comes from the run folder.
+
+    Nothing is written: the stage opens the run when it has checked what else it needs.
+    """
     given = parse(argv, description, flags)
-    stored_flags = {}
-    config = Path(given.get("run_dir", resolve({k: v for k, v in given.items() if k == "target"}).run_dir)) / "config.json"
-    if config.exists():
-        stored = read_json(config)
-        fields = {field.name for field in dataclasses.fields(Settings)} - {"run_dir", "restart", "device", "data_dir", "seeds"}
-        stored_flags = {name: tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
-                        for name in fields if stored.get(name) is not None}
-        stored_flags["data_dir"] = stored.get("data_dir", "data")
-        supervised_weights = stored_flags.pop("supervised_weights")
-        other = any(name in given and given[name] != stored_flags[name] for name in ("target", "recipe"))
-        if other and not Run(resolve({"run_dir": str(config.parent)})).holds("teacher"):
-            stored_flags = {}       # a folder that nothing was made in yet: what it says follows from another target or recipe
-    merged = stored_flags | {name: value for name, value in given.items() if name != "approach"}
+    target = {"target": given["target"]} if "target" in given else {}
+    folder = Path(given.get("run_dir", resolve(target).run_dir))
+    stored = _stored_flags(folder, given)
+    merged = stored | given
     if "eats" in merged.get("approaches", ()) and "sources" in given:
-        del merged["approaches"]        # the stored rows belonged to the stored sources
-    settings = resolve(merged)
-    if stored_flags and "student_weights" not in given and "teacher_weights" not in given:
-        settings = dataclasses.replace(settings, supervised_weights=supervised_weights)
-    return settings, Run(settings).open(), given
+        del merged["approaches"]        # the stored rows belong to the stored sources
+    settings = resolve({name: value for name, value in merged.items() if value is not None})
+    if "supervised_weights" in stored and "student_weights" not in given and settings.teacher_weights == stored["teacher_weights"]:
+        settings = dataclasses.replace(settings, supervised_weights=stored["supervised_weights"])
+    elif stored and "student_weights" not in given:
+        settings = dataclasses.replace(settings, supervised_weights="imagenet" if settings.teacher_weights == "imagenet" else "none")
+    run = Run(settings)
+    run.check()
+    return settings, run, given
+
+
+def _stored_flags(folder, given):
+    """The settings in the folder's `config.json`, as if they had been given."""
+    if not (folder / "config.json").exists():
+        return {}
+    stored = read_json(folder / "config.json")
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"run_dir", "restart", "device", "seeds"}
+    if not isinstance(stored, dict) or not fields <= set(stored):
+        raise UserError(f"{folder / 'config.json'} is damaged: it lacks settings; use another --run-dir")
+    other = any(name in given and given[name] != stored[name] for name in ("target", "recipe"))
+    if other and not Run(resolve({"run_dir": str(folder)})).holds("teacher"):
+        return {}       # nothing is made yet: what is stored follows from another target or recipe
+    return {name: tuple(stored[name]) if isinstance(stored[name], list) else stored[name] for name in fields}
 
 
 def environment():

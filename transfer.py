@@ -14,6 +14,7 @@ sorts numbers. With t the threshold of a class,
     python transfer.py --approach mms
 """
 import csv
+import hashlib
 import io
 import math
 import time
@@ -26,8 +27,8 @@ import engine
 import entropy
 import mms_threshold
 import models
-from data import load_source, load_target
-from run import (EATS_SOURCES, STAGE_FLAGS, UserError, command, name_of, open_stage, read_json, say,
+from data import load_source, load_target, unavailable
+from run import (EATS_SOURCES, STAGE_FLAGS, UserError, command, name_of, open_stage, read_json, say, stop_on,
                  write_atomically, write_json, write_text)
 from TeacherTrain import saved_split
 
@@ -55,26 +56,29 @@ def score_images(teacher, images, rows=None, device=torch.device("cpu"), label="
                                                for name, column in zip((*CRITERIA, "confidence"), scores)}}
 
 
-def saved_scores(path, made_from, count, compute):
+def saved_scores(path, made_from, index, compute):
     """The scores in `path`, computed and saved where they aren't there, with the seconds that it took.
 
-    made_from: what they are the scores of; count: how many images that is.
+    made_from: what they are the scores of, and by which teacher; index: (N,) int64, which images of the whole
+    data set the rows are.
     """
+    count = len(index)
     if path.exists():
         try:
             with np.load(path) as saved:
                 scores = {name: saved[name] for name in saved.files}
+            origin = str(scores.pop("made_from"))
+            del scores["seconds"], scores["index"]
         except Exception:
             raise UserError(f"{path} is damaged: delete it and run the command again") from None
-        if str(scores.pop("made_from")) != made_from or len(scores["predicted"]) != count:
-            raise UserError(f"{path} was computed from other images: the data set has changed since; use another --run-dir, or --restart")
-        del scores["seconds"]
+        if origin != made_from or len(scores["predicted"]) != count:
+            raise UserError(f"{path} was computed from other images or by another teacher, which have changed since: use another --run-dir, or --restart")
         return scores
     began = time.monotonic()
     scores = compute()
     seconds = time.monotonic() - began
     say(f"scores: {path.stem}, {count:,} images in {seconds:,.1f} s, {count / seconds:,.0f} img/s")
-    write_atomically(path, lambda file: np.savez(file, made_from=made_from, seconds=seconds, **scores))
+    write_atomically(path, lambda file: np.savez(file, made_from=made_from, seconds=seconds, index=index, **scores))
     return scores
 
 
@@ -185,6 +189,8 @@ class Scoring:
         run.require("teacher.json", "python TeacherTrain.py")
         self.path = run.require("teacher.pt", "python TeacherTrain.py")
         self.classes = models.read(self.path)["classes"]
+        with open(self.path, "rb") as file:
+            self.teacher_digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         self._teacher = self._candidates = None
         self._sources = {}
 
@@ -207,7 +213,7 @@ class Scoring:
         settings = self.run.settings
         target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
         _, rows = saved_split(self.run, len(target.train))
-        return saved_scores(self.run.scores("confidence"), target.train.made_from, len(rows),
+        return saved_scores(self.run.scores("confidence"), f"{target.train.made_from}/{self.teacher_digest}", target.train.rows[rows],
                             lambda: score_images(self.teacher, target.train.images, rows, self.device, "scoring confidence"))
 
     def candidates(self):
@@ -218,7 +224,7 @@ class Scoring:
 
     def _scores(self, name):
         source = self.source(name)
-        return saved_scores(self.run.scores(name), source.made_from, len(source),
+        return saved_scores(self.run.scores(name), f"{source.made_from}/{self.teacher_digest}", source.rows,
                             lambda: score_images(self.teacher, source.images, device=self.device, label=f"scoring {name}"))
 
 
@@ -226,7 +232,7 @@ def make_thresholds(run, scoring):
     """Makes thresholds.json unless it is there. Returns {criterion: (C,) float64, NaN where a class has none}."""
     path, calibrated_on = run / "thresholds.json", run.settings.calibrate
     # Thresholds that come from the sources hold for these sources alone.
-    basis = {"calibrated_on": calibrated_on} | ({"sources": list(run.settings.sources)} if calibrated_on == "sources" else {})
+    basis = {"calibrated_on": calibrated_on, "teacher": scoring.teacher_digest} | ({"sources": list(run.settings.sources)} if calibrated_on == "sources" else {})
     saved = read_json(path) if path.exists() else None
     if saved is None or any(saved.get(key) != value for key, value in basis.items()):
         count = len(scoring.classes)
@@ -247,7 +253,8 @@ def bucket_size(transfer_size, target_size, classes):
     """Images a class: an equal share of `transfer_size`, or, where that is None, of the target's training split."""
     bucket = (transfer_size or target_size) // classes
     if bucket < 1:
-        raise UserError(f"--transfer-size {transfer_size} is less than one image for each of {classes} classes")
+        raise UserError(f"{transfer_size or target_size} images are less than one for each of {classes} classes: give a larger "
+                        f"{'--transfer-size' if transfer_size else '--limit'}")
     return bucket
 
 
@@ -258,7 +265,10 @@ def make_transfer_set(run, approach, scoring, target_size):
     """
     folder = run.transfer(approach)
     if (folder / "summary.json").exists():
-        return read_json(folder / "summary.json")
+        summary = read_json(folder / "summary.json")
+        if summary["teacher"] != scoring.teacher_digest:
+            raise UserError(f"{folder} was selected by another teacher than {run / 'teacher.pt'}: use another --run-dir, or --restart")
+        return summary
     settings, classes = run.settings, scoring.classes
     candidates, thresholds = scoring.candidates(), make_thresholds(run, scoring)
     bucket = bucket_size(settings.transfer_size, target_size, len(classes))
@@ -266,7 +276,7 @@ def make_transfer_set(run, approach, scoring, target_size):
     predicted, source, index = (column[chosen] for column in (candidates.predicted, candidates.source, candidates.index))
     per_class = np.bincount(predicted, minlength=len(classes))
     summary = {
-        "size": len(chosen), "bucket": bucket, "per_class": per_class.tolist(), "classes": classes,
+        "teacher": scoring.teacher_digest, "size": len(chosen), "bucket": bucket, "per_class": per_class.tolist(), "classes": classes,
         "per_source": {name: int((source == i).sum()) for i, name in enumerate(candidates.names)},
         # random doesn't fill buckets, so none of its classes can be short
         "shortfall": {} if approach == "random" else {classes[c]: int(bucket - n) for c, n in enumerate(per_class) if n < bucket},
@@ -326,7 +336,9 @@ def report_transfer_set(approach, summary):
 def threshold_command(criterion, description, argv):
     """`python mms_threshold.py` and `python entropy.py`: print and save the thresholds."""
     settings, run, _ = open_stage(argv, description)
-    scoring = Scoring(run, engine.pick_device(settings.device))
+    device = engine.pick_device(settings.device)
+    scoring = Scoring(run, device)
+    run.open(device)
     report_thresholds(criterion, make_thresholds(run, scoring)[criterion], scoring.classes, settings.calibrate)
     say(f"saved in {run / 'thresholds.json'}")
 
@@ -334,7 +346,12 @@ def threshold_command(criterion, description, argv):
 def main(argv):
     settings, run, given = open_stage(argv, __doc__, STAGE_FLAGS + ("approach",))
     approach = given.get("approach", "mms")
-    scoring = Scoring(run, engine.pick_device(settings.device))
+    if approach == "supervised":
+        raise UserError("supervised has no transfer set, it learns from the target's labelled images: run `python distill.py --approach supervised`")
+    device = engine.pick_device(settings.device)
+    scoring = Scoring(run, device)
+    stop_on(unavailable([(settings.target, "target"), *((source, "source") for source in settings.sources)], settings.data_dir))
+    run.open(device)
     target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
     report_transfer_set(approach, make_transfer_set(run, approach, scoring, len(target.train)))
     say(f"saved in {run.transfer(approach)}")
