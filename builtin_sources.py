@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data import Images
 
-COUNTS = {"glyphs": 30_000, "photos": 8_000, "noise": 2_000}
+COUNTS = {"glyphs": 40_000, "photos": 6_000, "noise": 2_000}
 LETTERS_AND_SIGNS = ("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
                      "!#$%&()*+/<=>?@[\\]^_{|}~\u00a9\u00ab\u00b1\u00bb\u2122")
+_IS_INK = [0] * 101 + [255] * 155
 CANVAS = 96     # pixels of the drawing before it is brought to 32x32
 
 
@@ -75,7 +76,7 @@ def draw_glyph(rng):
     corners = corners @ turn.T + rng.normal(0, CANVAS / 25, (4, 2)) + CANVAS / 2
     bent = drawing.transform((CANVAS, CANVAS), Image.Transform.QUAD, tuple(corners.ravel()), Image.Resampling.BILINEAR)
     # Like the digits: the ink's box fills the height, is centred, and every 4x4 block counts its ink.
-    box = bent.point(lambda value: 255 * (value > 100)).getbbox() or (0, 0, CANVAS, CANVAS)
+    box = bent.point(_IS_INK).getbbox() or (0, 0, CANVAS, CANVAS)
     height = int(rng.integers(27, 34))
     width = int(np.clip(round((box[2] - box[0]) / (box[3] - box[1]) * height * rng.uniform(0.6, 1.05)), 3, 26))
     ink = np.asarray(bent.crop(box).resize((width, height), Image.Resampling.BILINEAR)) > 110

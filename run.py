@@ -62,7 +62,7 @@ RECIPES = {
     "quick": RecipePair(
         teacher=Recipe(epochs=12, batch_size=64, lr=0.05, momentum=0.9, weight_decay=5e-4,
                        schedule="onecycle", augment="crop"),
-        student=Recipe(epochs=12, batch_size=64, lr=0.1, momentum=0.9, weight_decay=5e-4,
+        student=Recipe(epochs=16, batch_size=64, lr=0.1, momentum=0.9, weight_decay=5e-4,
                        schedule="onecycle", temperature=4.0)),
 }
 
