@@ -533,7 +533,7 @@ def ensure(record, data_dir, role="source"):
         for archive in archives:
             path = Path(data_dir) / archive.name
             if path.exists():
-                _verify(path, archive.size, archive.md5)
+                verify(path, archive.size, archive.md5)
             else:
                 fetch(archive.url, path, archive.size, md5=archive.md5)
             extract(path, Path(data_dir), record)
@@ -624,7 +624,7 @@ def fetch(url, path, size=None, *, md5=None, sha256_prefix=None):
                 file.write(piece)
                 progress.update(len(piece))
             progress.close()
-        _verify(part, size, md5, sha256_prefix, name=url)
+        verify(part, size, md5, sha256_prefix, name=url)
         os.replace(part, path)
     except requests.RequestException as error:
         raise UserError(f"{url} can't be fetched ({type(error).__name__}): fetch it by hand and put it at {path}") from None
@@ -632,7 +632,7 @@ def fetch(url, path, size=None, *, md5=None, sha256_prefix=None):
         part.unlink(missing_ok=True)
 
 
-def _verify(path, size=None, md5=None, sha256_prefix=None, name=None):
+def verify(path, size=None, md5=None, sha256_prefix=None, name=None):
     name = name or path
     if size is not None and path.stat().st_size != size:
         raise UserError(f"{name} is not whole: {path.stat().st_size:,} bytes instead of {size:,}; delete it and fetch it again")
@@ -761,7 +761,7 @@ def _list(data_dir):
     say(f"{'name':13} {'images':>9} {'pixels':>6} {'to fetch':>9}  {'state':9} terms")
     for record in DATA_SETS.values():
         place = locate(record, data_dir)
-        packed = any((Path(data_dir) / "packed").glob(f"{record.name}-*/pack.json"))
+        packed = any(next((Path(data_dir) / "packed").glob(f"{record.name}-*-{IMAGE_SIZE}{seed}/pack.json"), None) for seed in ("", "-seed*"))
         size = sum(archive.size for archive in record.archives)
         say(f"{record.name:13} {record.images:>9} {record.native or 'all':>6} {f'{size / 1e6:,.0f} MB' if size else '-':>9}  "
             f"{'packed' if packed else place.kind:9} {record.terms}")

@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from data import IMAGE_SIZE, fetch, reachable, _verify
+from data import IMAGE_SIZE, fetch, reachable, verify
 from run import UserError, write_atomically
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
@@ -168,13 +168,17 @@ def _imagenet(arch):
 
 
 def require_fits(arch):
-    """Raises UserError unless `arch` exists and takes images of our size. Nothing is computed, only shapes."""
+    """Raises UserError unless `arch` exists and takes images of our size."""
     require_known(arch)
-    try:
-        with torch.device("meta"), torch.no_grad():
-            build(arch, ["a", "b"]).eval()(torch.empty(2, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8))
-    except RuntimeError as error:
-        raise UserError(f"{arch} does not take {IMAGE_SIZE}x{IMAGE_SIZE} images: {str(error).splitlines()[0]}") from None
+    # On the meta device only shapes are computed. Some constructors can't run there and get a second, real try.
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device), torch.no_grad():
+                build(arch, ["a", "b"]).eval()(torch.zeros(2, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8))
+            return
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+    raise UserError(f"{arch} does not take {IMAGE_SIZE}x{IMAGE_SIZE} images: {reason}")
 
 
 def unavailable(choices):
@@ -201,7 +205,7 @@ def imagenet_weights(arch):
     url, path = _imagenet(arch)
     prefix = path.stem.rpartition("-")[2]
     if path.exists():
-        _verify(path, sha256_prefix=prefix)
+        verify(path, sha256_prefix=prefix)
     else:
         fetch(url, path, sha256_prefix=prefix)
     return path

@@ -74,6 +74,17 @@ def test_inception_has_two_heads_of_which_the_last_is_the_main_one():
     assert models.heads(classifier.network, 5)[-1] == (classifier.network, "fc")
 
 
+@pytest.mark.parametrize("arch", ["resnet34", "resnet18_cifar", "inception_v3", "vit_b_16", "densenet121", "squeezenet1_0", "regnet_x_400mf"])
+def test_architectures_of_all_kinds_take_our_images(arch):
+    models.require_fits(arch)
+
+
+def test_a_network_that_does_not_take_our_images_is_named_before_anything_long(monkeypatch):
+    monkeypatch.delitem(models.INPUT_SIZES, "alexnet")
+    with pytest.raises(UserError, match="alexnet does not take 32x32 images"):
+        models.require_fits("alexnet")
+
+
 def test_the_cifar_variant_keeps_the_resolution():
     network = models.build("resnet18_cifar", CLASSES).network
     assert network.conv1.stride == (1, 1) and network.conv1.kernel_size == (3, 3) and isinstance(network.maxpool, nn.Identity)

@@ -265,3 +265,48 @@ def test_importing_the_modules_does_nothing(tmp_path):
     script = f"import sys; sys.path.insert(0, {str(repository)!r}); sys.argv = ['x', '--nonsense']; import {', '.join(modules)}"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+def test_a_mistyped_flag_of_a_stage_leaves_nothing_behind(flags, execute):
+    status, out, err = execute(TeacherTrain.main, [*flags, "--teacher-arch", "resnet999"])
+    assert status == 2 and "resnet999" in err and not RUN.exists()
+
+
+def test_a_source_without_images_is_named_before_the_teacher_trains(flags, execute, tmp_path):
+    (tmp_path / "empty").mkdir()
+    status, out, err = execute(compile.main, [*flags, "--sources", f"web={tmp_path / 'empty'}"])
+    assert status == 2 and "no images found" in err and not RUN.exists()
+
+
+@pytest.mark.parametrize("approach, said", [("supervised", "distill.py --approach supervised"), ("eats", "svhn or tinyimagenet")])
+def test_an_approach_that_selects_nothing_from_these_sources_is_refused(flags, finished, execute, approach, said):
+    status, out, err = execute(transfer.main, ["--target", flags[1], "--approach", approach])
+    assert status == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_what_another_teacher_selected_is_not_used(flags, finished, execute):
+    content = torch.load(RUN / "teacher.pt", weights_only=True)
+    content["state_dict"]["fc.bias"] += 1
+    (RUN / "teacher.pt").unlink()
+    torch.save(content, RUN / "teacher.pt")
+    status, out, err = execute(compile.main, flags)
+    assert status == 2 and "another teacher" in err
+
+
+@pytest.mark.parametrize("damage, name", [(b"", "scores/pool.npz"), (b"\0" * 99, "scores/pool.npz"), (b"{", "thresholds.json")])
+def test_a_damaged_file_of_the_run_folder_is_named(flags, finished, execute, damage, name):
+    (RUN / name).unlink()
+    (RUN / name).write_bytes(damage)
+    shutil.rmtree(RUN / "transfer" / "mms")
+    status, out, err = execute(transfer.main, ["--target", flags[1], "--approach", "mms"])
+    assert status == 2 and f"{name} is damaged" in err
+
+
+def test_supervised_by_hand_starts_from_the_weights_that_the_run_was_made_with(flags):
+    from run import Run, open_stage, resolve
+    run = Run(resolve({"target": flags[1], "teacher_weights": "imagenet"}))
+    run.open(torch.device("cpu"))
+    for given in ([], ["--teacher-weights", "imagenet"]):
+        assert open_stage(["--target", flags[1], *given], "A stage.")[0].supervised_weights == "imagenet"
+    assert open_stage(["--target", flags[1], "--teacher-weights", "none"], "A stage.")[0].supervised_weights == "none"
+    assert open_stage(["--target", flags[1], "--student-weights", "none"], "A stage.")[0].supervised_weights == "none"
