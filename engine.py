@@ -17,6 +17,7 @@ from run import Progress, UserError, write_atomically
 
 AUXILIARY_WEIGHT = 0.4      # of an auxiliary head's loss, as in Inception (Szegedy et al. 2015)
 EVALUATION_BATCH = 512
+SAVE_INTERVAL = 20.0        # seconds of training after which the end of an epoch is worth a checkpoint
 
 
 def pick_device(name):
@@ -118,7 +119,8 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
     mean loss of a batch, where views are the augmented pixels that the classifier saw and rows says which
     images they are. evaluate(): an accuracy to note after each epoch.
 
-    After each epoch everything is saved at `checkpoint`; a later call goes on from there and ends in the same
+    At the end of an epoch, SAVE_INTERVAL after the last time, everything is saved at `checkpoint`; a later call
+    goes on from there and ends in the same
     bits as one that was never interrupted, since an epoch draws from (seed, epoch) alone. Raises UserError
     when the loss is no longer finite; it names `remedy`.
     """
@@ -141,6 +143,7 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
         scheduler.load_state_dict(saved["scheduler"])
         training = Training(saved["history"], saved["seconds"], saved["images"])
         start = len(training.history)
+    saved_at = training.seconds
     progress = Progress(label, recipe.epochs * steps * min(recipe.batch_size, len(rows)))
     progress.skip(start * steps * min(recipe.batch_size, len(rows)))
 
@@ -171,8 +174,9 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
                             f"{optimizer.param_groups[0]['lr']:.3g}: give {remedy}")
         training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"],
                                  "confidence_accuracy": evaluate() if evaluate else None})
-        if epoch + 1 < recipe.epochs:
+        if epoch + 1 < recipe.epochs and training.seconds - saved_at >= SAVE_INTERVAL:
             _save_progress(checkpoint, classifier, optimizer, scheduler, training)
+            saved_at = training.seconds
     progress.close()
     return training
 

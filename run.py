@@ -534,6 +534,9 @@ def command(main):
         for line in str(error).splitlines():
             print(f"{program}: {line}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:     # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -109,7 +109,7 @@ class _Bomb:
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, capsys):
-    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(_Bomb()))
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(_Bomb(), protocol=2))
     with pytest.raises(UserError, match="bomb.pt"):
         models.load(tmp_path / "bomb.pt")
     torch.save({"arch": _Bomb()}, tmp_path / "bomb2.pt")
@@ -143,7 +143,8 @@ def test_imagenet_weights_are_loaded_and_the_head_is_new(tmp_path, monkeypatch):
     assert network.fc.out_features == 3
 
 
-def test_training_is_repeatable_and_an_interrupted_one_ends_in_the_same_bits(tmp_path):
+def test_training_is_repeatable_and_an_interrupted_one_ends_in_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "SAVE_INTERVAL", 0.0)
     images, rows = random_images(40), np.arange(2, 38)
     labels = np.random.default_rng(1).integers(0, 3, 40)
 
@@ -162,6 +163,7 @@ def test_training_is_repeatable_and_an_interrupted_one_ends_in_the_same_bits(tmp
     whole, training = trained(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "b", stop_after=1)
+    assert (tmp_path / "b").exists()
     resumed, resumed_training = trained(tmp_path / "b")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert [epoch["loss"] for epoch in training.history] == [epoch["loss"] for epoch in resumed_training.history]
