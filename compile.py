@@ -14,7 +14,7 @@ import engine
 import models
 import report
 from distill import report_student, train_student
-from run import RUN_FLAGS, Run, command, parse, resolve, say, stop_on
+from run import RUN_FLAGS, Run, command, name_of, parse, resolve, say, stop_on
 from TeacherTrain import report as report_teacher, train_teacher
 from transfer import CRITERIA, Scoring, bucket_size, make_thresholds, make_transfer_set, report_thresholds, report_transfer_set
 
@@ -53,13 +53,14 @@ def run_once(settings, device):
     target = data.load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
     bucket_size(settings.transfer_size, len(target.train), len(target.classes))
     selecting = [approach for approach in settings.approaches if approach != "supervised"]
-    for source in settings.sources if selecting else ():        # whatever is wrong with one shows before anything long
-        data.load_source(source, settings.data_dir, settings.seed, settings.limit)
+    # Whatever is wrong with a source shows here, before anything long.
+    sources = {name_of(source): data.load_source(source, settings.data_dir, settings.seed, settings.limit)
+               for source in settings.sources} if selecting else {}
     run = Run(settings).open(device)
     say(f"target: {len(target.train):,} training and {len(target.test):,} test images of {len(target.classes)} classes")
     report_teacher(train_teacher(run, target, device))
     if selecting:
-        scoring = Scoring(run, device)
+        scoring = Scoring(run, device, target, sources)
         thresholds = make_thresholds(run, scoring)
         for criterion in (c for c in CRITERIA if c in selecting):
             report_thresholds(criterion, thresholds[criterion], scoring.classes, settings.calibrate)

@@ -26,7 +26,7 @@ import requests
 import torch
 from PIL import Image
 
-from run import Parser, Progress, UserError, command, name_of, say, seed_number, write_json, write_text
+from run import Parser, Progress, UserError, command, say, seed_number, write_json, write_text
 
 IMAGE_SIZE = 32
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -781,7 +781,7 @@ def main(argv):
     for name in names:
         _record(name)
     for name in names:
-        images = load_source(name_of(name), args.data_dir, args.seed)
+        images = load_source(name, args.data_dir, args.seed)
         say(f"{name}: {len(images):,} images packed")
 
 

@@ -27,7 +27,7 @@ def collect(settings, folders):
             return statistics.fmean(figures) if figures else None
         rows.append({
             "approach": approach, "student": students[0]["arch"],
-            "sources": [name for name in students[0]["sources"]],
+            "sources": students[0]["sources"],
             "transfer_size": round(statistics.fmean(student["transfer_size"] for student in students)),
             "per_class": [round(statistics.fmean(counts)) for counts in zip(*(student["per_class"] for student in students))],
             "accuracy": mean("accuracy"),

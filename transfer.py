@@ -182,9 +182,13 @@ def select(approach, candidates, thresholds, bucket, fill="first", seed=0):
 # --------------------------------------------------------------------------------------------------
 
 class Scoring:
-    """The teacher and what it scores. The teacher is loaded only when something has yet to be scored."""
+    """The teacher and what it scores. The teacher is loaded only when something has yet to be scored.
 
-    def __init__(self, run, device):
+    target: a data.Target, and sources: {name: data.Packed}, where the caller has opened them already; what is
+    not given is opened when it is needed.
+    """
+
+    def __init__(self, run, device, target=None, sources=()):
         self.run, self.device = run, device
         run.require("teacher.json", "python TeacherTrain.py")
         self.path = run.require("teacher.pt", "python TeacherTrain.py")
@@ -192,13 +196,20 @@ class Scoring:
         with open(self.path, "rb") as file:
             self.teacher_digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         self._teacher = self._candidates = None
-        self._sources = {}
+        self._target, self._sources = target, dict(sources)
 
     @property
     def teacher(self):
         if self._teacher is None:
             self._teacher = models.load(self.path).to(self.device)
         return self._teacher
+
+    @property
+    def target(self):
+        if self._target is None:
+            settings = self.run.settings
+            self._target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
+        return self._target
 
     def source(self, name):
         """The packed source of that name."""
@@ -210,8 +221,7 @@ class Scoring:
 
     def confidence(self):
         """Scores of the confidence set."""
-        settings = self.run.settings
-        target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
+        target = self.target
         _, rows = saved_split(self.run, len(target.train))
         return saved_scores(self.run.scores("confidence"), f"{target.train.made_from}/{self.teacher_digest}", target.train.rows[rows],
                             lambda: score_images(self.teacher, target.train.images, rows, self.device, "scoring confidence"))
@@ -352,8 +362,7 @@ def main(argv):
     scoring = Scoring(run, device)
     stop_on(unavailable([(settings.target, "target"), *((source, "source") for source in settings.sources)], settings.data_dir))
     run.open(device)
-    target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
-    report_transfer_set(approach, make_transfer_set(run, approach, scoring, len(target.train)))
+    report_transfer_set(approach, make_transfer_set(run, approach, scoring, len(scoring.target.train)))
     say(f"saved in {run.transfer(approach)}")
 
 
