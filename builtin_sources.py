@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from data import Images
+from packing import Images
 
 COUNTS = {"glyphs": 40_000, "photos": 6_000, "noise": 2_000}
 LETTERS_AND_SIGNS = ("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -21,7 +21,7 @@ CANVAS = 96     # pixels of the drawing before it is brought to 32x32
 
 
 def read(name, seed):
-    """The data.Images of a built-in source. Image i depends on the seed and i alone."""
+    """The packing.Images of a built-in source. Image i depends on the seed and i alone."""
     draw = {"glyphs": draw_glyph, "photos": crop_photo, "noise": draw_noise}[name]
     number = list(COUNTS).index(name)
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]     # drawn differently, packed anew

@@ -13,7 +13,8 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from data import IMAGE_SIZE, fetch, reachable, verify
+from download import fetch, reachable, verify
+from packing import IMAGE_SIZE
 from run import UserError, write_atomically
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}

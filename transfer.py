@@ -184,7 +184,7 @@ def select(approach, candidates, thresholds, bucket, fill="first", seed=0):
 class Scoring:
     """The teacher and what it scores. The teacher is loaded only when something has yet to be scored.
 
-    target: a data.Target, and sources: {name: data.Packed}, where the caller has opened them already; what is
+    target: a data.Target, and sources: {name: packing.Packed}, where the caller has opened them already; what is
     not given is opened when it is needed.
     """
 

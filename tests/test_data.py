@@ -22,8 +22,12 @@ import torch
 from PIL import Image
 from torchvision.transforms import Resize
 
+import archives
 import builtin_sources
 import data
+import download
+import layouts
+import packing
 from data import load_source, load_target
 from run import UserError
 
@@ -64,23 +68,23 @@ def leftovers(folder):
 def test_decode_is_torchvision_resize_bit_for_bit(width, height, mode):
     image = Image.fromarray(random_pixels(height, width, 3)).convert(mode)
     expected = np.asarray(Resize((32, 32))(image.convert("RGB")))
-    np.testing.assert_array_equal(data.decode(image), expected)
+    np.testing.assert_array_equal(packing.decode(image), expected)
 
 
 def test_decode_leaves_native_pixels_unchanged():
     pixels = random_pixels(32, 32, 3)
-    np.testing.assert_array_equal(data.decode(Image.fromarray(pixels)), pixels)
+    np.testing.assert_array_equal(packing.decode(Image.fromarray(pixels)), pixels)
 
 
 def test_decode_repeats_grey_in_all_three_colours():
     grey = random_pixels(32, 32)
-    np.testing.assert_array_equal(data.decode(Image.fromarray(grey)), np.stack([grey, grey, grey], axis=2))
+    np.testing.assert_array_equal(packing.decode(Image.fromarray(grey)), np.stack([grey, grey, grey], axis=2))
 
 
 def test_decode_looks_colours_of_a_palette_up():
     image = Image.new("P", (32, 32), 1)
     image.putpalette([0, 0, 0, *GREEN])
-    assert_colour(data.decode(image), GREEN)
+    assert_colour(packing.decode(image), GREEN)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -497,10 +501,10 @@ def test_two_broken_files_in_a_hundred_are_a_user_error_and_leave_nothing(tmp_pa
 
 
 def test_packing_in_chunks_loses_no_image(tmp_path):
-    images = data.Images(10, lambda i: Image.new("RGB", (4, 4), (i, 0, 0)) if i != 4 else 1 / 0, "ten")
+    images = packing.Images(10, lambda i: Image.new("RGB", (4, 4), (i, 0, 0)) if i != 4 else 1 / 0, "ten")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "MAX_BAD", 0.1)
-        packed = data.pack(images, tmp_path / "pack", "ten", chunk=3)
+        patch.setattr(packing, "MAX_BAD", 0.1)
+        packed = packing.pack(images, tmp_path / "pack", "ten", chunk=3)
     assert packed.images[:, 0, 0, 0].tolist() == packed.rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
 
 
@@ -685,7 +689,7 @@ def test_fetch_gives_the_file_its_name_only_when_it_is_whole_and_right(tmp_path,
     server.files["/a.bin"] = CONTENT
     there_halfway = []
     server.halfway = lambda: there_halfway.append((tmp_path / "new" / "a.bin").exists())
-    data.fetch(f"{server.url}/a.bin", tmp_path / "new" / "a.bin", len(CONTENT), md5=md5(CONTENT))
+    download.fetch(f"{server.url}/a.bin", tmp_path / "new" / "a.bin", len(CONTENT), md5=md5(CONTENT))
     assert there_halfway == [False]
     assert (tmp_path / "new" / "a.bin").read_bytes() == CONTENT
     assert not leftovers(tmp_path)
@@ -693,9 +697,9 @@ def test_fetch_gives_the_file_its_name_only_when_it_is_whole_and_right(tmp_path,
 
 def test_fetch_checks_the_beginning_of_a_sha256(tmp_path, server):
     server.files["/a.bin"] = CONTENT
-    data.fetch(f"{server.url}/a.bin", tmp_path / "a.bin", sha256_prefix=hashlib.sha256(CONTENT).hexdigest()[:8])
+    download.fetch(f"{server.url}/a.bin", tmp_path / "a.bin", sha256_prefix=hashlib.sha256(CONTENT).hexdigest()[:8])
     with pytest.raises(UserError, match="sha256"):
-        data.fetch(f"{server.url}/a.bin", tmp_path / "b.bin", sha256_prefix="0000000000")
+        download.fetch(f"{server.url}/a.bin", tmp_path / "b.bin", sha256_prefix="0000000000")
     assert not (tmp_path / "b.bin").exists()
 
 
@@ -703,32 +707,32 @@ def test_fetch_checks_the_beginning_of_a_sha256(tmp_path, server):
 def test_fetch_leaves_nothing_of_a_wrong_file(tmp_path, server, size, checksum, complaint):
     server.files["/a.bin"] = CONTENT
     with pytest.raises(UserError, match=complaint):
-        data.fetch(f"{server.url}/a.bin", tmp_path / "a.bin", size, md5=checksum)
+        download.fetch(f"{server.url}/a.bin", tmp_path / "a.bin", size, md5=checksum)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fetch_leaves_nothing_where_the_server_hangs_up(tmp_path, server):
     server.files["/a.bin"], server.withheld = CONTENT, 10
     with pytest.raises(UserError, match=f"{server.url}/a.bin"):
-        data.fetch(f"{server.url}/a.bin", tmp_path / "a.bin")
+        download.fetch(f"{server.url}/a.bin", tmp_path / "a.bin")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fetch_of_a_file_that_is_not_there_is_a_user_error(tmp_path, server):
     with pytest.raises(UserError, match=f"{server.url}/none.bin.*{tmp_path}/none.bin"):
-        data.fetch(f"{server.url}/none.bin", tmp_path / "none.bin")
+        download.fetch(f"{server.url}/none.bin", tmp_path / "none.bin")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fetch_without_a_server_is_a_user_error(tmp_path, dead_url):
     with pytest.raises(UserError, match=f"{dead_url}/a.bin.*{tmp_path}/a.bin"):
-        data.fetch(f"{dead_url}/a.bin", tmp_path / "a.bin")
+        download.fetch(f"{dead_url}/a.bin", tmp_path / "a.bin")
     assert list(tmp_path.iterdir()) == []
 
 
 def register(monkeypatch, name, url, content):
     """Puts the address, size and checksum of our small archive into the registry."""
-    archive = data.RemoteFile(url, len(content), md5(content))
+    archive = download.RemoteFile(url, len(content), md5(content))
     monkeypatch.setitem(data.DATA_SETS, name, dataclasses.replace(data.DATA_SETS[name], archives=(archive,)))
 
 
@@ -750,7 +754,7 @@ def test_unavailable_says_what_the_server_answered(tmp_path, server, monkeypatch
 
 def test_unavailable_says_how_much_will_be_fetched_where_all_can_be(tmp_path, server, monkeypatch, capsys):
     server.files["/stl10_binary.tar.gz"] = CONTENT
-    archive = data.RemoteFile(f"{server.url}/stl10_binary.tar.gz", 123_000_000, "0" * 32)
+    archive = download.RemoteFile(f"{server.url}/stl10_binary.tar.gz", 123_000_000, "0" * 32)
     monkeypatch.setitem(data.DATA_SETS, "stl10", dataclasses.replace(data.DATA_SETS["stl10"], archives=(archive,)))
     assert data.unavailable([("stl10", "source")], tmp_path) == []
     assert "stl10, 123 MB" in capsys.readouterr().out
@@ -764,7 +768,7 @@ def test_unavailable_asks_no_server_for_what_is_on_disk(tmp_path, server, monkey
 
 
 def test_an_address_with_a_question_mark_names_its_file_without_it():
-    assert data.RemoteFile("https://host/records/1/files/a.tar.gz?download=1", 1, "").name == "a.tar.gz"
+    assert download.RemoteFile("https://host/records/1/files/a.tar.gz?download=1", 1, "").name == "a.tar.gz"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -827,7 +831,7 @@ def test_svhn_as_a_target_fetches_the_test_file_it_lacks(tmp_path, server, monke
     write_svhn(tmp_path)
     content = server.files["/test_32x32.mat"] = (tmp_path / "svhn" / "test_32x32.mat").read_bytes()
     (tmp_path / "svhn" / "test_32x32.mat").unlink()
-    remote = data.RemoteFile(f"{server.url}/test_32x32.mat", len(content), md5(content))
+    remote = download.RemoteFile(f"{server.url}/test_32x32.mat", len(content), md5(content))
     monkeypatch.setitem(data.DATA_SETS, "svhn", dataclasses.replace(data.DATA_SETS["svhn"], target_archives=(remote,)))
     assert load_target("svhn", tmp_path).test.labels.tolist() == [0, 5]
 
@@ -841,7 +845,7 @@ def test_a_tar_that_climbs_out_of_its_folder_is_refused(tmp_path):
         content.add(tmp_path / "made" / "cifar-10-batches-py", "cifar-10-batches-py")
         content.add(tmp_path / "evil.txt", "../escaped.txt")
     with pytest.raises(UserError, match="cifar-10-python.tar.gz"):
-        data.extract(archive, archive.parent, data.DATA_SETS["cifar10"])
+        archives.extract(archive, archive.parent, data.DATA_SETS["cifar10"])
     assert [path.name for path in archive.parent.iterdir()] == ["cifar-10-python.tar.gz"]
     assert not (tmp_path / "escaped.txt").exists()
 
@@ -852,7 +856,7 @@ def test_a_zip_cannot_climb_out_of_its_folder(tmp_path):
     with zipfile.ZipFile(archive, "w") as content:
         content.writestr("../escaped.txt", "evil")
         content.writestr("tiny-imagenet-200/train/n01/images/n01_0.JPEG", b"")
-    data.extract(archive, archive.parent, data.DATA_SETS["tinyimagenet"])
+    archives.extract(archive, archive.parent, data.DATA_SETS["tinyimagenet"])
     assert {path.name for path in archive.parent.iterdir()} == {"tiny-imagenet-200.zip", "tiny-imagenet-200"}
     assert not (tmp_path / "escaped.txt").exists()
 
@@ -865,7 +869,7 @@ def test_an_archive_that_does_not_hold_the_data_set_leaves_nothing(tmp_path, dam
     archive = tmp_path / "data" / "cifar-10-python.tar.gz"
     archive.write_bytes(tar_of(tmp_path / "made", "cifar-10-batches-py")[:-300] if damage == "cut short" else tar_of(tmp_path / "made", "other"))
     with pytest.raises(UserError, match="cifar-10-python.tar.gz"):
-        data.extract(archive, archive.parent, data.DATA_SETS["cifar10"])
+        archives.extract(archive, archive.parent, data.DATA_SETS["cifar10"])
     assert [path.name for path in archive.parent.iterdir()] == ["cifar-10-python.tar.gz"]
 
 
@@ -892,7 +896,7 @@ def test_what_macos_adds_to_a_zip_does_not_disturb_the_tar_inside(tmp_path):
     (tmp_path / "data").mkdir()
     archive = tmp_path / "data" / "caltech-101.zip"
     archive.write_bytes(caltech101_zip(tmp_path / "made", ("__MACOSX/caltech-101/._101_ObjectCategories.tar.gz", b"\0\x05\x16\7\0\2\0\0Mac OS X")))
-    data.extract(archive, archive.parent, data.DATA_SETS["caltech101"])
+    archives.extract(archive, archive.parent, data.DATA_SETS["caltech101"])
     assert len(list((tmp_path / "data" / "101_ObjectCategories").rglob("*.jpg"))) == 18
 
 
@@ -900,7 +904,7 @@ def test_a_plain_tar_is_extracted(tmp_path):
     save_images(tmp_path / "made" / "val_256", ["Places365_val_00000001.jpg"])
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "val_256.tar").write_bytes(tar_of(tmp_path / "made", "val_256", mode="w"))
-    data.extract(tmp_path / "data" / "val_256.tar", tmp_path / "data", data.DATA_SETS["places365"])
+    archives.extract(tmp_path / "data" / "val_256.tar", tmp_path / "data", data.DATA_SETS["places365"])
     assert (tmp_path / "data" / "val_256" / "Places365_val_00000001.jpg").exists()
 
 
@@ -970,7 +974,7 @@ def test_class_folders_may_be_links_and_a_loop_of_links_ends(tmp_path):
     (tmp_path / "pool").mkdir()
     (tmp_path / "pool" / "cat").symlink_to(elsewhere)
     (elsewhere / "loop").symlink_to(tmp_path / "pool")
-    assert data.list_images(tmp_path / "pool") == ["cat/a.png"]
+    assert layouts.list_images(tmp_path / "pool") == ["cat/a.png"]
 
 
 def test_a_damaged_pack_is_named(tmp_path):

@@ -21,7 +21,7 @@ import mms_threshold
 import TeacherTrain
 import transfer
 from conftest import small_run
-from data import decode
+from packing import decode
 
 RUN = Path("runs/colours")
 
