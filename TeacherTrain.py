@@ -93,7 +93,7 @@ def main(argv):
     weights = [] if settings.teacher_checkpoint else [(settings.teacher_arch, settings.teacher_weights)]
     stop_on(unavailable([(settings.target, "target")], settings.data_dir) + models.unavailable(weights))
     run.open(device)
-    target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
+    target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit, max_bad=settings.max_bad)
     report(train_teacher(run, target, device))
 
 

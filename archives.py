@@ -1,42 +1,126 @@
-"""Archives: extracted beside their place, and moved there when they are whole."""
+"""Archives: extracted beside their place, checked, and moved there when they are whole.
+
+An archive may come from anywhere, so nothing in it is trusted: names that leave the folder, links that do,
+devices, and more content than the data set can have are refused, and the archive is named.
+"""
+import errno
+import gzip
 import os
+import posixpath
 import shutil
+import stat
 import tarfile
 import zipfile
+import zlib
 
-from packing import first_line
-from run import UserError, say
+from run import Progress, UserError, first_line, holding
+
+SUFFIXES = (".zip", ".tar", ".tar.gz")
 
 
-def extract(archive, data_dir, record):
-    """Extracts `archive` into a folder beside the layout's place, and moves it there when it is whole."""
-    if not archive.name.endswith((".zip", ".tar", ".tar.gz")):
-        target = data_dir / record.layout / archive.name        # SVHN: the file is the layout
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(archive, target)
-        return
-    if (data_dir / record.layout).exists():
-        raise UserError(f"{data_dir / record.layout} is incomplete: delete it, it is extracted anew from {archive.name}")
-    beside = data_dir / f".{record.layout}.{os.getpid()}.part"
-    say(f"extracting {archive.name}")
+class Refused(Exception):
+    """What is wrong with an archive."""
+
+
+class _Budget:
+    """How much may still be extracted. What a bomb unpacks to is unbounded, what a data set unpacks to is known."""
+
+    def __init__(self, size, files):
+        self.size, self.files = size, files
+
+    def take(self, size, files=0):
+        self.size -= size
+        self.files -= files
+        if self.size < 0 or self.files < 0:
+            raise Refused("it unpacks to several times what the data set holds")
+
+
+class _Counted:
+    """A stream whose bytes count against a budget, headers and all."""
+
+    def __init__(self, stream, budget):
+        self.stream, self.budget = stream, budget
+
+    def read(self, size):
+        content = self.stream.read(size)
+        self.budget.take(len(content))
+        return content
+
+
+def extract(archive, place, size, files, check):
+    """Makes `place`, a folder that `archive` (.zip, .tar or .tar.gz) holds at any depth, unless it is there.
+
+    size, files: how many bytes and files there are at the most. check(folder, named): raises UserError,
+    about `named`, where something lacks. Archives inside the archive are extracted too (Caltech101's zip holds two tars).
+    """
+    beside = place.with_name(f".{place.name}.part")
+    with holding(place, f"extracting {archive.name}"):
+        if place.exists():      # another process has made it while we waited
+            return check(place, place)
+        shutil.rmtree(beside, ignore_errors=True)       # of an attempt that was killed
+        budget = _Budget(size, files)
+        try:
+            _extract_into(beside, archive, budget)
+            for nested in sorted(path for path in beside.rglob("[!.]*") if path.name.endswith((".tar", ".tar.gz")) and path.is_file()):
+                if nested.stat().st_size:
+                    _extract_into(beside, nested, budget)
+            found = next((path for path in sorted(beside.rglob(place.name)) if path.is_dir()), None)
+            if found is None:
+                raise UserError(f"{archive} does not hold {place.name}/: delete it and fetch it again")
+            check(found, archive)
+            os.sync()       # a name that is there after a power cut must not stand for empty files
+            os.replace(found, place)
+        except Refused as error:
+            raise UserError(f"{archive} is refused: {error}; delete it and fetch it again") from None
+        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"the disk under {place.parent} is full: make room and run this again, {archive.name} is extracted anew") from None
+            raise UserError(f"{archive} can't be extracted ({first_line(error)}): delete it and fetch it again") from None
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _extract_into(folder, archive, budget):
+    progress = Progress(f"extracting {archive.name}", archive.stat().st_size, "B")
     try:
-        _extract_into(archive, beside)
-        for nested in list(beside.rglob("[!.]*.tar.gz")):       # Caltech101's zip holds two tars
-            _extract_into(nested, beside)
-        found = next((path for path in beside.rglob(record.layout) if path.is_dir()), None)
-        if found is None:
-            raise UserError(f"{archive} does not hold {record.layout}/: delete it and fetch it again")
-        os.replace(found, data_dir / record.layout)
-    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError) as error:
-        raise UserError(f"{archive} can't be extracted ({first_line(error)}): delete it and fetch it again") from None
+        (_extract_zip if archive.suffix == ".zip" else _extract_tar)(folder, archive, budget, progress)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        progress.close()
 
 
-def _extract_into(archive, folder):
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as content:
-            content.extractall(folder)              # zipfile itself drops "..", and has no links
-    else:
-        with tarfile.open(archive) as content:
-            content.extractall(folder, filter="data")
+def _extract_zip(folder, archive, budget, progress):
+    with zipfile.ZipFile(archive) as content:
+        for member in content.infolist():
+            _require_inside(member.filename)
+            kind = stat.S_IFMT(member.external_attr >> 16)      # 0 where it was made on Windows
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise Refused(f"{member.filename!r} is a link or a device")
+            budget.take(member.file_size, files=1)              # a member never yields more than it declares
+            content.extract(member, folder)
+            progress.update(member.compress_size)
+
+
+def _extract_tar(folder, archive, budget, progress):
+    with open(archive, "rb") as file:
+        stream = gzip.GzipFile(fileobj=file) if archive.name.endswith(".gz") else file
+        # Read as a stream, front to back: no member is larger than what the budget has let through.
+        with tarfile.open(fileobj=_Counted(stream, budget), mode="r|") as content:
+            for member in content:
+                _require_inside(member.name)
+                if member.isdev():
+                    raise Refused(f"{member.name!r} is a device")
+                if member.issym() or member.islnk():
+                    # A hard link counts from the top of the archive, a symbolic one from where it lies.
+                    start = posixpath.dirname(member.name) if member.issym() else ""
+                    _require_inside(posixpath.join(start, member.linkname), f"{member.name!r}, a link to ")
+                if member.issym():      # with no link in the tree, nothing can be written through one
+                    continue
+                budget.take(0, files=1)
+                content.extract(member, folder, filter="data")
+                progress.update(file.tell() - progress.done)
+
+
+def _require_inside(name, what=""):
+    path = posixpath.normpath(name.replace("\\", "/"))
+    if path.startswith(("/", "../")) or path == ".." or path[1:2] == ":":
+        raise Refused(f"{what}{name!r} leads out of its folder")

@@ -28,7 +28,8 @@ def of_each_seed(settings):
 
 
 def check_everything_is_there(settings):
-    """Raises UserError, a line for each thing that is neither on disk nor to be had, before anything long starts."""
+    """Raises UserError, a line for each thing that is neither on disk nor to be had, before anything long starts.
+    Then fetches what is to be had."""
     runs = [Run(each) for each in of_each_seed(settings)]
 
     def is_made(name):
@@ -46,15 +47,16 @@ def check_everything_is_there(settings):
         for run in runs:
             run.check()
     stop_on(data.unavailable(specs, settings.data_dir) + models.unavailable(weights))
+    stop_on(data.obtain(specs, settings.data_dir))
 
 
 def run_once(settings, device):
     """One seed: data, teacher, scores, transfer sets, students. Returns the run."""
-    target = data.load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
+    target = data.load_target(settings.target, settings.data_dir, settings.seed, settings.limit, max_bad=settings.max_bad)
     bucket_size(settings.transfer_size, len(target.train), len(target.classes))
     selecting = [approach for approach in settings.approaches if approach != "supervised"]
     # Whatever is wrong with a source shows here, before anything long.
-    sources = {name_of(source): data.load_source(source, settings.data_dir, settings.seed, settings.limit)
+    sources = {name_of(source): data.load_source(source, settings.data_dir, settings.seed, settings.limit, max_bad=settings.max_bad)
                for source in settings.sources} if selecting else {}
     run = Run(settings).open(device)
     say(f"target: {len(target.train):,} training and {len(target.test):,} test images of {len(target.classes)} classes")

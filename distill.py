@@ -124,7 +124,7 @@ def main(argv):
     stop_on(models.unavailable([(settings.student_arch, weights)]))
     run.require("teacher.json", "python TeacherTrain.py")
     run.open(device)
-    target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
+    target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit, max_bad=settings.max_bad)
     report_student(train_student(run, approach, target, device))
 
 

@@ -5,12 +5,11 @@ split: "train", "test" or "source"; what a source is, where it is not the traini
 import os
 import pickle
 import re
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from packing import IMAGE_SIZE, Images, digest, state_of
+from packing import IMAGE_SIZE, ImageFiles, Images, digest, state_of
 from run import UserError
 
 SVHN = "http://ufldl.stanford.edu/housenumbers/"
@@ -18,9 +17,10 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pg
 
 
 def list_images(root, pattern=None):
-    """Paths of the image files below `root` at any depth, relative to it, sorted by name."""
+    """Paths of the image files below `root` at any depth, relative to it, sorted by name. A folder that can't be
+    read is among them, so that packing counts it."""
     found, seen = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=lambda error: found.append(os.path.relpath(error.filename, root))):
         if os.path.realpath(folder) in seen:        # a link to where we have been
             subfolders.clear()
             continue
@@ -34,17 +34,15 @@ def list_images(root, pattern=None):
     return sorted(found)
 
 
+def has_images(root):
+    """Whether any image file lies below `root`."""
+    return any(os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES for _, _, names in os.walk(root) for name in names)
+
+
 def read_files(root, files, labels=None, classes=None):
     """Image files below `root`; files: relative paths."""
-    root = Path(root)
-
-    def read(i):
-        with Image.open(root / files[i]) as image:
-            image.load()
-            return image
-
-    return Images(len(files), read, state_of(root, files), None if labels is None else np.asarray(labels, np.int64),
-                  None if classes is None else list(classes), list(files))
+    return Images(len(files), ImageFiles(os.fspath(root), files), state_of(root, files),
+                  None if labels is None else np.asarray(labels, np.int64), None if classes is None else list(classes), files)
 
 
 def read_class_folders(root, pattern=None, exclude=()):
@@ -56,7 +54,7 @@ def read_class_folders(root, pattern=None, exclude=()):
 
 
 def read_arrays(root, files, arrays, labels=None, classes=None):
-    """Arrays in memory or mapped; arrays: a list of (n, H, W, 3) or (n, H, W) uint8, one after the other."""
+    """Arrays, which `files` below `root` hold; arrays: a list of (n, H, W, 3) or (n, H, W) uint8, one after the other."""
     ends = np.cumsum([len(array) for array in arrays])
 
     def read(i):
@@ -94,18 +92,18 @@ def _read_cifar(root, batches, meta, label_key, names_key):
 
 
 def read_cifar10(root, split):
-    batches = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    batches = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
     return _read_cifar(root, batches, "batches.meta", "labels", "label_names")
 
 
 def read_cifar100(root, split):
-    return _read_cifar(root, [split], "meta", "fine_labels", "fine_label_names")
+    return _read_cifar(root, ["test" if split == "test" else "train"], "meta", "fine_labels", "fine_label_names")
 
 
 def read_svhn(root, split):
     """X is height x width x channel x image; label 10 means the digit 0."""
     from scipy.io import loadmat
-    name = f"{split}_32x32.mat"
+    name = f"{'test' if split == 'test' else 'train'}_32x32.mat"
     if not (root / name).exists():
         raise UserError(f"{root / name} is missing: fetch it from {SVHN}{name}")
     try:
@@ -115,16 +113,34 @@ def read_svhn(root, split):
     return read_arrays(root, [name], [content["X"].transpose(3, 0, 1, 2)], content["y"].ravel() % 10, [str(digit) for digit in range(10)])
 
 
-def read_stl10(root, split):
-    """96x96, planes of colour, each in column-major order. As a source: the labelled and the unlabelled part."""
-    def images(name):
-        return np.memmap(root / name, np.uint8, "r").reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
+class _Stl10Images:
+    """One of STL10's binary files, read image by image: the unlabelled part alone is 2.8 GB."""
 
+    SHAPE = (3, 96, 96)
+    BYTES = 3 * 96 * 96
+
+    def __init__(self, path):
+        self.path = path
+        self.count, rest = divmod(path.stat().st_size, self.BYTES)
+        if rest:
+            raise ValueError(f"{path.name} is cut short")
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        """(96, 96, 3) uint8; the file has planes of colour, each in column-major order."""
+        return np.fromfile(self.path, np.uint8, self.BYTES, offset=int(i) * self.BYTES).reshape(self.SHAPE).transpose(2, 1, 0)
+
+
+def read_stl10(root, split):
+    """96x96. As a source: the labelled and the unlabelled part."""
     if split == "source":
-        return read_arrays(root, ["train_X.bin", "unlabeled_X.bin"], [images("train_X.bin"), images("unlabeled_X.bin")])
+        names = ["train_X.bin", "unlabeled_X.bin"]
+        return read_arrays(root, names, [_Stl10Images(root / name) for name in names])
     labels = np.fromfile(root / f"{split}_y.bin", np.uint8).astype(np.int64) - 1
     classes = (root / "class_names.txt").read_text().split()
-    return read_arrays(root, [f"{split}_X.bin", f"{split}_y.bin"], [images(f"{split}_X.bin")], labels, classes)
+    return read_arrays(root, [f"{split}_X.bin", f"{split}_y.bin"], [_Stl10Images(root / f"{split}_X.bin")], labels, classes)
 
 
 def read_tinyimagenet(root, split):

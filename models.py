@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from download import fetch, reachable, verify
+from download import RemoteFile, fetch, reachable
 from packing import IMAGE_SIZE
 from run import UserError, write_atomically
 
@@ -192,9 +192,9 @@ def unavailable(choices):
         require_fits(arch)
         if weights == "imagenet":
             url, path = _imagenet(arch)
-            reason = None if path.exists() else reachable(url)
+            reason = None if path.exists() else reachable((url,))
             if reason:
-                lines.append(f"the ImageNet weights of {arch} are missing and {url} {reason}: put that file at {path}, "
+                lines.append(f"the ImageNet weights of {arch} are missing and {reason}: put that file at {path}, "
                              "or give --teacher-weights none")
         elif weights != "none":
             read(weights)
@@ -204,11 +204,7 @@ def unavailable(choices):
 def imagenet_weights(arch):
     """The path of torchvision's weights, fetched into torch's cache where they aren't there, checked against the hash in their name."""
     url, path = _imagenet(arch)
-    prefix = path.stem.rpartition("-")[2]
-    if path.exists():
-        verify(path, sha256_prefix=prefix)
-    else:
-        fetch(url, path, sha256_prefix=prefix)
+    fetch(RemoteFile((url,), sha256=path.stem.rpartition("-")[2]), path)
     return path
 
 

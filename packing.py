@@ -2,22 +2,33 @@
 
 In:  `Images`, which read one image at a time.
 Out: `Packed`, a folder with images.npy (uint8, N x size x size x 3), rows, labels, names, and what it was made from.
+
+All cores decode; memory holds a few blocks, whatever the set's size; a killed process is gone on from.
 """
+import errno
 import hashlib
+import io
 import json
 import os
 import shutil
+import stat
+import sys
+import time
+import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
 
-from run import Progress, UserError, say, write_json, write_text
+from run import MAX_BAD, Progress, UserError, first_line, holding, require_space, say, write_atomically, write_json
 
 IMAGE_SIZE = 32
-MAX_BAD = 0.01          # share of unreadable images in a folder above which something else is wrong
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")      # what is let in, whatever a file is called
+MAX_PIXELS = 89_478_485     # of one image: Pillow's own bound, a quarter of a gigabyte in RGB
+BLOCK = 1 << 20             # bytes, about, that a worker decodes at a time
+SAVE_INTERVAL = 2.0         # seconds: what a kill can cost
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,8 @@ class Images:
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed data set. images: (N, size, size, 3) uint8, memory-mapped; the rest as in `Images`."""
+    """A packed data set. images: (N, size, size, 3) uint8, memory-mapped; the rest as in `Images`.
+    bad: how many images could not be read and are left out; they are listed in the pack's bad.txt."""
 
     images: np.ndarray
     labels: np.ndarray | None
@@ -56,86 +68,253 @@ class Packed:
     files: list | None
     rows: np.ndarray
     made_from: str
+    bad: int = 0
 
     def __len__(self):
         return len(self.images)
 
 
+# --------------------------------------------------------------------------------------------------
+# One image
+# --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Reads the i-th of `files`, paths below `root`, as a Pillow image. Raises what is wrong with it."""
+
+    root: str
+    files: list
+
+    def __call__(self, i):
+        path = os.path.join(self.root, self.files[i])
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):        # opening a pipe would wait for ever
+            raise ValueError("a folder that can't be read" if stat.S_ISDIR(status.st_mode) else "no regular file")
+        if status.st_size == 0:
+            raise ValueError("empty")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+            image.load()
+            return image
+
+
 def decode(image, size=IMAGE_SIZE):
-    """A Pillow image as (size, size, 3) uint8: what torchvision's Resize((size, size)) makes of it (bilinear,
-    antialiased, aspect ratio not kept), grey as RGB."""
-    image = image.convert("RGB")
+    """A Pillow image as (size, size, 3) uint8: what torchvision's Resize((size, size)) makes of it as RGB (bilinear,
+    antialiased, aspect ratio not kept)."""
+    image = as_shown(image)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image)
 
 
-def pack(images, folder, label, size=IMAGE_SIZE, chunk=2048):
-    """Decodes `images` into `folder` unless it holds them already, and opens it. Memory holds one chunk.
+def as_shown(image):
+    """A Pillow image in RGB as a viewer shows it: turned as its EXIF says, of 16 bits the upper eight, what is
+    transparent on white. Of an animation it is the first frame. Raises ValueError where pixels have no fixed range."""
+    if image.mode == "RGB" and not image.info.keys() & {"exif", "transparency"}:
+        return image
+    if "exif" in image.info:
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:       # EXIF that can't be read turns nothing
+            pass
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("32-bit pixels have no fixed range")
+        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
-    A file that can't be read is left out and listed with the reason in `bad.txt`; more than MAX_BAD of them
-    is a UserError.
+
+def _what_is_wrong(error):
+    if isinstance(error, UnidentifiedImageError):
+        return f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+    return first_line(error).replace("\t", " ") if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first_line(error)}"
+
+
+# --------------------------------------------------------------------------------------------------
+# All of them
+# --------------------------------------------------------------------------------------------------
+
+class _Blocks(Dataset):
+    """What a worker decodes at a time: images [range] -> ((n, size, size, 3) uint8 of those that could be read, [(number, reason)])."""
+
+    def __init__(self, images, size):
+        self.images, self.size = images, size
+
+    def __getitem__(self, numbers):
+        pixels, bad = np.empty((len(numbers), self.size, self.size, 3), np.uint8), []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # about files that are odd and can be read
+            for i in numbers:
+                try:
+                    pixels[i - numbers.start - len(bad)] = decode(self.images.read(i), self.size)
+                except Exception as error:          # whatever a broken file makes a decoder raise
+                    bad.append((i, _what_is_wrong(error)))
+        return pixels[:len(numbers) - len(bad)], bad
+
+
+def _decoded(images, size, start):
+    """Yields the blocks of `_Blocks` from image `start` on, in order, decoded by all cores."""
+    block = max(16, BLOCK // (size * size * 3))
+    numbers = [range(i, min(i + block, images.count)) for i in range(start, images.count, block)]
+    # Arrays and drawings are functions, which only a forked process has; macOS and Windows don't fork.
+    workers = cores() if len(numbers) > 2 and (sys.platform == "linux" or isinstance(images.read, ImageFiles)) else 0
+    return zip(numbers, DataLoader(_Blocks(images, size), batch_size=None, sampler=numbers, num_workers=min(workers, len(numbers)),
+                                   collate_fn=_as_it_is, multiprocessing_context="fork" if workers and sys.platform == "linux" else None))
+
+
+def _as_it_is(block):
+    return block
+
+
+def cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def pack(images, folder, label, size=IMAGE_SIZE, max_bad=MAX_BAD):
+    """Decodes `images` into `folder` unless it holds them already, and opens it.
+
+    What can't be read is left out and listed in bad.txt, a line each of file, reason and number; UserError where that
+    is more than the share `max_bad`. While it is being made the pack is `<folder>.part`, which a later call goes on from.
     """
     packed = open_pack(folder, images.made_from)
-    if packed is not None:
-        return packed
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder.parent} can't be written ({first_line(error)}): choose another --data-dir") from None
+    if packed is None:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with holding(folder, f"packing {label}"):
+                packed = open_pack(folder, images.made_from)        # another process has made it while we waited
+                if packed is None:
+                    _make_pack(images, folder, label, size, max_bad)
+                    packed = open_pack(folder, images.made_from)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"the disk under {folder.parent} is full: make room and run this again, {label} is gone on from") from None
+            raise UserError(f"{folder.parent} can't be written ({first_line(error)}): choose another --data-dir") from None
+    if packed.bad:
+        _require_few(packed.bad, len(packed) + packed.bad, max_bad, label, folder / "bad.txt")
+        say(f"{label}: {packed.bad:,} of {len(packed) + packed.bad:,} images can't be read and are left out, see {folder / 'bad.txt'}")
+    return packed
+
+
+def _require_few(bad, count, max_bad, label, listing):
+    if bad > max_bad * count:
+        with open(listing, encoding="utf-8", errors="surrogateescape") as lines:
+            first = next(lines).split("\t")
+        raise UserError(f"{label}: {bad:,} of {count:,} images can't be read, more than {max_bad:.4g} of all; the first is {first[0]} "
+                        f"({first[1]}), all are in {listing}; --max-bad {min(1, bad / count + 0.005):.2f} would leave them out")
+
+
+def _make_pack(images, folder, label, size, max_bad):
+    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if not (part / "pack.json").exists():       # else it is whole, and was killed before it had its name
+        _fill_pack(images, part, label, size, max_bad)
+    elif json.loads((part / "pack.json").read_text())["made_from"] != images.made_from:
+        shutil.rmtree(part)
+        _fill_pack(images, part, label, size, max_bad)
+    if folder.exists():     # made from files that have changed since
+        os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _header(count, size):
+    """The head of a .npy file; numpy leaves room in it for a larger number of rows, so its length does not depend on them."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)})
+    return head.getvalue()
+
+
+def _fill_pack(images, part, label, size, max_bad):
+    """Makes all of a pack in `part`, from where an earlier attempt was cut off."""
+    head = _header(images.count, size)
+    start, bad, listed = _done_so_far(part, images.made_from, size)
+    require_space(part.parent, (images.count - start) * size * size * 3, f"packing {label}")
+    part.mkdir(exist_ok=True)
     progress = Progress(f"packing {label}", images.count)
-
-    def read(i):
+    progress.skip(start)
+    with open(part / "images.npy", "ab") as pixels, open(part / "bad.txt", "ab") as listing:
+        pixels.truncate(len(head) + (start - len(bad)) * size * size * 3 if start else 0)
+        listing.truncate(listed)
+        listing.seek(listed)
+        if not start:
+            pixels.write(head)
+        saved = time.monotonic()
         try:
-            return decode(images.read(i), size)
-        except Exception as error:      # whatever a broken file makes a decoder raise
-            return f"{type(error).__name__}: {first_line(error)}"
-
-    try:
-        out = np.lib.format.open_memmap(beside / "images.npy", "w+", np.uint8, (images.count, size, size, 3))
-        good, bad = [], []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, images.count, chunk):
-                numbers = range(start, min(start + chunk, images.count))
-                for i, pixels in zip(numbers, pool.map(read, numbers)):
-                    if isinstance(pixels, str):
-                        bad.append((i, pixels))
-                    else:
-                        out[len(good)] = pixels
-                        good.append(i)
+            for numbers, (decoded, failed) in _decoded(images, size, start):
+                pixels.write(decoded)
+                for number, reason in failed:
+                    name = images.files[number] if images.files else str(number)
+                    name = name.translate({9: "\\t", 10: "\\n", 13: "\\r"})
+                    listing.write(f"{name}\t{reason}\t{number}\n".encode("utf-8", "surrogateescape"))
+                    bad.append(number)
                 progress.update(len(numbers))
-        progress.close()
-        out.flush()
-        if bad:
-            listing = "".join(f"{images.files[i] if images.files else i}\t{reason}\n" for i, reason in bad)
-            if len(bad) > MAX_BAD * images.count:
-                raise UserError(f"{label}: {len(bad)} of {images.count} images can't be read, the first is {listing.splitlines()[0]!r}")
-            write_text(beside / "bad.txt", listing)
-            whole = np.lib.format.open_memmap(beside / "good.npy", "w+", np.uint8, (len(good), size, size, 3))
-            for start in range(0, len(good), chunk):
-                whole[start:start + chunk] = out[start:min(start + chunk, len(good))]
-            whole.flush()
-            os.replace(beside / "good.npy", beside / "images.npy")
-            say(f"{label}: {len(bad)} of {images.count} images can't be read and are left out, see {folder / 'bad.txt'}")
-        rows = np.array(good, dtype=np.int64)
-        np.save(beside / "rows.npy", rows if images.rows is None else images.rows[rows])
-        if images.labels is not None:
-            np.save(beside / "labels.npy", images.labels[rows])
-        if images.files is not None:
-            write_json(beside / "files.json", [images.files[i] for i in good])
-        write_json(beside / "pack.json", {"images": len(good), "size": size, "made_from": images.made_from, "classes": images.classes})
-        if folder.exists():     # made from files that have changed since
-            os.replace(folder, beside.with_suffix(".old"))
-            shutil.rmtree(beside.with_suffix(".old"))
-        try:
-            os.replace(beside, folder)
-        except OSError:         # another process was faster; its pack is as good
-            pass
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return open_pack(folder, images.made_from)
+                if time.monotonic() - saved > SAVE_INTERVAL:
+                    _save_progress(part, images.made_from, size, numbers.stop, pixels, listing)
+                    saved = time.monotonic()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            where = f" near {images.files[progress.done]}" if images.files else ""
+            raise UserError(f"{label}: a process that decodes images died{where} after {progress.done:,} of {images.count:,}, of too little memory or a "
+                            "file that breaks the decoder: this command goes on from there") from None
+        finally:
+            progress.close()
+        _save_progress(part, images.made_from, size, images.count, pixels, listing)
+    if bad:
+        _require_few(len(bad), images.count, max_bad, label, part / "bad.txt")
+    if len(bad) == images.count:
+        raise UserError(f"{label}: none of {images.count:,} images can be read, see {part / 'bad.txt'}")
+    with open(part / "images.npy", "r+b") as pixels:
+        pixels.write(_header(images.count - len(bad), size))
+        pixels.flush()
+        os.fsync(pixels.fileno())
+    rows = np.delete(np.arange(images.count), bad)
+    _save_array(part / "rows.npy", rows if images.rows is None else images.rows[rows])
+    if images.labels is not None:
+        _save_array(part / "labels.npy", images.labels[rows])
+    if images.files is not None:
+        write_json(part / "files.json", [images.files[i] for i in rows])
+    if not bad:
+        (part / "bad.txt").unlink(missing_ok=True)
+    write_json(part / "pack.json", {"images": len(rows), "bad": len(bad), "size": size, "made_from": images.made_from, "classes": images.classes})
+    for left_over in (part / "progress.json", *part.glob(".*.part")):       # when nothing is left to go on with
+        left_over.unlink()
+
+
+def _save_array(path, array):
+    write_atomically(path, lambda file: np.save(file, array))
+
+
+def _save_progress(part, made_from, size, done, pixels, listing):
+    for file in (pixels, listing):      # what is counted as done must be on disk before it is
+        file.flush()
+        os.fsync(file.fileno())
+    write_json(part / "progress.json", {"made_from": made_from, "size": size, "done": done, "listed": listing.tell()})
+
+
+def _done_so_far(part, made_from, size):
+    """How far an earlier attempt came: (images done, numbers of the bad ones among them, bytes of bad.txt).
+    Where there is none, or of other files, `part` is deleted."""
+    try:
+        progress = json.loads((part / "progress.json").read_text())
+        if (progress["made_from"], progress["size"]) != (made_from, size):
+            raise ValueError("of other files")
+        with open(part / "bad.txt", "rb") as listing:
+            bad = [int(line.rpartition(b"\t")[2]) for line in listing.read(progress["listed"]).splitlines()]
+        if (part / "images.npy").stat().st_size < len(_header(0, size)) + (progress["done"] - len(bad)) * size * size * 3:
+            raise ValueError("cut short")
+        return progress["done"], bad, progress["listed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        shutil.rmtree(part, ignore_errors=True)
+        return 0, [], 0
 
 
 def open_pack(folder, made_from):
@@ -154,13 +333,9 @@ def open_pack(folder, made_from):
         if images.shape != (meta["images"], meta["size"], meta["size"], 3):
             raise ValueError("it has another shape")
         return Packed(images, optional("labels.npy", np.load), meta["classes"],
-                      optional("files.json", lambda path: json.loads(path.read_text())), np.load(folder / "rows.npy"), made_from)
+                      optional("files.json", lambda path: json.loads(path.read_text())), np.load(folder / "rows.npy"), made_from, meta["bad"])
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"{folder} is damaged ({first_line(error)}): delete it, it is packed anew") from None
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def digest(content):
@@ -171,6 +346,10 @@ def state_of(root, paths):
     """A digest of names, sizes and times of change."""
     state = hashlib.sha256(os.path.realpath(root).encode("utf-8", "surrogateescape"))
     for path in paths:
-        stat = os.stat(os.path.join(root, path))
-        state.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        try:
+            status = os.stat(os.path.join(root, path))
+            about = f"{status.st_size}\0{status.st_mtime_ns}"
+        except OSError as error:        # a link to nowhere; packing says what is wrong with it
+            about = str(error.errno)
+        state.update(f"{path}\0{about}\n".encode("utf-8", "surrogateescape"))
     return state.hexdigest()[:16]

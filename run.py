@@ -13,12 +13,19 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 class UserError(Exception):
     """Something the user can put right. Its message is one line that names the thing and what to do."""
+
+
+class Stopped(Exception):
+    """Another thread failed or was interrupted; what is on disk stays for the next time."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -66,6 +73,8 @@ RECIPES = {
                        schedule="onecycle", temperature=4.0)),
 }
 
+MAX_BAD = 0.01              # share of unreadable images in a folder above which something else is wrong
+SPARE = 200_000_000         # bytes of disk that stay free
 FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from trained weights
 
 # --------------------------------------------------------------------------------------------------
@@ -110,6 +119,7 @@ class Settings:
     batch_size: int
     lr: float
     limit: int | None
+    max_bad: float
     restart: bool
 
     @property
@@ -156,7 +166,14 @@ def _positive_float(text):
     return value
 
 
-def _spec(text):
+def share(text):
+    value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share in 0 ... 1")
+    return value
+
+
+def data_set_spec(text):
     name, equals, path = text.partition("=")
     if not name or name != Path(name).name or name.startswith(".") or (equals and not path):
         raise argparse.ArgumentTypeError(f"'{text}' is neither NAME nor NAME=PATH")
@@ -183,10 +200,10 @@ def _approach(text):
 
 # name -> keywords of argparse. A default in the text is what `resolve` puts where the flag is not given.
 FLAGS = {
-    "target": dict(type=_spec, metavar="NAME|NAME=PATH",
+    "target": dict(type=data_set_spec, metavar="NAME|NAME=PATH",
                    help="data set whose classes the teacher knows: a known name, or a folder that holds "
                         "train/<class>/* and test/<class>/* (default: cifar10)"),
-    "sources": dict(type=_list_of(_spec, "source"), metavar="A,B=PATH,...",
+    "sources": dict(type=_list_of(data_set_spec, "source"), metavar="A,B=PATH,...",
                     help="unlabelled data sets for the students, in the order in which they fill the transfer "
                          "set; B=PATH is a folder of images at any depth (default: "
                          f"{','.join(PUBLISHED_ORDER)} without the target, cifar10 first for cifar100; "
@@ -229,6 +246,8 @@ FLAGS = {
     "lr": dict(type=_positive_float, metavar="RATE", help="learning rate of every student (default: the recipe's)"),
     "limit": dict(type=_positive_int, metavar="N",
                   help="use at most N images of every data set and split, evenly spaced, for a trial run"),
+    "max_bad": dict(type=share, metavar="SHARE",
+                    help="share of a folder's images that may be unreadable before that is an error, as 0.05 or 5%% (default: 0.01)"),
     "restart": dict(action="store_true", help="delete what this command's run folder holds and begin anew"),
 }
 
@@ -304,7 +323,7 @@ def resolve(given):
         teacher_epochs=given.get("teacher_epochs", RECIPES[recipe].teacher.epochs),
         batch_size=given.get("batch_size", RECIPES[recipe].student.batch_size),
         lr=given.get("lr", RECIPES[recipe].student.lr), limit=given.get("limit"),
-        restart=given.get("restart", False))
+        max_bad=given.get("max_bad", MAX_BAD), restart=given.get("restart", False))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -327,7 +346,8 @@ def write_atomically(path, write):
 
 
 def write_text(path, text):
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """UTF-8; bytes of file names that are no UTF-8 are written as they are."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
 def write_json(path, content):
@@ -339,6 +359,56 @@ def read_json(path):
         return json.loads(Path(path).read_text())
     except ValueError:
         raise UserError(f"{path} is damaged: it is not JSON; delete it and run the command that made it again") from None
+
+
+def nearest_existing(path):
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def require_space(folder, needed, what):
+    """Raises UserError where the disk under `folder` has less than `needed` bytes (and some to spare) free."""
+    free = shutil.disk_usage(nearest_existing(folder)).free
+    if needed and needed + SPARE > free:
+        raise UserError(f"{folder} has {free / 1e9:,.1f} GB free, and {what} needs {(needed + SPARE) / 1e9:,.1f} GB: "
+                        "make room, or choose another --data-dir")
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    text = getattr(error, "strerror", None) or str(error)
+    return (text.splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def holding(path, what, stop=None):
+    """Keeps every other process from making `path` meanwhile; waits while another one does.
+
+    The operating system lets go of it when the process ends, however it ends. stop: a threading.Event that ends
+    the waiting, with `Stopped`.
+    """
+    folder = Path(path).parent / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, waited = FileLock(folder / f"{Path(path).name}.lock"), False
+    while True:
+        try:
+            lock.acquire(timeout=0.5)
+            break
+        except Timeout:
+            if not waited:
+                say(f"{what}: another process is at it, waiting for it")
+                waited = True
+            if stop is not None and stop.is_set():
+                raise Stopped from None
+        except NotImplementedError:     # a file system without locks
+            say(f"{folder} is on a file system without locks: do not let two processes use it at once")
+            break
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Run:
@@ -394,7 +464,7 @@ class Run:
                     flag = "student-weights" if name == "supervised_weights" else name.replace("_", "-")
                     raise UserError(f"{self.path} was made with --{flag} {_as_flag(then)}, not {_as_flag(now)}: "
                                     "use that, another --run-dir, or --restart")
-        if not os.access(_nearest_existing(self.path), os.W_OK):
+        if not os.access(nearest_existing(self.path), os.W_OK):
             raise UserError(f"{self.path} can't be written: choose another --run-dir")
 
     def open(self, device):
@@ -408,13 +478,6 @@ class Run:
 
 def _as_flag(value):
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else "unset" if value is None else str(value)
-
-
-def _nearest_existing(path):
-    path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def open_stage(argv, description, flags=STAGE_FLAGS):
@@ -445,12 +508,12 @@ def _stored_flags(folder, given):
         return {}
     stored = read_json(folder / "config.json")
     fields = {field.name for field in dataclasses.fields(Settings)} - {"run_dir", "restart", "device", "seeds"}
-    if not isinstance(stored, dict) or not fields <= set(stored):
+    if not isinstance(stored, dict) or not set(DECIDES) <= set(stored):
         raise UserError(f"{folder / 'config.json'} is damaged: it lacks settings; use another --run-dir")
     other = any(name in given and given[name] != stored[name] for name in ("target", "recipe"))
     if other and not Run(resolve({"run_dir": str(folder)})).holds("teacher"):
         return {}       # nothing is made yet: what is stored follows from another target or recipe
-    return {name: tuple(stored[name]) if isinstance(stored[name], list) else stored[name] for name in fields}
+    return {name: tuple(stored[name]) if isinstance(stored[name], list) else stored[name] for name in fields if name in stored}
 
 
 def environment():
@@ -483,7 +546,7 @@ def stop_on(lines):
 
 
 class Progress:
-    """A tqdm bar on a terminal; without one, a plain line every half minute."""
+    """A tqdm bar on a terminal; without one, a plain line every half minute. total: None where it isn't known."""
 
     INTERVAL = 30.0     # seconds between plain lines
 
@@ -493,7 +556,7 @@ class Progress:
         self.bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
-            self.bar = tqdm(total=total, desc=label, unit=unit, leave=False, smoothing=0.1)
+            self.bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False, smoothing=0.1)
 
     def skip(self, count):
         """Counts what an earlier sitting did, which has no part in the speed."""
@@ -507,16 +570,21 @@ class Progress:
         self.done += count
         now = time.monotonic()
         if self.bar is not None:
+            self.bar.total = self.total
             self.bar.update(count)
             if figures and now - self.last >= 1.0:
                 self.bar.set_postfix_str(figures())
                 self.last = now
         elif now - self.last >= self.INTERVAL:
-            speed = (self.done - self.skipped) / (now - self.start)
+            speed = max((self.done - self.skipped) / (now - self.start), 1e-9)
             more = f", {figures()}" if figures else ""
-            say(f"  {self.label}: {self.done:,} of {self.total:,} {self.unit}, {speed:,.0f} {self.unit}/s, "
-                f"{(self.total - self.done) / speed:,.0f} s left{more}")
+            left = f", {(self.total - self.done) / speed:,.0f} s left" if self.total else ""
+            say(f"  {self.label}: {self._amount(self.done)}{f' of {self._amount(self.total)}' if self.total else ''} "
+                f"{'MB' if self.unit == 'B' else self.unit}, {self._amount(speed)} {'MB' if self.unit == 'B' else self.unit}/s{left}{more}")
             self.last = now
+
+    def _amount(self, number):
+        return f"{number / 1e6:,.2f}" if self.unit == "B" else f"{number:,.0f}"
 
     def close(self):
         if self.bar is not None:

@@ -208,7 +208,7 @@ class Scoring:
     def target(self):
         if self._target is None:
             settings = self.run.settings
-            self._target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit)
+            self._target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit, max_bad=settings.max_bad)
         return self._target
 
     def source(self, name):
@@ -216,7 +216,7 @@ class Scoring:
         if name not in self._sources:
             settings = self.run.settings
             spec = next(spec for spec in settings.sources if name_of(spec) == name)
-            self._sources[name] = load_source(spec, settings.data_dir, settings.seed, settings.limit)
+            self._sources[name] = load_source(spec, settings.data_dir, settings.seed, settings.limit, max_bad=settings.max_bad)
         return self._sources[name]
 
     def confidence(self):
