@@ -5,12 +5,14 @@ Out: `Packed`, a folder with images.npy (uint8, N x size x size x 3), rows, labe
 
 All cores decode; memory holds a few blocks, whatever the set's size; a killed process is gone on from.
 """
+import ctypes
 import errno
 import hashlib
 import io
 import json
 import os
 import shutil
+import signal
 import stat
 import sys
 import time
@@ -27,7 +29,7 @@ from run import MAX_BAD, Progress, UserError, first_line, holding, require_space
 IMAGE_SIZE = 32
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")      # what is let in, whatever a file is called
 MAX_PIXELS = 89_478_485     # of one image: Pillow's own bound, a quarter of a gigabyte in RGB
-BLOCK = 1 << 20             # bytes, about, that a worker decodes at a time
+BLOCK = 1 << 19             # bytes, about, that a worker decodes at a time
 SAVE_INTERVAL = 2.0         # seconds: what a kill can cost
 
 
@@ -164,13 +166,21 @@ def _decoded(images, size, start):
     block = max(16, BLOCK // (size * size * 3))
     numbers = [range(i, min(i + block, images.count)) for i in range(start, images.count, block)]
     # Arrays and drawings are functions, which only a forked process has; macOS and Windows don't fork.
-    workers = cores() if len(numbers) > 2 and (sys.platform == "linux" or isinstance(images.read, ImageFiles)) else 0
-    return zip(numbers, DataLoader(_Blocks(images, size), batch_size=None, sampler=numbers, num_workers=min(workers, len(numbers)),
-                                   collate_fn=_as_it_is, multiprocessing_context="fork" if workers and sys.platform == "linux" else None))
+    fork = sys.platform == "linux"
+    workers = min(cores(), len(numbers)) if len(numbers) > 2 and (fork or isinstance(images.read, ImageFiles)) else 0
+    return zip(numbers, DataLoader(_Blocks(images, size), batch_size=None, sampler=numbers, num_workers=workers, collate_fn=_as_it_is,
+                                   worker_init_fn=_die_with_parent, multiprocessing_context="fork" if workers and fork else None))
 
 
 def _as_it_is(block):
     return block
+
+
+def _die_with_parent(worker):
+    """DataLoader's workers see for themselves that their parent is gone, but only every five seconds, and not
+    while nobody has asked for its exit status."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
 
 
 def cores():
@@ -281,7 +291,7 @@ def _fill_pack(images, part, label, size, max_bad):
     if images.labels is not None:
         _save_array(part / "labels.npy", images.labels[rows])
     if images.files is not None:
-        write_json(part / "files.json", [images.files[i] for i in rows])
+        write_atomically(part / "files.jsonl", lambda file: file.writelines(json.dumps(images.files[i]).encode() + b"\n" for i in rows))
     if not bad:
         (part / "bad.txt").unlink(missing_ok=True)
     write_json(part / "pack.json", {"images": len(rows), "bad": len(bad), "size": size, "made_from": images.made_from, "classes": images.classes})
@@ -327,15 +337,20 @@ def open_pack(folder, made_from):
 
     try:
         meta = json.loads((folder / "pack.json").read_text())
-        if meta["made_from"] != made_from:
+        if meta["made_from"] != made_from or "bad" not in meta:     # or by an earlier version
             return None
         images = np.load(folder / "images.npy", mmap_mode="c")
         if images.shape != (meta["images"], meta["size"], meta["size"], 3):
             raise ValueError("it has another shape")
         return Packed(images, optional("labels.npy", np.load), meta["classes"],
-                      optional("files.json", lambda path: json.loads(path.read_text())), np.load(folder / "rows.npy"), made_from, meta["bad"])
+                      optional("files.jsonl", _load_names), np.load(folder / "rows.npy"), made_from, meta["bad"])
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"{folder} is damaged ({first_line(error)}): delete it, it is packed anew") from None
+
+
+def _load_names(path):
+    with open(path) as lines:
+        return [json.loads(line) for line in lines]
 
 
 def digest(content):

@@ -67,15 +67,15 @@ def test_a_device_that_is_not_there_is_named(execute, tmp_path, monkeypatch):
 def test_everything_that_is_missing_is_said_at_once_a_line_each(execute, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(data, "reachable", lambda url: "can't be reached")
-    monkeypatch.setattr(compile.models, "reachable", lambda url: "can't be reached")
+    for module in (data, compile.models):
+        monkeypatch.setattr(module, "reachable", lambda urls: ", ".join(f"{url} can't be reached" for url in urls))
     status, out, err = execute(compile.main, [])
     lines = err.splitlines()
     assert status == 2 and len(lines) == 10     # eight data sets, the weights of teacher and supervised student
     for name in ("cifar10", *run.PUBLISHED_ORDER):
         record = data.DATA_SETS[name]
         line = next(line for line in lines if line.startswith(f"compile.py: {name} is missing"))
-        assert all(archive.url in line and archive.name in line for archive in record.archives)
+        assert all(file.name in line and url in line for file in record.files for url in file.urls)
         assert f"data/{record.layout}/" in line
     for arch, name in (("resnet34", "resnet34-b627a593.pth"), ("resnet18", "resnet18-f37072fd.pth")):
         line = next(line for line in lines if f"weights of {arch} " in line)
@@ -84,7 +84,7 @@ def test_everything_that_is_missing_is_said_at_once_a_line_each(execute, tmp_pat
 
 
 def test_how_much_will_be_fetched_is_said_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "reachable", lambda url: None)
+    monkeypatch.setattr(data, "reachable", lambda urls: None)
     assert data.unavailable([("svhn", "source"), ("caltech101", "source")], tmp_path) == []
     assert capsys.readouterr().out == "to fetch: svhn, caltech101, 319 MB in all\n"
 
