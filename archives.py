@@ -53,7 +53,7 @@ def extract(archive, place, size, files, check):
     size, files: how many bytes and files there are at the most. check(folder, named): raises UserError,
     about `named`, where something lacks. Archives inside the archive are extracted too (Caltech101's zip holds two tars).
     """
-    beside = place.with_name(f".{place.name}.part")
+    beside = _beside(place)
     with holding(place, f"extracting {archive.name}"):
         if place.exists():      # another process has made it while we waited
             return check(place, place)
@@ -78,6 +78,15 @@ def extract(archive, place, size, files, check):
             raise UserError(f"{archive} can't be extracted ({first_line(error)}): delete it and fetch it again") from None
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def remove_left_over(place):
+    """Deletes what is beside `place`, which exists, from an attempt that was killed after it had made it."""
+    shutil.rmtree(_beside(place), ignore_errors=True)
+
+
+def _beside(place):
+    return place.with_name(f".{place.name}.part")
 
 
 def _extract_into(folder, archive, budget):

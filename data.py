@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import layouts
-from archives import extract
+from archives import extract, remove_left_over
 from download import RemoteFile, fetch, fetch_all, part_of, reachable, remaining, verify
 from layouts import has_images, list_images, read_class_folders, read_files
 from packing import IMAGE_SIZE, Images, Packed, digest, first_line, pack
@@ -193,7 +193,10 @@ def _lacking(record, data_dir, role):
 def ensure(record, data_dir, role="source"):
     """Fetches and extracts a data set where that is needed. Returns the Place of what can be read."""
     place = locate(record, data_dir, role)
-    if place.kind in ("built-in", "folder") or place.kind == "layout" and not record.flat:
+    if place.kind == "layout" and not record.flat:
+        remove_left_over(place.path)
+        return place
+    if place.kind in ("built-in", "folder"):
         return place
     for path, file in _lacking(record, data_dir, role).items():
         fetch(file, path)
@@ -420,7 +423,7 @@ def size_on_disk(record, data_dir):
 def _list(data_dir):
     say(f"{'name':13} {'images':>9} {'pixels':>6} {'to fetch':>9} {'on disk':>9}  {'state':9} terms")
     for record in DATA_SETS.values():
-        size, there = sum(file.size for file in record.files), size_on_disk(record, data_dir)
+        size, there = sum(remaining(path, file) for path, file in _lacking(record, data_dir, "source").items()), size_on_disk(record, data_dir)
         say(f"{record.name:13} {record.images['source']:>9,} {record.native or 'all':>6} {f'{size / 1e6:,.0f} MB' if size else '-':>9} "
             f"{f'{there / 1e6:,.0f} MB' if there else '-':>9}  {state(record, data_dir):9} {record.terms}")
 

@@ -7,6 +7,7 @@ All cores decode; memory holds a few blocks, whatever the set's size; a killed p
 """
 import ctypes
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -169,18 +170,20 @@ def _decoded(images, size, start):
     fork = sys.platform == "linux"
     workers = min(cores(), len(numbers)) if len(numbers) > 2 and (fork or isinstance(images.read, ImageFiles)) else 0
     return zip(numbers, DataLoader(_Blocks(images, size), batch_size=None, sampler=numbers, num_workers=workers, collate_fn=_as_it_is,
-                                   worker_init_fn=_die_with_parent, multiprocessing_context="fork" if workers and fork else None))
+                                   worker_init_fn=functools.partial(_die_with_parent, os.getpid()), multiprocessing_context="fork" if workers and fork else None))
 
 
 def _as_it_is(block):
     return block
 
 
-def _die_with_parent(worker):
+def _die_with_parent(parent, worker):
     """DataLoader's workers see for themselves that their parent is gone, but only every five seconds, and not
-    while nobody has asked for its exit status."""
+    while nobody has asked for its exit status; then they wait, forever, for someone to take what they decoded."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+        if os.getppid() != parent:                      # it died before that
+            os._exit(1)
 
 
 def cores():

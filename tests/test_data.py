@@ -1,19 +1,18 @@
-"""Data sets: what every layout is read as, what packing keeps, what is refused, and what a batch becomes.
+"""Data sets: what every layout is read as, what state each is in, what is refused, and what a batch becomes.
 
-All files are generated, small, in the layout of the official ones; the only server is our own.
+All files are generated, small, in the layout of the official ones.
 """
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import os
 import pickle
+import re
 import socket
-import struct
-import tarfile
-import threading
-import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -22,86 +21,30 @@ import torch
 from PIL import Image
 from torchvision.transforms import Resize
 
-import archives
 import builtin_sources
 import data
 import download
 import layouts
-import packing
+import run
 from data import load_source, load_target
+from layout_files import (BLUE, GREEN, JPEG_TOLERANCE, RED, SMALL, WRITERS, as_nobody, assert_colour, dump_python2, dump_python3,
+                          expect_small, forks, names_in, random_pixels, register, save_image, save_images, shared_folder, tar_of, write_caltech101,
+                          write_caltech256, write_cifar10, write_cifar100, write_class_folders, write_places365, write_stl10, write_svhn, write_tinyimagenet)
 from run import UserError
 
-RED, GREEN, BLUE, WHITE = (250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 240)
+OFFICIAL = dict(data.DATA_SETS)
+ARRAYS, IMAGE_FILES = ("cifar10", "cifar100", "svhn", "stl10"), ("tinyimagenet", "places365", "caltech256", "caltech101")
 
 
-def random_pixels(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def save_image(path, colour=RED, size=(8, 8)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L" if isinstance(colour, int) else "RGB", size, colour).save(path)
-
-
-def save_images(root, names, colour=RED):
-    for name in names:
-        save_image(root / name, colour)
-
-
-def assert_colour(image, colour, tolerance=0):
-    assert np.abs(image.astype(int) - np.asarray(colour)).max() <= tolerance
-
-
-JPEG_TOLERANCE = 4
-
-
-def leftovers(folder):
-    return [str(path) for path in Path(folder).rglob("*") if ".part" in path.name or ".old" in path.name]
+@pytest.fixture(autouse=True)
+def small_data_sets(monkeypatch):
+    expect_small(monkeypatch)
+    monkeypatch.setattr(os, "sync", lambda: None)
 
 
 # --------------------------------------------------------------------------------------------------
 # CIFAR
 # --------------------------------------------------------------------------------------------------
-
-class Python2Pickler(pickle._Pickler):
-    """Writes str and bytes as Python 2 wrote its str, as the official batches are."""
-
-    dispatch = dict(pickle._Pickler.dispatch)
-
-    def save_string(self, value):
-        content = value.encode("latin1") if isinstance(value, str) else value
-        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
-
-    dispatch[str] = dispatch[bytes] = save_string
-
-
-def dump_python2(content):
-    buffer = io.BytesIO()
-    Python2Pickler(buffer, protocol=2).dump(content)
-    return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-
-
-def dump_python3(content):
-    return pickle.dumps(content, protocol=4)
-
-
-def cifar_rows(count, first):
-    """Rows of 3072 bytes; image i has `first + i` at row 2, column 5 of red, and 10, 20, 30 around it."""
-    rows = np.tile(np.repeat(np.array([10, 20, 30], np.uint8), 1024), (count, 1))
-    rows[:, 2 * 32 + 5] = first + np.arange(count)
-    return rows
-
-
-def write_cifar10(data_dir, dump=dump_python3):
-    root = data_dir / "cifar-10-batches-py"
-    root.mkdir(parents=True)
-    for k in range(1, 6):
-        (root / f"data_batch_{k}").write_bytes(dump({"batch_label": f"training batch {k} of 5", "data": cifar_rows(2, 100 + 10 * k), "labels": [k, k - 1],
-                                                     "filenames": ["a.png", "b.png"]}))
-    (root / "test_batch").write_bytes(dump({"batch_label": "testing batch 1 of 1", "data": cifar_rows(3, 200), "labels": [9, 0, 4]}))
-    (root / "batches.meta").write_bytes(dump({"num_cases_per_batch": 2, "label_names": [f"class{i}" for i in range(10)], "num_vis": 3072}))
-    return root
-
 
 @pytest.mark.parametrize("dump", [dump_python2, dump_python3])
 def test_cifar10_batches_are_planes_of_rows_in_the_order_of_the_batches(tmp_path, dump):
@@ -125,11 +68,7 @@ def test_cifar10_as_a_source_is_its_training_split_without_labels(tmp_path):
 
 @pytest.mark.parametrize("dump", [dump_python2, dump_python3])
 def test_cifar100_has_the_fine_labels(tmp_path, dump):
-    root = tmp_path / "cifar-100-python"
-    root.mkdir()
-    for name, first, fine in (("train", 50, [99, 3, 7]), ("test", 80, [0, 42])):
-        (root / name).write_bytes(dump({"data": cifar_rows(len(fine), first), "fine_labels": fine, "coarse_labels": [1] * len(fine)}))
-    (root / "meta").write_bytes(dump({"fine_label_names": [f"fine{i}" for i in range(100)], "coarse_label_names": [f"coarse{i}" for i in range(20)]}))
+    write_cifar100(tmp_path, dump)
     target = load_target("cifar100", tmp_path)
     assert target.train.labels.tolist() == [99, 3, 7] and target.test.labels.tolist() == [0, 42]
     assert target.classes[42] == "fine42" and len(target.classes) == 100
@@ -157,16 +96,6 @@ def test_a_cifar_batch_cut_short_is_a_user_error(tmp_path):
 # SVHN, STL10
 # --------------------------------------------------------------------------------------------------
 
-def write_svhn(data_dir):
-    from scipy.io import savemat
-    root = data_dir / "svhn"
-    root.mkdir(parents=True)
-    for split, labels in (("train", [1, 10, 9]), ("test", [10, 5])):
-        pixels = np.full((32, 32, 3, len(labels)), 7, np.uint8)
-        pixels[2, 5, 1, 1] = 200        # row 2, column 5, green, second image
-        savemat(root / f"{split}_32x32.mat", {"X": pixels, "y": np.array(labels, np.uint8)[:, None]})
-
-
 def test_svhn_has_the_images_last_and_ten_means_zero(tmp_path):
     write_svhn(tmp_path)
     target = load_target("svhn", tmp_path)
@@ -174,22 +103,6 @@ def test_svhn_has_the_images_last_and_ten_means_zero(tmp_path):
     assert target.classes == list("0123456789")
     assert np.argwhere(target.train.images == 200).tolist() == [[1, 2, 5, 1]]
     assert np.argwhere(load_source("svhn", tmp_path).images == 200).tolist() == [[1, 2, 5, 1]]
-
-
-def write_stl10(data_dir):
-    """In image i the byte for red at row 2, column 5 is 100 + i. The parts are told apart by their blue."""
-    root = data_dir / "stl10_binary"
-    root.mkdir(parents=True)
-    for part, count, blue in (("train", 2, 1), ("test", 3, 2), ("unlabeled", 4, 3)):
-        content = bytearray()
-        for i in range(count):
-            red = bytearray(96 * 96)
-            red[5 * 96 + 2] = 100 + i       # columns one after the other
-            content += red + bytes(96 * 96) + bytes([blue]) * (96 * 96)
-        (root / f"{part}_X.bin").write_bytes(bytes(content))
-    (root / "train_y.bin").write_bytes(bytes([1, 10]))
-    (root / "test_y.bin").write_bytes(bytes([3, 2, 1]))
-    (root / "class_names.txt").write_text("airplane\nbird\ncar\ncat\ndeer\ndog\nhorse\nmonkey\nship\ntruck\n")
 
 
 def test_stl10_planes_are_column_major(tmp_path):
@@ -218,18 +131,6 @@ def test_stl10_as_a_source_is_the_labelled_training_part_and_then_the_unlabelled
 # TinyImageNet, Places365, Caltech
 # --------------------------------------------------------------------------------------------------
 
-def write_tinyimagenet(data_dir):
-    root = data_dir / "tiny-imagenet-200"
-    for wnid, colour in (("n02", GREEN), ("n01", RED)):
-        for i in range(2):
-            save_image(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", colour, (64, 64))
-        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t63\t63\n")
-    for i, colour in enumerate((GREEN, RED, GREEN)):
-        save_image(root / "val" / "images" / f"val_{i}.JPEG", colour, (64, 64))
-    (root / "val" / "val_annotations.txt").write_text("".join(f"val_{i}.JPEG\t{wnid}\t0\t0\t62\t62\n" for i, wnid in enumerate(("n02", "n01", "n02"))))
-    save_image(root / "test" / "images" / "test_0.JPEG", BLUE, (64, 64))
-
-
 def test_tinyimagenet_tests_on_its_annotated_val_split(tmp_path):
     write_tinyimagenet(tmp_path)
     target = load_target("tinyimagenet", tmp_path)
@@ -248,8 +149,7 @@ def test_tinyimagenet_as_a_source_is_its_training_split(tmp_path):
 
 
 def test_places365_is_the_flat_folder_of_its_archive(tmp_path):
-    for i, colour in ((2, GREEN), (1, RED), (10, BLUE)):
-        save_image(tmp_path / "val_256" / f"Places365_val_{i:08d}.jpg", colour, (256, 256))
+    write_places365(tmp_path)
     source = load_source("places365", tmp_path)
     assert source.files == ["Places365_val_00000001.jpg", "Places365_val_00000002.jpg", "Places365_val_00000010.jpg"]
     for image, colour in zip(source.images, (RED, GREEN, BLUE)):
@@ -267,15 +167,6 @@ def test_places365_as_a_target_takes_its_labels_from_the_lists_beside_it(tmp_pat
     target = load_target("places365", tmp_path)
     assert target.train.labels.tolist() == [0, 1] * 4 and target.test.labels.tolist() == [0, 1]
     assert target.test.files == names[8:]
-
-
-def write_caltech256(data_dir):
-    root = data_dir / "256_ObjectCategories"
-    save_images(root, [f"056.dog/056_{i:04d}.jpg" for i in range(1, 13)], RED)
-    save_images(root, [f"198.spider/198_{i:04d}.jpg" for i in range(1, 6)], 120)
-    save_images(root, [f"257.clutter/257_{i:04d}.jpg" for i in range(1, 4)], BLUE)
-    save_image(root / "056.dog" / "greg" / "x.jpg", WHITE)
-    (root / "198.spider" / "RENAME2").write_text("mv a b\n")
 
 
 def test_caltech256_leaves_junk_out(tmp_path):
@@ -299,14 +190,8 @@ def test_caltech256_tests_on_every_fifth_image_of_each_class(tmp_path):
     assert_colour(target.test.images[2], (120, 120, 120), JPEG_TOLERANCE)
 
 
-def write_caltech101(root):
-    for name, colour in (("accordion", RED), ("Motorbikes", GREEN), ("BACKGROUND_Google", BLUE)):
-        save_images(root, [f"{name}/image_{i:04d}.jpg" for i in range(1, 7)], colour)
-    (root / "BACKGROUND_Google" / "tmp").write_text("")
-
-
 def test_caltech101_has_its_background_as_a_source_and_not_as_a_class(tmp_path):
-    write_caltech101(tmp_path / "101_ObjectCategories")
+    write_caltech101(tmp_path)
     source = load_source("caltech101", tmp_path)
     assert len(source) == 18 and sum("BACKGROUND_Google" in name for name in source.files) == 6
     target = load_target("caltech101", tmp_path)
@@ -318,16 +203,157 @@ def test_caltech101_has_its_background_as_a_source_and_not_as_a_class(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Folders of images
+# Every layout
 # --------------------------------------------------------------------------------------------------
 
-def write_class_folders(root, test_classes=("airplane", "bird")):
-    save_image(root / "train" / "bird" / "b.png", GREEN)
-    save_image(root / "train" / "airplane" / "deep" / "er" / "a.png", RED)
-    save_image(root / "train" / "airplane" / "z.png", RED)
-    for name in test_classes:
-        save_image(root / "test" / name / "t.png", WHITE)
+@pytest.mark.parametrize("name, layout, batches", [("cifar10", "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)]),
+                                                   ("cifar100", "cifar-100-python", ["train"])])
+def test_the_pixels_of_cifar_are_unchanged(tmp_path, monkeypatch, name, layout, batches):
+    WRITERS[name](tmp_path)
+    pixels = random_pixels(4 * len(batches), 32, 32, 3)
+    for i, batch in enumerate(batches):
+        rows = pixels[4 * i:4 * i + 4].transpose(0, 3, 1, 2).reshape(4, 3072)
+        (tmp_path / layout / batch).write_bytes(dump_python2({"data": rows, "labels": [0] * 4, "fine_labels": [0] * 4}))
+    expect(monkeypatch, name, len(pixels))
+    np.testing.assert_array_equal(load_source(name, tmp_path).images, pixels)
 
+
+def test_the_pixels_of_svhn_are_unchanged(tmp_path, monkeypatch):
+    from scipy.io import savemat
+    (tmp_path / "svhn").mkdir()
+    pixels = random_pixels(5, 32, 32, 3)
+    savemat(tmp_path / "svhn" / "train_32x32.mat", {"X": pixels.transpose(1, 2, 3, 0), "y": np.ones((5, 1), np.uint8)})
+    expect(monkeypatch, "svhn", 5)
+    np.testing.assert_array_equal(load_source("svhn", tmp_path).images, pixels)
+
+
+def test_the_pixels_of_stl10_are_unchanged_at_96(tmp_path, monkeypatch):
+    root, pixels = write_stl10(tmp_path), random_pixels(7, 96, 96, 3)
+    for part, of_part in (("train", pixels[:3]), ("unlabeled", pixels[3:])):
+        (root / f"{part}_X.bin").write_bytes(of_part.transpose(0, 3, 2, 1).tobytes())
+    expect(monkeypatch, "stl10", 7)
+    np.testing.assert_array_equal(load_source("stl10", tmp_path, size=96).images, pixels)
+    expected = np.stack([np.asarray(Resize((32, 32))(Image.fromarray(image))) for image in pixels])
+    np.testing.assert_array_equal(load_source("stl10", tmp_path).images, expected)
+
+
+@pytest.mark.parametrize("name", IMAGE_FILES)
+def test_the_pixels_of_image_files_are_those_of_torchvision(tmp_path, name):
+    root = WRITERS[name](tmp_path)
+    for i, path in enumerate(sorted(root.rglob("*.[jJ]*"))):
+        Image.fromarray(random_pixels(9, 7, 3, seed=i)).resize((90 + i, 70)).save(path)
+    source = load_source(name, tmp_path)
+    assert len(source) == SMALL[name]["source"]
+    for file, image in zip(source.files, source.images):
+        path = root / "train" / file if name == "tinyimagenet" else root / file
+        np.testing.assert_array_equal(image, np.asarray(Resize((32, 32))(Image.open(path))))
+
+
+def test_stl10_is_read_image_by_image(tmp_path, monkeypatch):
+    """Its unlabelled part alone has 2.8 GB; a file of 300 MB, of holes, of which every other image is read, stands for it."""
+    root, count = write_stl10(tmp_path), 10_850
+    os.truncate(root / "unlabeled_X.bin", count * 3 * 96 * 96)
+    before = resident_megabytes()
+    tracemalloc.start()
+    images = layouts.read_stl10(root, "source")
+    for i in range(0, images.count, 2):
+        image = images.read(i)
+    peak = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    assert images.count == 2 + count and image.size == (96, 96)
+    assert peak < 10 and resident_megabytes() - before < 100
+
+
+def resident_megabytes():
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6 if statm.exists() else 0
+
+
+def expect(monkeypatch, name, count, **changes):
+    """Sets how many images the source of this data set has."""
+    monkeypatch.setitem(data.DATA_SETS, name, dataclasses.replace(data.DATA_SETS[name], images={"source": count}, **changes))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_layout_with_fewer_images_than_the_record_is_refused(tmp_path, monkeypatch, name):
+    root, expected = WRITERS[name](tmp_path), OFFICIAL[name].images["source"]
+    expect(monkeypatch, name, expected)
+    with pytest.raises(UserError) as refusal:
+        load_source(name, tmp_path)
+    assert str(refusal.value).startswith(f"{root} holds {SMALL[name]['source']} of the {expected:,} images of {name}: delete it, it is made again")
+
+
+@pytest.mark.parametrize("name", IMAGE_FILES)
+def test_what_there_is_of_a_layout_can_be_used_as_the_line_says(tmp_path, monkeypatch, name):
+    root = WRITERS[name](tmp_path)
+    expect(monkeypatch, name, 30_000)
+    with pytest.raises(UserError, match=f", or use what is there as {name}=PATH$"):
+        load_source(name, tmp_path)
+    assert len(load_source(f"{name}={root}", tmp_path)) >= SMALL[name]["source"]
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_what_there_is_of_a_layout_of_arrays_is_not_said_to_be_a_folder_of_images(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path)
+    expect(monkeypatch, name, 30_000)
+    with pytest.raises(UserError) as refusal:
+        load_source(name, tmp_path)
+    assert "=PATH" not in str(refusal.value)
+
+
+def dump_to(path, content):
+    path.write_bytes(pickle.dumps(content))
+
+
+def save_mat(path, **arrays):
+    from scipy.io import savemat
+    savemat(path, arrays)
+
+
+def shorten(path, count=1):
+    os.truncate(path, path.stat().st_size - count)
+
+
+# what it is: (data set, what is done to its layout, the file that the line names, or the layout)
+DAMAGE = {
+    "a CIFAR batch that holds a list": ("cifar10", lambda root: dump_to(root / "data_batch_1", [1, 2]), ""),
+    "a CIFAR batch that holds a number": ("cifar10", lambda root: dump_to(root / "data_batch_1", 1), ""),
+    "a CIFAR batch without images": ("cifar10", lambda root: dump_to(root / "data_batch_1", {"labels": [1]}), ""),
+    "a CIFAR batch of None": ("cifar10", lambda root: dump_to(root / "data_batch_1", {"data": None, "labels": [1]}), ""),
+    "a CIFAR batch of half images": ("cifar10", lambda root: dump_to(root / "data_batch_1", {"data": np.zeros((2, 1000), np.uint8), "labels": [1, 2]}), ""),
+    "a CIFAR batch with fewer labels": ("cifar10", lambda root: dump_to(root / "data_batch_1", {"data": np.zeros((2, 3072), np.uint8), "labels": [1]}), ""),
+    "CIFAR without one of its batches": ("cifar10", lambda root: (root / "data_batch_2").unlink(), "data_batch_2"),
+    "CIFAR with an empty batch": ("cifar10", lambda root: (root / "test_batch").write_bytes(b""), "test_batch"),
+    "CIFAR without names": ("cifar100", lambda root: dump_to(root / "meta", {}), ""),
+    "CIFAR with names that are a number": ("cifar100", lambda root: dump_to(root / "meta", {"fine_label_names": 3}), ""),
+    "SVHN that is no MATLAB file": ("svhn", lambda root: (root / "train_32x32.mat").write_bytes(b"<html>"), "train_32x32.mat"),
+    "SVHN cut short": ("svhn", lambda root: shorten(root / "train_32x32.mat", 40), "train_32x32.mat"),
+    "SVHN without images": ("svhn", lambda root: save_mat(root / "train_32x32.mat", y=np.ones((3, 1))), ""),
+    "SVHN of another shape": ("svhn", lambda root: save_mat(root / "train_32x32.mat", X=np.zeros((32, 32, 3)), y=np.ones((3, 1))), ""),
+    "SVHN with fewer labels": ("svhn", lambda root: save_mat(root / "train_32x32.mat", X=np.zeros((32, 32, 3, 3), np.uint8), y=np.ones((2, 1), np.uint8)), ""),
+    "STL10 cut short": ("stl10", lambda root: shorten(root / "test_X.bin"), "test_X.bin"),
+    "STL10 without labels": ("stl10", lambda root: (root / "train_y.bin").unlink(), ""),
+    "STL10 with fewer labels": ("stl10", lambda root: shorten(root / "test_y.bin"), ""),
+    "STL10 without names": ("stl10", lambda root: (root / "class_names.txt").unlink(), ""),
+    "TinyImageNet without its validation part": ("tinyimagenet", lambda root: (root / "val" / "val_annotations.txt").unlink(), ""),
+    "TinyImageNet with labels cut short": ("tinyimagenet", lambda root: shorten(root / "val" / "val_annotations.txt", 18), ""),
+    "TinyImageNet with a label that is no class": ("tinyimagenet", lambda root: (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\n" * 3), ""),
+}
+
+
+@pytest.mark.parametrize("name, damage, file", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_layout_is_one_line_that_names_it(tmp_path, name, damage, file):
+    root = WRITERS[name](tmp_path)
+    damage(root)
+    with pytest.raises(UserError) as refusal:
+        load_target(name, tmp_path)
+    assert "\n" not in str(refusal.value)
+    assert str(root) in str(refusal.value) and file in str(refusal.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders of images
+# --------------------------------------------------------------------------------------------------
 
 def test_a_folder_of_the_data_sets_name_serves_as_the_data_set(tmp_path):
     write_class_folders(tmp_path / "cifar10")
@@ -536,7 +562,7 @@ def test_a_source_without_classes_cannot_be_a_target(tmp_path):
 def test_a_damaged_pack_is_a_user_error_that_names_its_folder(tmp_path):
     save_images(tmp_path / "pictures", ["a.png", "b.png"])
     load_source(f"mine={tmp_path / 'pictures'}", tmp_path / "data")
-    pack = pack_of(tmp_path / "data")
+    [pack] = [tmp_path / "data" / "packed" / name for name in names_in(tmp_path / "data" / "packed")]
     meta = json.loads((pack / "pack.json").read_text())
     (pack / "pack.json").write_text(json.dumps(meta | {"images": 3}))
     with pytest.raises(UserError, match=str(pack)):
@@ -575,3 +601,292 @@ def test_a_data_folder_that_can_not_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--data-dir"):
         data.load_source("noise", tmp_path / "file")
+
+
+@forks
+@pytest.mark.parametrize("argv", [["cifar10", "--data-dir", "closed/data"], ["mine=closed/pictures"], ["--list", "--data-dir", "closed/data"]],
+                         ids=["a data folder", "a folder of images", "a list"])
+def test_a_folder_that_may_not_be_entered_is_one_line(argv):
+    with shared_folder() as folder:
+        save_images(folder / "closed" / "pictures", ["a.png"])
+        (folder / "closed" / "data").mkdir()
+        (folder / "closed").chmod(0)
+        status, said = as_nobody(said_by_the_command, [argument.replace("closed", f"{folder}/closed") for argument in argv])
+    [line] = said.splitlines()
+    assert status == 2 and f"{folder}/closed" in line
+
+
+def said_by_the_command(argv):
+    """The exit status of data.py and what it writes to standard error."""
+    said = io.StringIO()
+    sys.argv = ["data.py", *argv]
+    with contextlib.redirect_stderr(said):
+        try:
+            run.command(data.main)
+        except SystemExit as stop:
+            return stop.code, said.getvalue()
+    return 0, said.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------
+# States
+# --------------------------------------------------------------------------------------------------
+
+def put_archive(data_dir, monkeypatch, name="cifar10"):
+    """The archive of this data set in the data folder; its address answers nobody."""
+    file = data.DATA_SETS[name].files[0].name
+    root = WRITERS[name](data_dir.parent / "made")
+    data_dir.mkdir(exist_ok=True)
+    (data_dir / file).write_bytes(tar_of(data_dir.parent / "made", root.name))
+    register(monkeypatch, name, f"http://127.0.0.1:9/{file}", (data_dir / file).read_bytes())
+
+
+def state(name, data_dir):
+    return data.state(data.DATA_SETS[name], data_dir)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_data_set_of_which_nothing_is_there_is_absent(tmp_path, name):
+    assert state(name, tmp_path) == state(name, tmp_path / "nowhere") == "absent"
+
+
+@pytest.mark.parametrize("name, part", [("cifar10", "cifar-10-python.tar.gz.part"), ("svhn", "svhn/train_32x32.mat.part")])
+def test_a_data_set_whose_file_is_half_fetched_is_partial(tmp_path, name, part):
+    (tmp_path / part).parent.mkdir(exist_ok=True)
+    (tmp_path / part).write_bytes(b"half")
+    assert state(name, tmp_path) == "partial"
+
+
+def test_a_data_set_with_one_of_its_two_files_is_partial(tmp_path, monkeypatch):
+    files = tuple(download.RemoteFile((f"http://127.0.0.1:9/{i}.tar",), 4) for i in (1, 2))
+    monkeypatch.setitem(data.DATA_SETS, "cifar10", dataclasses.replace(data.DATA_SETS["cifar10"], files=files))
+    (tmp_path / "1.tar").write_bytes(b"half")
+    assert state("cifar10", tmp_path) == "partial"
+    (tmp_path / "2.tar").write_bytes(b"half")
+    assert state("cifar10", tmp_path) == "archive"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_data_set_with_an_incomplete_layout_is_partial(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path)
+    expect(monkeypatch, name, SMALL[name]["source"] + 1)
+    assert state(name, tmp_path) == "partial"
+
+
+@pytest.mark.parametrize("name, lacking", [("cifar10", "batches.meta"), ("cifar100", "meta"), ("stl10", "unlabeled_X.bin"), ("cifar10", "data_batch_3")])
+def test_a_data_set_whose_layout_lacks_a_file_is_partial(tmp_path, name, lacking):
+    (WRITERS[name](tmp_path) / lacking).unlink()
+    assert state(name, tmp_path) == "partial"
+
+
+def test_a_data_set_whose_archive_is_there_is_an_archive(tmp_path, monkeypatch):
+    put_archive(tmp_path / "data", monkeypatch)
+    assert state("cifar10", tmp_path / "data") == "archive"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_data_set_whose_layout_is_whole_is_extracted(tmp_path, name):
+    WRITERS[name](tmp_path)
+    assert state(name, tmp_path) == "extracted"
+
+
+def test_a_data_set_as_a_folder_of_images_is_extracted(tmp_path):
+    save_images(tmp_path / "stl10", ["a/b.png"])
+    assert state("stl10", tmp_path) == "extracted"
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "noise"])
+def test_a_data_set_that_was_loaded_is_packed(tmp_path, name):
+    if name in WRITERS:
+        WRITERS[name](tmp_path)
+    load_source(name, tmp_path)
+    assert state(name, tmp_path) == "packed"
+
+
+@pytest.mark.parametrize("name", ["caltech101", "noise"])
+def test_a_pack_of_a_few_of_its_images_is_not_the_data_set(tmp_path, name):
+    if name in WRITERS:
+        WRITERS[name](tmp_path)
+    before = state(name, tmp_path)
+    load_source(name, tmp_path, limit=3)
+    assert state(name, tmp_path) == before
+
+
+def test_a_pack_that_is_being_made_is_not_the_data_set(tmp_path):
+    write_cifar10(tmp_path)
+    load_source("cifar10", tmp_path)
+    [pack] = (tmp_path / "packed").glob("cifar10-*")
+    pack.rename(f"{pack}.part")
+    assert state("cifar10", tmp_path) == "extracted"
+
+
+# --------------------------------------------------------------------------------------------------
+# Command
+# --------------------------------------------------------------------------------------------------
+
+def test_the_list_shows_every_data_set_with_its_size_its_state_and_its_terms(tmp_path, monkeypatch, execute):
+    for name, record in OFFICIAL.items():
+        monkeypatch.setitem(data.DATA_SETS, name, record)
+    status, out, err = execute(data.main, ["--list", "--data-dir", str(tmp_path)], program="data.py")
+    head, *lines = out.splitlines()
+    assert (status, err) == (0, "") and len(lines) == len(OFFICIAL) == 12
+    assert head.split("  ") and all(word in head for word in ("name", "images", "to fetch", "on disk", "state", "terms"))
+    for line, record in zip(lines, OFFICIAL.values()):
+        fetched = f"{sum(file.size for file in record.files) / 1e6:,.0f} MB" if record.files else "-"
+        state = "built in" if record.built_in else "absent"
+        assert re.fullmatch(rf"{record.name} +{record.images['source']:,} +{record.native or 'all'} +{fetched} +-  {state} +{re.escape(record.terms)}", line)
+
+
+def test_the_list_shows_what_is_there_in_which_state_and_what_is_still_to_fetch(tmp_path, monkeypatch, execute):
+    folder = tmp_path / "data"
+    put_archive(folder, monkeypatch)
+    write_stl10(folder)
+    (folder / "caltech-101.zip.part").write_bytes(bytes(7_000_000))
+    write_caltech256(folder)
+    load_source("caltech256", folder)
+    status, out, _ = execute(data.main, ["--data-dir", str(folder)], program="data.py")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert status == 0
+    assert re.search(r" 10 +32 +- +0 MB  archive +none stated$", lines["cifar10"])
+    assert re.search(r" 6 +96 +- +0 MB  extracted ", lines["stl10"])
+    assert re.search(r" 18 +all +130 MB +7 MB  partial ", lines["caltech101"])
+    assert re.search(r" 20 +all +- +0 MB  packed ", lines["caltech256"])
+    assert re.search(r" 3 +32 +182 MB +-  absent ", lines["svhn"])
+
+
+def only(monkeypatch, *names):
+    """The registry with these data sets alone, in this order."""
+    monkeypatch.setattr(data, "DATA_SETS", {name: data.DATA_SETS[name] for name in names})
+
+
+@pytest.fixture
+def dead_url(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(download, "BACKOFF", (0.0, 0.0))
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{closed.getsockname()[1]}"      # bound, and nobody listens
+
+
+def wrong_archive(folder, monkeypatch, url):
+    register(monkeypatch, "cifar10", f"{url}/cifar-10-python.tar.gz", b"right")
+    (folder / "cifar-10-python.tar.gz").write_bytes(b"wrong")
+    return f"{folder}/cifar-10-python.tar.gz has the md5 {hashlib.md5(b'wrong').hexdigest()} instead of {hashlib.md5(b'right').hexdigest()}"
+
+
+def no_server(folder, monkeypatch, url):
+    register(monkeypatch, "cifar10", f"{url}/cifar-10-python.tar.gz", b"right")
+    return f"cifar-10-python.tar.gz can't be fetched: {url}/cifar-10-python.tar.gz can't be reached"
+
+
+def incomplete_layout(folder, monkeypatch, url):
+    write_cifar10(folder)
+    expect(monkeypatch, "cifar10", 11)
+    return f"{folder}/cifar-10-batches-py holds 10 of the 11 images"
+
+
+def too_many_broken(folder, monkeypatch, url):
+    save_images(folder / "cifar10", ["a.png", "b.png"])
+    (folder / "cifar10" / "a.png").write_bytes(b"not an image")
+    return "cifar10: 1 of 2 images can't be read"
+
+
+@pytest.mark.parametrize("fail", [wrong_archive, no_server, incomplete_layout, too_many_broken])
+def test_what_fails_does_not_keep_the_other_data_sets_back(tmp_path, monkeypatch, execute, dead_url, fail):
+    write_stl10(tmp_path)
+    write_svhn(tmp_path)
+    line = fail(tmp_path, monkeypatch, dead_url)
+    only(monkeypatch, "svhn", "cifar10", "stl10")
+    status, out, err = execute(data.main, ["--all", "--data-dir", str(tmp_path)], program="data.py")
+    assert status == 2
+    assert [said for said in out.splitlines() if "packed" in said] == ["svhn: 3 images packed", "stl10: 6 images packed"]
+    [said] = err.splitlines()
+    assert said.startswith(f"data.py: {line}")
+    assert [state(name, tmp_path) for name in ("svhn", "stl10")] == ["packed", "packed"] and state("cifar10", tmp_path) != "packed"
+
+
+def test_all_that_fails_is_said_a_line_each(tmp_path, monkeypatch, execute, dead_url):
+    first = wrong_archive(tmp_path, monkeypatch, dead_url)
+    expect(monkeypatch, "stl10", 7)
+    root = write_stl10(tmp_path)
+    only(monkeypatch, "cifar10", "stl10")
+    status, _, err = execute(data.main, ["--all", "--data-dir", str(tmp_path)], program="data.py")
+    lines = err.splitlines()
+    assert status == 2 and len(lines) == 2
+    assert lines[0].startswith(f"data.py: {first}") and lines[1].startswith(f"data.py: {root} holds 6 of the 7 images of stl10")
+
+
+def test_all_at_once_is_every_data_set_of_the_list(tmp_path, monkeypatch, execute):
+    only(monkeypatch, *WRITERS, "digits", "noise")
+    for name, write in WRITERS.items():
+        write(tmp_path)
+    status, out, err = execute(data.main, ["--all", "--data-dir", str(tmp_path)], program="data.py")
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [f"{name}: {record.images['source']:,} images packed" for name, record in data.DATA_SETS.items()]
+
+
+def test_a_data_set_is_added_by_adding_its_record(tmp_path, monkeypatch, execute):
+    (tmp_path / "data").mkdir()
+    root = write_caltech256(tmp_path / "made")
+    root.rename(tmp_path / "made" / "petal_pictures")
+    (tmp_path / "data" / "petals.tar.gz").write_bytes(tar_of(tmp_path / "made", "petal_pictures"))
+    content = (tmp_path / "data" / "petals.tar.gz").read_bytes()
+    record = data.DataSet("petals", layouts.read_caltech256, None, "CC BY 4.0", {"source": 20},
+                          (download.RemoteFile(("https://petals.example/petals.tar.gz",), len(content), hashlib.md5(content).hexdigest()),),
+                          "petal_pictures", unpacked=1_000_000)
+    monkeypatch.setitem(data.DATA_SETS, "petals", record)
+    assert len(load_source("petals", tmp_path / "data")) == 20
+    assert load_target("petals", tmp_path / "data").classes == ["056.dog", "198.spider"]
+    _, out, _ = execute(data.main, ["--list", "--data-dir", str(tmp_path / "data")], program="data.py")
+    assert re.fullmatch(r"petals +20 +all +- +0 MB  packed +CC BY 4.0", out.splitlines()[-1])
+
+
+def test_a_folder_of_images_is_packed_by_its_path(tmp_path, execute):
+    save_images(tmp_path / "pictures", ["a.png", "b/c.png"])
+    status, out, err = execute(data.main, [f"mine={tmp_path / 'pictures'}", "--data-dir", str(tmp_path / "data")], program="data.py")
+    assert (status, out, err) == (0, "mine: 2 images packed\n", "")
+
+
+def test_a_name_that_is_given_twice_is_packed_once(tmp_path, execute):
+    write_cifar10(tmp_path)
+    status, out, _ = execute(data.main, ["cifar10", "cifar10", "--data-dir", str(tmp_path)], program="data.py")
+    assert (status, out) == (0, "cifar10: 10 images packed\n")
+
+
+@pytest.mark.parametrize("given", ["5%", "0.05"])
+def test_max_bad_is_a_share_or_per_cent(tmp_path, execute, given):
+    save_images(tmp_path / "pictures", [f"{i:02}.png" for i in range(20)])
+    (tmp_path / "pictures" / "07.png").write_bytes(b"not an image")
+    argv = [f"mine={tmp_path / 'pictures'}", "--data-dir", str(tmp_path / "data")]
+    assert execute(data.main, argv, program="data.py")[0] == 2
+    status, out, _ = execute(data.main, [*argv, "--max-bad", given], program="data.py")
+    assert status == 0 and out.endswith("mine: 19 images packed, 1 left out\n")
+
+
+@pytest.mark.parametrize("given", ["1.5", "150%", "-0.1", "many", "nan", "%", ""])
+def test_max_bad_that_is_no_share_is_refused_in_a_line(tmp_path, execute, given):
+    status, out, err = execute(data.main, ["noise", f"--max-bad={given}", "--data-dir", str(tmp_path)], program="data.py")
+    assert status == 2 and out == ""
+    [line] = err.splitlines()
+    assert line.startswith("data.py: ") and "--max-bad" in line
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("argv, complaint", [(["cifar11"], "no data set is called cifar11"), (["mine=nowhere"], "there is no such folder"),
+                                             (["a/b"], "neither NAME nor NAME=PATH")])
+def test_what_is_not_known_is_refused_before_anything_is_done(tmp_path, execute, argv, complaint):
+    write_cifar10(tmp_path)
+    status, _, err = execute(data.main, ["cifar10", *argv, "--data-dir", str(tmp_path)], program="data.py")
+    [line] = err.splitlines()
+    assert status == 2 and complaint in line
+    assert names_in(tmp_path) == ["cifar-10-batches-py"]
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(tmp_path, monkeypatch, execute, dead_url):
+    no_server(tmp_path, monkeypatch, dead_url)
+    expect(monkeypatch, "cifar10", 50_000, unpacked=10 ** 18)
+    status, _, err = execute(data.main, ["cifar10", "--data-dir", str(tmp_path)], program="data.py")
+    [line] = err.splitlines()
+    assert status == 2
+    assert re.fullmatch(rf"data.py: {tmp_path} has \S+ GB free, and what is still to be fetched, extracted and packed needs 1,000,000,000.\d GB: "
+                        "make room, or choose another --data-dir", line)

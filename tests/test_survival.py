@@ -5,10 +5,8 @@ while it fetches, extracts or packs, at random moments.
 """
 import hashlib
 import io
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +22,8 @@ from PIL import Image
 IMAGES = 900
 MEGABYTE = 1 << 20
 COMMAND = """
-import dataclasses, sys
+import dataclasses, faulthandler, sys
+faulthandler.dump_traceback_later(100, exit=True)       # a process that hangs says where
 sys.path.insert(0, {here!r})
 import data, packing, run
 packing.SAVE_INTERVAL = 0.05
@@ -84,20 +83,24 @@ class Command:
     """`python data.py tinyimagenet` on our server."""
 
     def __init__(self, server, archive, folder):
-        self.folder, self.archive, self.server = folder, archive, server
+        self.folder, self.archive, self.said = folder, archive, folder.with_suffix(".txt")
         self.program = COMMAND.format(here=str(Path(__file__).resolve().parent.parent), images=IMAGES, size=len(archive),
                                       url=f"http://127.0.0.1:{server.server_port}/tiny-imagenet-200.zip", md5=hashlib.md5(archive).hexdigest())
 
     def start(self):
-        process = subprocess.Popen([sys.executable, "-c", self.program, "tinyimagenet", "--data-dir", self.folder], stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT, text=True)
-        assert process.stdout.readline() == "ready\n"
+        self.folder.mkdir(exist_ok=True)
+        with open(self.said, "w") as said:      # a file: a pipe is at its end only when nobody at all can write to it
+            process = subprocess.Popen([sys.executable, "-c", self.program, "tinyimagenet", "--data-dir", self.folder], stdout=said,
+                                       stderr=subprocess.STDOUT)
+        while process.poll() is None and not self.said.read_text().startswith("ready\n"):
+            time.sleep(0.01)
         return process
 
+    def assert_completes(self, process):
+        assert process.wait(timeout=120) == 0, self.said.read_text()
+
     def complete(self):
-        process = self.start()
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+        self.assert_completes(self.start())
         return (self.folder / "packed" / "tinyimagenet-source-32" / "images.npy").read_bytes()
 
     def phase(self):
@@ -142,14 +145,13 @@ def test_killed_at_random_moments_the_same_command_completes(server, archive, tm
         time.sleep(rng.uniform(0, longest[wanted]))
         phase = command.phase()
         if process.poll() is None and phase:
-            os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.kill()
+            process.wait(timeout=120)
             killed[phase] += 1
             command.assert_nothing_broken_has_a_name(expected)
             assert command.part()[:len(there)] == there or phase != "fetching"
         else:
-            said, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, said
+            command.assert_completes(process)
             command.assert_nothing_broken_has_a_name(expected)
             command = None
         assert not there or all(start >= len(there) - MEGABYTE for start in server.starts)
