@@ -11,11 +11,11 @@ import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
 
 from run import Progress, UserError, first_line, holding
 
 SUFFIXES = (".zip", ".tar", ".tar.gz")
+LONGEST_HEADER = 16_384     # bytes: room for any name
 
 
 class Refused(Exception):
@@ -47,6 +47,18 @@ class _Counted:
         return content
 
 
+class _Member(tarfile.TarInfo):
+    """A member of a tar. Headers that describe the next member are read into memory whole, and searched."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK) \
+                and member.size > LONGEST_HEADER:
+            raise Refused(f"it has a header of {member.size:,} bytes")
+        return member
+
+
 def extract(archive, place, size, files, check):
     """Makes `place`, a folder that `archive` (.zip, .tar or .tar.gz) holds at any depth, unless it is there.
 
@@ -60,6 +72,7 @@ def extract(archive, place, size, files, check):
         shutil.rmtree(beside, ignore_errors=True)       # of an attempt that was killed
         budget = _Budget(size, files)
         try:
+            beside.mkdir(parents=True)
             _extract_into(beside, archive, budget)
             for nested in sorted(path for path in beside.rglob("[!.]*") if path.name.endswith((".tar", ".tar.gz")) and path.is_file()):
                 if nested.stat().st_size:
@@ -72,7 +85,9 @@ def extract(archive, place, size, files, check):
             os.replace(found, place)
         except Refused as error:
             raise UserError(f"{archive} is refused: {error}; delete it and fetch it again") from None
-        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError) as error:
+        except (UserError, PermissionError):
+            raise
+        except Exception as error:      # whatever a broken archive makes its reader raise
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"the disk under {place.parent} is full: make room and run this again, {archive.name} is extracted anew") from None
             raise UserError(f"{archive} can't be extracted ({first_line(error)}): delete it and fetch it again") from None
@@ -113,7 +128,8 @@ def _extract_tar(folder, archive, budget, progress):
     with open(archive, "rb") as file:
         stream = gzip.GzipFile(fileobj=file) if archive.name.endswith(".gz") else file
         # Read as a stream, front to back: no member is larger than what the budget has let through.
-        with tarfile.open(fileobj=_Counted(stream, budget), mode="r|") as content:
+        counted = _Counted(stream, budget)
+        with tarfile.open(fileobj=counted, mode="r|", tarinfo=_Member) as content:
             for member in content:
                 _require_inside(member.name)
                 if member.isdev():
@@ -122,11 +138,22 @@ def _extract_tar(folder, archive, budget, progress):
                     # A hard link counts from the top of the archive, a symbolic one from where it lies.
                     start = posixpath.dirname(member.name) if member.issym() else ""
                     _require_inside(posixpath.join(start, member.linkname), f"{member.name!r}, a link to ")
-                if member.issym():      # with no link in the tree, nothing can be written through one
-                    continue
-                budget.take(0, files=1)
-                content.extract(member, folder, filter="data")
+                budget.take(member.size if member.issparse() else 0, files=1)      # holes aren't in the stream
+                if member.islnk():
+                    _link(folder / member.linkname, folder / member.name)
+                elif not member.issym():        # with no symbolic link in the tree, nothing can be written through one
+                    content.extract(member, folder, filter="data")
                 progress.update(file.tell() - progress.done)
+        while counted.read(1 << 20):    # what follows the last member, up to gzip's checksum
+            pass
+
+
+def _link(first, again):
+    if not first.is_file():
+        raise Refused(f"{again.name!r} is a link to {first.name!r}, which is not there")
+    again.parent.mkdir(parents=True, exist_ok=True)
+    again.unlink(missing_ok=True)
+    os.link(first, again)
 
 
 def _require_inside(name, what=""):

@@ -9,6 +9,7 @@ Out: a packed array for each, uint8 N x 32 x 32 x 3, memory-mapped, decoded once
     python data.py --all
 """
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -204,14 +205,21 @@ def ensure(record, data_dir, role="source"):
         path = Path(data_dir) / file.name
         if path.exists():       # it was just fetched, or put there by hand
             verify(path, file)
-            if record.flat:
-                target = Path(data_dir) / record.layout / file.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
-            else:
-                extract(path, Path(data_dir) / record.layout, 4 * record.unpacked, 4 * sum(record.images.values()) + 1000,
-                        lambda folder, named: _read_layout(record, folder, "source", named))
+            try:
+                _unpack(record, path, Path(data_dir) / record.layout)
+            except PermissionError as error:
+                raise UserError(f"{data_dir} can't be written ({first_line(error)}): choose another --data-dir") from None
     return locate(record, data_dir, role)
+
+
+def _unpack(record, file, layout):
+    """Brings a data set's file, which is whole, to where its reader expects it or what it holds."""
+    if record.flat:
+        layout.mkdir(parents=True, exist_ok=True)
+        os.replace(file, layout / file.name)
+    else:
+        extract(file, layout, 4 * record.unpacked, 4 * sum(record.images.values()) + 1000,
+                lambda folder, named: _read_layout(record, folder, "source", named))
 
 
 def _read_layout(record, folder, split, named=None):
@@ -219,12 +227,14 @@ def _read_layout(record, folder, split, named=None):
     named = named or folder
     try:
         images = record.read(folder, split)
-    except (OSError, KeyError, ValueError, IndexError) as error:
+    except PermissionError:
+        raise
+    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
         raise UserError(f"{named} is incomplete or damaged ({first_line(error)}): delete it, it is made again") from None
     expected = record.images.get(split, images.count)
     if images.count != expected:
-        raise UserError(f"{named} holds {images.count:,} of the {expected:,} images of {record.name}: delete it, it is made again, "
-                        f"or use what is there as {record.name}=PATH")
+        otherwise = f", or use what is there as {record.name}=PATH" if images.files else ""
+        raise UserError(f"{named} holds {images.count:,} of the {expected:,} images of {record.name}: delete it, it is made again{otherwise}")
     return images
 
 
@@ -381,8 +391,9 @@ def _pack_spec(images, spec, split, data_dir, seed, limit, size, max_bad):
 # --------------------------------------------------------------------------------------------------
 
 def _packs(record, data_dir):
-    """The whole data set's packs."""
-    return [pack.parent for seed in ("", "-seed*") for pack in (Path(data_dir) / "packed").glob(f"{record.name}-*-{IMAGE_SIZE}{seed}/pack.json")]
+    """The whole data set's packs: not those of a few of its images, or of a folder that has been given its name."""
+    return [pack.parent for pack in (Path(data_dir) / "packed").glob(f"{record.name}-*/pack.json")
+            if re.fullmatch(rf"{record.name}-[a-z]+-{IMAGE_SIZE}(-seed\d+)?", pack.parent.name)]
 
 
 def state(record, data_dir):
@@ -399,6 +410,8 @@ def state(record, data_dir):
     if place.kind == "absent":
         folders = (data_dir, data_dir / record.layout)
         begun = [part_of(folder / file.name) for folder in folders for file in record.files] + [data_dir / file.name for file in record.files]
+        if not record.flat:
+            begun.append(data_dir / record.layout)
         return "partial" if any(path.exists() for path in begun) else "absent"
     return {"built-in": "built in", "folder": "extracted", "archive": "archive"}[place.kind]
 

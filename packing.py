@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from run import MAX_BAD, Progress, UserError, first_line, holding, require_space, say, write_atomically, write_json
+from run import MAX_BAD, Progress, UserError, first_line, holding, one_field, require_space, say, write_atomically, write_json
 
 IMAGE_SIZE = 32
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")      # what is let in, whatever a file is called
@@ -45,6 +45,10 @@ class Images:
     classes: list | None = None
     files: list | None = None           # paths below the data set's folder; None where it is one big array
     rows: np.ndarray | None = None      # which images of the whole data set these are; None: all of them
+
+    def __post_init__(self):
+        if self.labels is not None and len(self.labels) != self.count:
+            raise ValueError(f"{self.count:,} images have {len(self.labels):,} labels")
 
     def take(self, rows):
         """Those images alone. rows: (n,) int64."""
@@ -137,7 +141,7 @@ def as_shown(image):
 def _what_is_wrong(error):
     if isinstance(error, UnidentifiedImageError):
         return f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-    return first_line(error).replace("\t", " ") if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first_line(error)}"
+    return first_line(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first_line(error)}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,7 +201,9 @@ def pack(images, folder, label, size=IMAGE_SIZE, max_bad=MAX_BAD):
     What can't be read is left out and listed in bad.txt, a line each of file, reason and number; UserError where that
     is more than the share `max_bad`. While it is being made the pack is `<folder>.part`, which a later call goes on from.
     """
-    packed = open_pack(folder, images.made_from)
+    packed, old = open_pack(folder, images.made_from), folder.with_name(f"{folder.name}.old")
+    if packed is not None and old.exists():     # what was killed had this left to do
+        shutil.rmtree(old, ignore_errors=True)
     if packed is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +223,7 @@ def pack(images, folder, label, size=IMAGE_SIZE, max_bad=MAX_BAD):
 
 
 def _require_few(bad, count, max_bad, label, listing):
-    if bad > max_bad * count:
+    if bad / count > max_bad:
         with open(listing, encoding="utf-8", errors="surrogateescape") as lines:
             first = next(lines).split("\t")
         raise UserError(f"{label}: {bad:,} of {count:,} images can't be read, more than {max_bad:.4g} of all; the first is {first[0]} "
@@ -227,15 +233,23 @@ def _require_few(bad, count, max_bad, label, listing):
 def _make_pack(images, folder, label, size, max_bad):
     part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if not (part / "pack.json").exists():       # else it is whole, and was killed before it had its name
-        _fill_pack(images, part, label, size, max_bad)
-    elif json.loads((part / "pack.json").read_text())["made_from"] != images.made_from:
-        shutil.rmtree(part)
+    whole = _made_from(part)
+    if whole != images.made_from:       # else it was killed before it had its name
+        if whole is not None:
+            shutil.rmtree(part)
         _fill_pack(images, part, label, size, max_bad)
     if folder.exists():     # made from files that have changed since
         os.replace(folder, old)
     os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _made_from(part):
+    """What the pack in `part` was made from; None where it is not whole."""
+    try:
+        return json.loads((part / "pack.json").read_text())["made_from"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _header(count, size):
@@ -265,8 +279,7 @@ def _fill_pack(images, part, label, size, max_bad):
                 pixels.write(decoded)
                 for number, reason in failed:
                     name = images.files[number] if images.files else str(number)
-                    name = name.translate({9: "\\t", 10: "\\n", 13: "\\r"})
-                    listing.write(f"{name}\t{reason}\t{number}\n".encode("utf-8", "surrogateescape"))
+                    listing.write(f"{one_field(name)}\t{one_field(reason)}\t{number}\n".encode("utf-8", "surrogateescape"))
                     bad.append(number)
                 progress.update(len(numbers))
                 if time.monotonic() - saved > SAVE_INTERVAL:
@@ -321,8 +334,9 @@ def _done_so_far(part, made_from, size):
         if (progress["made_from"], progress["size"]) != (made_from, size):
             raise ValueError("of other files")
         with open(part / "bad.txt", "rb") as listing:
-            bad = [int(line.rpartition(b"\t")[2]) for line in listing.read(progress["listed"]).splitlines()]
-        if (part / "images.npy").stat().st_size < len(_header(0, size)) + (progress["done"] - len(bad)) * size * size * 3:
+            listed = listing.read(progress["listed"])
+        bad = [int(line.rpartition(b"\t")[2]) for line in listed.splitlines()]
+        if len(listed) < progress["listed"] or (part / "images.npy").stat().st_size < len(_header(0, size)) + (progress["done"] - len(bad)) * size * size * 3:
             raise ValueError("cut short")
         return progress["done"], bad, progress["listed"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -382,6 +383,11 @@ def first_line(error):
     return (text.splitlines() or [type(error).__name__])[0]
 
 
+def one_field(text):
+    """`text` with its tabs and everything that ends a line escaped."""
+    return re.sub("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+
+
 @contextmanager
 def holding(path, what, stop=None):
     """Keeps every other process from making `path` meanwhile; waits while another one does.
@@ -601,6 +607,9 @@ def command(main):
     except UserError as error:
         for line in str(error).splitlines():
             print(f"{program}: {line}", file=sys.stderr)
+        sys.exit(2)
+    except PermissionError as error:
+        print(f"{program}: {error.filename} can't be used ({first_line(error)})", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:     # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
