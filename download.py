@@ -162,7 +162,7 @@ class _Download:
                 url, may_crawl = self.mirrors.pop(0)
                 try:
                     self._fill(url, may_crawl or not self.mirrors)
-                    return self._finish()
+                    return self._finish(url)
                 except _Crawls as reason:
                     self.tried.append(f"{url} {reason}")
                     self.mirrors.append((url, True))
@@ -282,10 +282,10 @@ class _Download:
             if found < (speed / 100 if may_crawl else speed):
                 raise (_NextMirror if may_crawl else _Crawls)(f"crawls ({found / 1e3:,.1f} kB/s)")
 
-    def _finish(self):
+    def _finish(self, last):
         wrong = checksum_error(self.part, self.file)
         if wrong:
-            contributors = self._read_note().get("from", [])
+            contributors = list(dict.fromkeys([*self._read_note().get("from", []), last]))
             self._discard()
             if self.mixing and (self.resumed or len(contributors) > 1):     # whose bytes were wrong is unknown: each again, alone
                 self.mixing = False
