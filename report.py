@@ -55,6 +55,11 @@ def notes(settings, folders):
         without = sum(student["accuracy"] is None for student in students)
         if without:
             found.append(f"{approach}: no student for {without} of {len(folders)} seeds, since the transfer set was too small to learn from.")
+    transfer_sets = [read_json(folder / "transfer" / approach / "summary.json")
+                     for folder in folders for approach in settings.approaches if approach != "supervised"]
+    unreadable = {name: bad for transfer_set in transfer_sets for name, bad in transfer_set.get("unreadable", {}).items()}
+    if unreadable:
+        found.append("Images that can't be read are left out: " + ", ".join(f"{name} {bad:,}" for name, bad in unreadable.items()) + ".")
     for folder in folders:
         of_seed = f" (seed {read_json(folder / 'config.json')['seed']})" if len(folders) > 1 else ""
         for approach in (a for a in settings.approaches if a != "supervised"):

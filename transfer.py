@@ -288,6 +288,7 @@ def make_transfer_set(run, approach, scoring, target_size):
     summary = {
         "teacher": scoring.teacher_digest, "size": len(chosen), "bucket": bucket, "per_class": per_class.tolist(), "classes": classes,
         "per_source": {name: int((source == i).sum()) for i, name in enumerate(candidates.names)},
+        "unreadable": {name: scoring.source(name).bad for name in candidates.names if scoring.source(name).bad},
         # random doesn't fill buckets, so none of its classes can be short
         "shortfall": {} if approach == "random" else {classes[c]: int(bucket - n) for c, n in enumerate(per_class) if n < bucket},
         "no_threshold": [classes[c] for c in np.flatnonzero(np.isnan(thresholds[approach]))] if approach in CRITERIA else [],

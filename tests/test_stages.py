@@ -310,3 +310,29 @@ def test_supervised_by_hand_starts_from_the_weights_that_the_run_was_made_with(f
         assert open_stage(["--target", flags[1], *given], "A stage.")[0].supervised_weights == "imagenet"
     assert open_stage(["--target", flags[1], "--teacher-weights", "none"], "A stage.")[0].supervised_weights == "none"
     assert open_stage(["--target", flags[1], "--student-weights", "none"], "A stage.")[0].supervised_weights == "none"
+
+
+def test_the_table_says_how_many_images_could_not_be_read(painted, flags, execute, tmp_path):
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "more").symlink_to(painted[1], target_is_directory=True)
+    (odd / "broken.png").write_bytes(b"")       # one of 121: less than one in a hundred
+    status, out, _ = execute(compile.main, [*flags, "--sources", f"odd={odd}", "--approaches", "balanced"])
+    assert status == 0 and "odd: 1 of 121 images can't be read and are left out, see " in out
+    line = "Images that can't be read are left out: odd 1."
+    assert line in out and line in json.loads((RUN / "results.json").read_text())["notes"]
+    assert f"- {line}" in (RUN / "results.md").read_text().splitlines()
+    assert "broken.png" not in (RUN / "transfer" / "balanced" / "manifest.csv").read_text()
+
+
+def test_too_many_images_that_can_not_be_read_stop_the_run_unless_they_may(painted, flags, execute, tmp_path):
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "more").symlink_to(painted[1], target_is_directory=True)
+    for number in range(6):
+        (odd / f"broken{number}.png").write_bytes(b"")
+    argv = [*flags, "--sources", f"odd={odd}", "--approaches", "balanced"]
+    status, _, err = execute(compile.main, argv)
+    assert status == 2 and "odd: 6 of 126 images can't be read, more than 0.01 of all" in err and "bad.txt" in err
+    status, out, _ = execute(compile.main, [*argv, "--max-bad", "5%"])
+    assert status == 0 and "- Images that can't be read are left out: odd 6." in out
