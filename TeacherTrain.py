@@ -10,8 +10,8 @@ import torch
 
 import engine
 import models
-from data import load_target, unavailable
-from run import UserError, command, open_stage, read_json, say, stop_on, write_atomically, write_json
+from data import specs_of, target_of, unavailable
+from run import UserError, command, name_of_arch, open_stage, read_json, say, stop_on, write_atomically, write_json
 
 TRAIN_SHARE = 0.8       # of the target's training split; the rest is the confidence set
 WATCHED = 2000          # images of the confidence set on which accuracy is noted after each epoch
@@ -49,31 +49,31 @@ def watch(target, confidence):
 def train_teacher(run, target, device):
     """Makes teacher.pt and teacher.json, unless they are there. Returns the content of teacher.json.
 
-    target: a data.Target. With `teacher_checkpoint` in the settings that network is used as it is.
+    target: a data.Target. With `teacher_checkpoint` in the settings that network is used as it is. An accuracy is None
+    where the target has no images for it.
     """
     if (run / "teacher.json").exists() and (run / "teacher.pt").exists():
         return read_json(run / "teacher.json")
     settings = run.settings
-    train, confidence = saved_split(run, len(target.train))
+    train, confidence = saved_split(run, len(target.train)) if target.train else (None, None)
     seed = engine.seed_for(settings.seed, "teacher")
     if settings.teacher_checkpoint:
-        teacher = models.load(settings.teacher_checkpoint).to(device)
-        if teacher.classes != target.classes:
-            raise UserError(f"{settings.teacher_checkpoint} knows {len(teacher.classes)} classes ({', '.join(teacher.classes[:3])}, ...), "
-                            f"the target has {len(target.classes)} ({', '.join(target.classes[:3])}, ...)")
+        teacher = load_checkpoint(settings, target.classes).to(device)
         training = engine.Training()
     else:
         torch.manual_seed(seed)
-        teacher = models.build(settings.teacher_arch, target.classes, settings.teacher_weights)
+        teacher = models.build(settings.teacher_arch, target.classes, settings.teacher_weights, size_of(settings),
+                               settings.teacher_mean or models.CENTERED, settings.teacher_std or models.CENTERED)
         watched = watch(target, confidence)
         training = engine.train(
             teacher, target.train.images, train, engine.cross_entropy(target.train.labels, device),
             settings.teacher_recipe, seed=seed, device=device, checkpoint=run / "teacher.part", label="teacher",
-            evaluate=lambda: engine.accuracy(teacher, *watched, device=device), remedy="another --recipe")
+            evaluate=lambda: engine.accuracy(teacher, *watched, device=device), remedy="a smaller --teacher-lr")
     figures = {
-        "arch": teacher.arch,
-        "accuracy": engine.accuracy(teacher, target.test.images, target.test.labels, device=device),
-        "confidence_accuracy": engine.accuracy(teacher, target.train.images, target.train.labels, confidence, device),
+        "arch": teacher.arch, "input_size": teacher.input_size, "classes": teacher.classes,
+        "accuracy": engine.accuracy(teacher, target.test.images, target.test.labels, device=device) if target.test else None,
+        "confidence_accuracy": engine.accuracy(teacher, target.train.images, target.train.labels, confidence, device) if target.train else None,
+        "linear_head": models.head_weight(teacher) is not None,
         "seconds": training.seconds, "images_per_second": training.images_per_second, "history": training.history,
     }
     models.save(run / "teacher.pt", teacher, accuracy=figures["accuracy"])
@@ -82,18 +82,40 @@ def train_teacher(run, target, device):
     return figures
 
 
+def size_of(settings):
+    """The edge in pixels of what the teacher looks at."""
+    return settings.teacher_size or models.input_size_of(settings.teacher_arch, settings.image_size)
+
+
+def has_linear_head(settings, classes):
+    """Whether a linear layer makes the logits of the teacher to come, whose weights, where they are given, must fit."""
+    teacher = (load_checkpoint(settings, classes) if settings.teacher_checkpoint else
+               models.build(settings.teacher_arch, classes, input_size=size_of(settings)))
+    return models.head_weight(teacher) is not None
+
+
+def load_checkpoint(settings, classes):
+    """The teacher that was given, on the CPU. classes: names, or None where nothing but it tells them."""
+    return models.load_teacher(settings.teacher_checkpoint, settings.teacher_arch, classes,
+                               settings.teacher_size, settings.teacher_mean, settings.teacher_std, settings.image_size)
+
+
 def report(figures):
-    say(f"teacher: {figures['arch']}, {figures['accuracy']:.2%} on the test split, {figures['confidence_accuracy']:.2%} on the "
-        f"confidence set, trained in {figures['seconds']:,.0f} s at {figures['images_per_second']:,.0f} img/s")
+    accuracy, confidence_accuracy = (None if value is None else f"{value:.2%}" for value in (figures["accuracy"], figures["confidence_accuracy"]))
+    said = [f"{accuracy} on the test split" if accuracy else "no test split to measure its accuracy on"]
+    if confidence_accuracy:
+        said.append(f"{confidence_accuracy} on the confidence set")
+    said.append(f"trained in {figures['seconds']:,.0f} s at {figures['images_per_second']:,.0f} img/s" if figures["history"] else "as it was given")
+    say(f"teacher: {name_of_arch(figures['arch'])}, {', '.join(said)}")
 
 
 def main(argv):
     settings, run, _ = open_stage(argv, __doc__)
     device = engine.pick_device(settings.device)
-    weights = [] if settings.teacher_checkpoint else [(settings.teacher_arch, settings.teacher_weights)]
-    stop_on(unavailable([(settings.target, "target")], settings.data_dir) + models.unavailable(weights))
+    weights = [] if settings.teacher_checkpoint else [("teacher", settings.teacher_arch, settings.teacher_weights, settings.teacher_size)]
+    stop_on(unavailable(specs_of(settings, sources=False), settings.data_dir, settings.image_size) + models.unavailable(weights, settings.image_size))
     run.open(device)
-    target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit, max_bad=settings.max_bad)
+    target = target_of(settings)
     report(train_teacher(run, target, device))
 
 

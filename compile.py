@@ -14,9 +14,9 @@ import engine
 import models
 import report
 from distill import report_student, train_student
-from run import RUN_FLAGS, Run, command, name_of, parse, resolve, say, stop_on
-from TeacherTrain import report as report_teacher, train_teacher
-from transfer import CRITERIA, Scoring, bucket_size, make_thresholds, make_transfer_set, report_thresholds, report_transfer_set
+from run import RUN_FLAGS, Run, UserError, command, listed, name_of, name_of_arch, parse, resolve, say, stop_on
+from TeacherTrain import has_linear_head, load_checkpoint, report as report_teacher, train_teacher
+from transfer import Scoring, bucket_size, criteria_of, make_thresholds, make_transfer_set, no_mms, report_thresholds, report_transfer_set
 
 
 def of_each_seed(settings):
@@ -33,41 +33,59 @@ def check_everything_is_there(settings):
     runs = [Run(each) for each in of_each_seed(settings)]
 
     def is_made(name):
-        return not settings.restart and all((run / name).exists() for run in runs)
-    specs = [(settings.target, "target")]
-    if set(settings.approaches) != {"supervised"}:
-        specs += [(source, "source") for source in settings.sources]
-    weights = [] if settings.teacher_checkpoint or is_made("teacher.json") else [(settings.teacher_arch, settings.teacher_weights)]
+        return all(run.has(name) for run in runs)
+    specs = data.specs_of(settings, sources=set(settings.approaches) != {"supervised"})
+    weights = [] if settings.teacher_checkpoint or is_made("teacher.json") else [("teacher", settings.teacher_arch, settings.teacher_weights, settings.teacher_size)]
     if "supervised" in settings.approaches and not is_made("students/supervised.json"):
-        weights.append((settings.student_arch, settings.supervised_weights))
-    weights.append((settings.student_arch, settings.student_weights))
+        weights.append(("student", settings.student_arch, settings.supervised_weights, None))
+    weights.append(("student", settings.student_arch, settings.student_weights, None))
     if settings.teacher_checkpoint:
-        models.read(settings.teacher_checkpoint)
+        models.read_tensors(settings.teacher_checkpoint)
+    criteria_of(settings)
     if not settings.restart:
         for run in runs:
             run.check()
-    stop_on(data.unavailable(specs, settings.data_dir) + models.unavailable(weights))
+    stop_on(data.unavailable(specs, settings.data_dir, settings.image_size) + models.unavailable(weights, settings.image_size))
     stop_on(data.obtain(specs, settings.data_dir))
+
+
+def check_teacher(settings, target):
+    """Raises UserError where the teacher that is given doesn't fit, or can't give an approach. Returns the names of its classes."""
+    classes = target.classes or load_checkpoint(settings, None).classes
+    of_any_kind = settings.teacher_checkpoint or models.is_own(settings.teacher_arch) or settings.teacher_arch.startswith(models.TIMM)
+    if of_any_kind and not Run(settings).has("teacher.json") and not has_linear_head(settings, classes):
+        if not settings.mms_plain and {"mms", "random"} & set(settings.approaches):
+            raise UserError(no_mms(name_of_arch(settings.teacher_arch)))
+        say(f"the logits of {name_of_arch(settings.teacher_arch)} are made by no linear layer"
+            + (": its MMS is the plain margin z_a - z_b" if settings.mms_plain else ""))
+    return classes
+
+
+def describe(target, classes):
+    """What there is of the target, in a few words."""
+    splits = [f"{len(images):,} {name}" for images, name in ((target.train, "training"), (target.test, "test")) if images]
+    return (" and ".join(splits) + " images" if splits else "no image") + f" of {len(classes):,} classes: {listed(classes, most=10)}"
 
 
 def run_once(settings, device):
     """One seed: data, teacher, scores, transfer sets, students. Returns the run."""
-    target = data.load_target(settings.target, settings.data_dir, settings.seed, settings.limit, max_bad=settings.max_bad)
-    bucket_size(settings.transfer_size, len(target.train), len(target.classes))
+    target = data.target_of(settings)
+    classes = check_teacher(settings, target)
+    target_size = len(target.train) if target.train else None
+    bucket_size(settings.transfer_size, target_size, len(classes))
     selecting = [approach for approach in settings.approaches if approach != "supervised"]
     # Whatever is wrong with a source shows here, before anything long.
-    sources = {name_of(source): data.load_source(source, settings.data_dir, settings.seed, settings.limit, max_bad=settings.max_bad)
-               for source in settings.sources} if selecting else {}
+    sources = {name_of(source): data.source_of(settings, source) for source in settings.sources} if selecting else {}
     run = Run(settings).open(device)
-    say(f"target: {len(target.train):,} training and {len(target.test):,} test images of {len(target.classes)} classes")
+    say(f"target: {describe(target, classes)}")
     report_teacher(train_teacher(run, target, device))
     if selecting:
         scoring = Scoring(run, device, target, sources)
         thresholds = make_thresholds(run, scoring)
-        for criterion in (c for c in CRITERIA if c in selecting):
-            report_thresholds(criterion, thresholds[criterion], scoring.classes, settings.calibrate)
+        for name in (name for name in scoring.criteria if name in selecting):
+            report_thresholds(name, scoring.criteria[name], thresholds[name], scoring.classes, settings.calibrate)
         for approach in selecting:
-            report_transfer_set(approach, make_transfer_set(run, approach, scoring, len(target.train)))
+            report_transfer_set(approach, make_transfer_set(run, approach, scoring, target_size))
     for approach in settings.approaches:
         report_student(train_student(run, approach, target, device))
     return run

@@ -163,7 +163,8 @@ class Place:
 def locate(record, data_dir, role="source"):
     """Finds a data set in the data folder: its extracted layout, a folder of images, or its archive.
 
-    role: "source" or "target". A target's folder must hold train/ and test/.
+    role: "source", "target" or "test", which is a target of which only the test split is wanted. A target's folder
+    must hold train/ and test/.
     """
     data_dir = Path(data_dir)
     if record.built_in:
@@ -172,7 +173,7 @@ def locate(record, data_dir, role="source"):
         if (path / record.marker).exists():
             return Place("layout", path)
     folder = data_dir / record.name
-    if (folder / "train").is_dir() and (role == "source" or (folder / "test").is_dir()):
+    if all((folder / split).is_dir() for split in _splits(role)):
         return Place("folder", folder)
     if role == "source" and has_images(folder):
         return Place("folder", folder)
@@ -181,10 +182,15 @@ def locate(record, data_dir, role="source"):
     return Place("absent")
 
 
+def _splits(role):
+    """The splits, which are folders of a folder of images, that a role needs."""
+    return {"source": ("train",), "target": ("train", "test"), "test": ("test",)}[role]
+
+
 def _lacking(record, data_dir, role):
     """{path: RemoteFile} of what has to be fetched before the data set can be read."""
     place, data_dir = locate(record, data_dir, role), Path(data_dir)
-    files = record.files + (record.target_files if role == "target" else ())
+    files = record.files + (record.target_files if role != "source" else ())
     if record.built_in or place.kind == "folder" or place.kind == "layout" and not record.flat:
         return {}
     folder = place.path if place.kind == "layout" else data_dir / record.layout if record.flat else data_dir
@@ -201,7 +207,7 @@ def ensure(record, data_dir, role="source"):
         return place
     for path, file in _lacking(record, data_dir, role).items():
         fetch(file, path)
-    for file in record.files + (record.target_files if role == "target" else ()):
+    for file in record.files + (record.target_files if role != "source" else ()):
         path = Path(data_dir) / file.name
         if path.exists():       # it was just fetched, or put there by hand
             verify(path, file)
@@ -250,7 +256,7 @@ def missing(specs, data_dir):
             _check_folder(name, Path(path), role)
             continue
         record = _record(name)
-        if role == "target" and record.built_in and name != "digits":
+        if role != "source" and record.built_in and name != "digits":
             raise UserError(f"{name} has no classes and can't be a target")
         lacking = _lacking(record, data_dir, role)
         if lacking:
@@ -261,13 +267,29 @@ def missing(specs, data_dir):
 def _check_folder(name, path, role):
     if not path.is_dir():
         raise UserError(f"{name}={path}: there is no such folder")
-    if role == "target":
-        for split in ("train", "test"):
+    if role != "source":
+        for split in _splits(role):
             if not (path / split).is_dir():
-                raise UserError(f"{name}={path}: a target's folder holds train/<class>/* and test/<class>/*, and {path / split} is missing")
+                raise UserError(f"{name}={path}: a target's folder holds train/<class>/* and test/<class>/*, and {path / split} is missing"
+                                + ("; with no training images there is --data-free" if split == "train" else ""))
 
 
-def unavailable(specs, data_dir):
+def specs_of(settings, sources=True):
+    """[(spec, role)] of the data sets that a run reads. A data-free target that is only a name has none."""
+    specs = []
+    if not settings.data_free:
+        specs.append((settings.target, "target"))
+    elif _has_test(settings.target):
+        specs.append((settings.target, "test"))
+    return specs + [(source, "source") for source in settings.sources if sources]
+
+
+def _has_test(spec):
+    """Whether a target of which no training image may be touched has images at all."""
+    return "=" in spec or spec in DATA_SETS
+
+
+def unavailable(specs, data_dir, image_size=IMAGE_SIZE):
     """A line for each data set that is neither on disk nor to be had: its addresses and where to put it by hand;
     another one where the disk is too small for what will be fetched and made of it.
 
@@ -285,10 +307,10 @@ def unavailable(specs, data_dir):
             lines.append(f"{record.name} is missing and {' and '.join(reasons[file.urls] for file in failing)}: put "
                          f"{' and '.join(file.name for file in failing)} into {Path(data_dir)}/, "
                          f"or what it holds at {Path(data_dir) / record.layout}/, or images "
-                         + (f"in {folder}/train/<class>/ and {folder}/test/<class>/" if role == "target" else f"below {folder}/"))
+                         + (" and ".join(f"in {folder}/{split}/<class>/" for split in _splits(role)) if role != "source" else f"below {folder}/"))
     if not lines:
         try:
-            require_space(Path(data_dir), space_needed(specs, data_dir), "what is still to be fetched, extracted and packed")
+            require_space(Path(data_dir), space_needed(specs, data_dir, image_size), "what is still to be fetched, extracted and packed")
         except UserError as error:
             lines.append(str(error))
     if absent and not lines:
@@ -297,7 +319,7 @@ def unavailable(specs, data_dir):
     return lines
 
 
-def space_needed(specs, data_dir):
+def space_needed(specs, data_dir, image_size=IMAGE_SIZE):
     """Bytes that fetching, extracting and packing these named data sets will still take, about. specs as in `missing`."""
     needed = 0
     for spec, role in specs:
@@ -307,9 +329,9 @@ def space_needed(specs, data_dir):
         needed += sum(remaining(path, file) for path, file in _lacking(record, data_dir, role).items())
         if locate(record, data_dir, role).kind in ("archive", "absent"):
             needed += record.unpacked
-        if not _packs(record, data_dir):
-            splits = ("train", "test") if role == "target" else ("source",)
-            needed += sum(record.images.get(split, record.images["source"]) for split in splits) * IMAGE_SIZE * IMAGE_SIZE * 3
+        if not _packs(record, data_dir, image_size):
+            splits = _splits(role) if role != "source" else ("source",)
+            needed += sum(record.images.get(split, record.images["source"]) for split in splits) * image_size * image_size * 3
     return needed
 
 
@@ -324,11 +346,31 @@ def obtain(specs, data_dir):
 
 @dataclass(frozen=True)
 class Target:
-    """The data set whose classes the teacher knows: its two splits, packed, and the names of its classes."""
+    """The data set whose classes the teacher knows: its two splits, packed, and the names of its classes. With --data-free
+    there is no train, perhaps no test, and where nothing tells the classes None."""
 
-    train: Packed
-    test: Packed
-    classes: list
+    train: Packed | None
+    test: Packed | None
+    classes: list | None
+
+
+def target_of(settings):
+    """The Target of a run."""
+    options = dict(data_dir=settings.data_dir, seed=settings.seed, limit=settings.limit, size=settings.image_size, max_bad=settings.max_bad)
+    if not settings.data_free:
+        return load_target(settings.target, **options)
+    names = list(settings.classes) if settings.classes else None
+    if not _has_test(settings.target):
+        return Target(None, None, names)
+    images = _read(settings.target, settings.data_dir, "test", "test", settings.seed)
+    if names and len(names) != len(images.classes):
+        raise UserError(f"--classes gives {len(names)} classes, and the test split of {settings.target} has {len(images.classes)}")
+    return Target(None, _pack_spec(images.limited(settings.limit), settings.target, "test", **options), images.classes)
+
+
+def source_of(settings, spec):
+    """The packed source of a run."""
+    return load_source(spec, settings.data_dir, settings.seed, settings.limit, settings.image_size, settings.max_bad)
 
 
 def load_target(spec, data_dir="data", seed=0, limit=None, size=IMAGE_SIZE, max_bad=MAX_BAD):
@@ -356,7 +398,7 @@ def _read(spec, data_dir, role, split, seed):
     if equals:
         _check_folder(name, Path(path), role)
         root = Path(path)
-        images = read_class_folders(root / split) if role == "target" else read_files(root, list_images(root))
+        images = read_class_folders(root / split) if role != "source" else read_files(root, list_images(root))
     else:
         record = _record(name)
         place = ensure(record, data_dir, role)
@@ -364,7 +406,7 @@ def _read(spec, data_dir, role, split, seed):
             images = record.read(seed, split)
         elif place.kind == "layout":
             images = _read_layout(record, place.path, split)
-        elif role == "target":
+        elif role != "source":
             images = read_class_folders(place.path / split)
         else:
             root = place.path / "train" if (place.path / "train").is_dir() else place.path
@@ -390,10 +432,10 @@ def _pack_spec(images, spec, split, data_dir, seed, limit, size, max_bad):
 # Command
 # --------------------------------------------------------------------------------------------------
 
-def _packs(record, data_dir):
+def _packs(record, data_dir, image_size=IMAGE_SIZE):
     """The whole data set's packs: not those of a few of its images, or of a folder that has been given its name."""
     return [pack.parent for pack in (Path(data_dir) / "packed").glob(f"{record.name}-*/pack.json")
-            if re.fullmatch(rf"{record.name}-[a-z]+-{IMAGE_SIZE}(-seed\d+)?", pack.parent.name)]
+            if re.fullmatch(rf"{record.name}-[a-z]+-{image_size}(-seed\d+)?", pack.parent.name)]
 
 
 def state(record, data_dir):

@@ -11,6 +11,7 @@ No labels of any kind. The teacher is in eval mode and has no gradients; with fi
 the whole transfer set, with augmentation it sees the very views that the student sees.
 
     python distill.py --approach mms
+    python distill.py --approach mms --export onnx      # or torch, state_dict: the student for use elsewhere
 """
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from torch.nn import functional as F
 
 import engine
 import models
-from data import load_target
-from run import STAGE_FLAGS, command, name_of, open_stage, read_json, say, stop_on, write_json
+from data import specs_of, target_of, unavailable
+from export import export, require_packages
+from run import STAGE_FLAGS, UserError, command, name_of, name_of_approach, name_of_arch, open_stage, read_json, say, stop_on, write_json
 from TeacherTrain import saved_split, watch
 
 SMALLEST = 2        # images: fewer have no batch statistics
@@ -57,21 +59,23 @@ def train_student(run, approach, target, device):
     """Makes students/<approach>.pt and .json unless they are there. Returns the content of the .json.
 
     target: a data.Target; its test split is read once, at the end. An approach whose transfer set is too small
-    to learn from gets no student: its accuracy is None.
+    to learn from gets no student: its history is empty. An accuracy is None where there is no student or no image for it.
     """
     if run.student(approach, "json").exists():
         return read_json(run.student(approach, "json"))
     settings, recipe = run.settings, run.settings.student_recipe
     teacher_figures = read_json(run.require("teacher.json", "python TeacherTrain.py"))
     seed = engine.seed_for(settings.seed, "student")        # the same start for all approaches
-    labels = target.train.labels
-    train, confidence = saved_split(run, len(target.train))
-    watched = watch(target, confidence)
+    teacher_path = run.require("teacher.pt", "python TeacherTrain.py")
+    classes = models.read(teacher_path)["classes"]
+    train, confidence = saved_split(run, len(target.train)) if target.train else (None, None)
+    watched = watch(target, confidence) if target.train else None
     supervised = approach == "supervised"
     figures = {"approach": approach, "arch": settings.student_arch,
                "weights": settings.supervised_weights if supervised else settings.student_weights}
     if supervised:
-        figures |= {"sources": [name_of(settings.target)], "per_class": np.bincount(labels[train], minlength=len(target.classes)).tolist()}
+        labels = target.train.labels
+        figures |= {"sources": [name_of(settings.target)], "per_class": np.bincount(labels[train], minlength=len(classes)).tolist()}
         images, rows = target.train.images, train
     else:
         run.require(f"transfer/{approach}/summary.json", f"python transfer.py --approach {approach}")
@@ -86,20 +90,21 @@ def train_student(run, approach, target, device):
         return figures
 
     torch.manual_seed(seed)
-    student = models.build(settings.student_arch, target.classes, figures["weights"])
+    student = models.build(settings.student_arch, classes, figures["weights"], models.input_size_of(settings.student_arch, settings.image_size))
     if supervised:
         objective = engine.cross_entropy(labels, device)
     else:
-        teacher = models.load(run.require("teacher.pt", "python TeacherTrain.py")).to(device)
+        teacher = models.load(teacher_path).to(device)
         objective = (fixed_objective(teacher, images, recipe.temperature, device) if recipe.augment == "none"
                      else live_objective(teacher, recipe.temperature, device))
     training = engine.train(
         student, images, rows, objective, recipe, seed=seed, device=device,
         checkpoint=run.student(approach, "part"), label=f"student {approach}",
-        evaluate=lambda: engine.accuracy(student, *watched, device=device))
-    accuracy = engine.accuracy(student, target.test.images, target.test.labels, device=device)
-    figures |= {"accuracy": accuracy, "confidence_accuracy": engine.accuracy(student, target.train.images, labels, confidence, device),
-                "retention": accuracy / teacher_figures["accuracy"] if teacher_figures["accuracy"] else None,
+        evaluate=(lambda: engine.accuracy(student, *watched, device=device)) if watched else None)
+    accuracy = engine.accuracy(student, target.test.images, target.test.labels, device=device) if target.test else None
+    figures |= {"accuracy": accuracy,
+                "confidence_accuracy": engine.accuracy(student, target.train.images, target.train.labels, confidence, device) if target.train else None,
+                "retention": accuracy / teacher_figures["accuracy"] if accuracy is not None and teacher_figures["accuracy"] else None,
                 "seconds": training.seconds, "images_per_second": training.images_per_second, "history": training.history}
     models.save(run.student(approach, "pt"), student, accuracy=accuracy)
     write_json(run.student(approach, "json"), figures)
@@ -108,24 +113,38 @@ def train_student(run, approach, target, device):
 
 
 def report_student(figures):
-    if figures["accuracy"] is None:
+    if not figures["history"]:
         say(f"student: {figures['approach']}, none: a transfer set of {figures['transfer_size']} images is too small to learn from")
-    else:
-        retention = "unknown" if figures["retention"] is None else f"{figures['retention']:.3f}"
-        say(f"student: {figures['approach']}, {figures['arch']}, {figures['accuracy']:.2%} on the test split, retention "
-            f"{retention}, {figures['seconds']:,.0f} s at {figures['images_per_second']:,.0f} img/s")
+        return
+    retention = "unknown" if figures["retention"] is None else f"{figures['retention']:.3f}"
+    accuracy = "no test split to measure its accuracy on" if figures["accuracy"] is None else f"{figures['accuracy']:.2%} on the test split, retention {retention}"
+    say(f"student: {figures['approach']}, {name_of_arch(figures['arch'])}, {accuracy}, {figures['seconds']:,.0f} s at {figures['images_per_second']:,.0f} img/s")
+
+
+def export_student(run, approach, form, target):
+    """Writes the student of an approach in another form, beside its checkpoint, once it has given the student's answers on the
+    target's test images (where there are none, on its transfer set)."""
+    if not run.student(approach, "pt").exists():
+        raise UserError(f"{approach} has no student to export: its transfer set was too small to learn from")
+    images = target.test.images if target.test else np.load(run.transfer(approach) / "images.npy", mmap_mode="r")
+    export(models.load(run.student(approach, "pt")), form, run.student(approach, {"onnx": "onnx", "torch": "pt2", "state_dict": "pth"}[form]), images)
 
 
 def main(argv):
-    settings, run, given = open_stage(argv, __doc__, STAGE_FLAGS + ("approach",))
-    approach = given.get("approach", "mms")
+    settings, run, given = open_stage(argv, __doc__, STAGE_FLAGS + ("approach", "export"))
+    approach = name_of_approach(given.get("approach", "mms"))
+    if "export" in given:
+        require_packages(given["export"])
     device = engine.pick_device(settings.device)
     weights = settings.supervised_weights if approach == "supervised" else settings.student_weights
-    stop_on(models.unavailable([(settings.student_arch, weights)]))
+    weights = [] if run.student(approach, "json").exists() else [("student", settings.student_arch, weights, None)]
+    stop_on(unavailable(specs_of(settings, sources=False), settings.data_dir, settings.image_size) + models.unavailable(weights, settings.image_size))
     run.require("teacher.json", "python TeacherTrain.py")
     run.open(device)
-    target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit, max_bad=settings.max_bad)
+    target = target_of(settings)
     report_student(train_student(run, approach, target, device))
+    if "export" in given:
+        export_student(run, approach, given["export"], target)
 
 
 if __name__ == "__main__":

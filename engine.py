@@ -16,7 +16,7 @@ from data import augment, epoch_generator, shuffled_batches
 from run import Progress, UserError, write_atomically
 
 AUXILIARY_WEIGHT = 0.4      # of an auxiliary head's loss, as in Inception (Szegedy et al. 2015)
-EVALUATION_BATCH = 512
+EVALUATION_BATCH = 512      # images, of up to 96 pixels; fewer where they are larger
 SAVE_INTERVAL = 20.0        # seconds of training after which the end of an epoch is worth a checkpoint
 
 
@@ -78,7 +78,7 @@ def predict(classifier, images, rows=None, device=torch.device("cpu"), label="ev
     then = then or (lambda logits: (logits,))
     progress = Progress(label, len(rows))
     parts = []
-    for batch in rows.split(EVALUATION_BATCH):
+    for batch in rows.split(max(16, round(EVALUATION_BATCH * min(1.0, 96 / classifier.input_size) ** 2))):
         logits = classifier(batch_of(images, batch, device))
         parts.append(tuple(value.cpu() for value in then(logits)))
         progress.update(len(batch))
@@ -155,7 +155,7 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
         began = time.monotonic()
         batches = [batch.to(tensor.device) for batch in shuffled_batches(rows, recipe.batch_size, generator)]
         for step, batch in enumerate(batches):
-            views = augment(batch_of(tensor, batch, device), recipe.augment, generator)
+            views = augment(batch_of(tensor, batch, device), recipe.augment, generator, padding=tensor.shape[1] // 8)
             with autocast(device):
                 logits = classifier(views)
                 loss = _loss(objective, logits, views, batch)
@@ -182,8 +182,9 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
 
 
 def _loss(objective, logits, views, rows):
-    if isinstance(logits, tuple):       # a network with an auxiliary head
-        return objective(logits[0], views, rows) + AUXILIARY_WEIGHT * objective(logits[1], views, rows)
+    if isinstance(logits, tuple):       # a network with auxiliary heads: Inception-V3 has one, GoogLeNet two
+        main, *auxiliary = (objective(each, views, rows) for each in logits if each is not None)
+        return main + AUXILIARY_WEIGHT * sum(auxiliary)
     return objective(logits, views, rows)
 
 

@@ -19,8 +19,11 @@ KEEP = ">="     # an image is kept when its score is >= the threshold of its pre
 
 
 def score(logits, weight):
-    """MMS of a batch. logits: (N, C) float; weight: (C, D), the rows of the last linear layer. Returns (N,)."""
+    """MMS of a batch. logits: (N, C) float; weight: (C, D), the rows of the last linear layer, or None where there is
+    no such layer: then it is the plain margin z_a - z_b. Returns (N,)."""
     (first, second), (a, b) = (pair.unbind(1) for pair in logits.topk(2, dim=1))
+    if weight is None:
+        return first - second
     distance = torch.linalg.vector_norm(weight[a] - weight[b], dim=1)
     return (first - second) / distance.clamp_min(torch.finfo(logits.dtype).tiny)
 

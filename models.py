@@ -4,22 +4,30 @@ Every stage handles a `Classifier`: a network together with what it needs to kno
 packed uint8 batches as they come from the disk; scaling, resizing and memory layout happen inside it.
 """
 import functools
+import inspect
 import io
 import itertools
+import re
+import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from download import RemoteFile, fetch, reachable
 from packing import IMAGE_SIZE
-from run import UserError, write_atomically
+from run import UserError, first_line, import_file, is_own, write_atomically
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
 INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
                **dict.fromkeys(("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"), 224)}
+AT_LEAST = ("inception_v3", "alexnet")      # which take more as well
+TIMM = "timm:"
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "teacher")     # keys that a state dict is saved under
 CENTERED = (0.5, 0.5, 0.5)      # as mean and as deviation: pixels in [-1, 1]
 
 
@@ -90,71 +98,194 @@ class Classifier(nn.Module):
         return self.network(pixels)
 
 
+# --------------------------------------------------------------------------------------------------
+# Architectures
+# --------------------------------------------------------------------------------------------------
+
 def require_known(arch):
-    """Raises UserError unless `arch` is a classifier of torchvision or one of CIFAR_STEMS."""
-    if arch not in CIFAR_STEMS and arch not in torchvision.models.list_models(torchvision.models):
+    """Raises UserError unless `arch` is a classifier of torchvision, one of CIFAR_STEMS, "timm:NAME" or "FILE.py:FACTORY"."""
+    if is_own(arch):
+        _factory(arch)
+    elif arch.startswith(TIMM):
+        if not _timm().is_model(arch.removeprefix(TIMM)):
+            raise UserError(f"timm has no {arch.removeprefix(TIMM)}: timm.list_models() lists what it has")
+    elif arch not in CIFAR_STEMS and arch not in torchvision.models.list_models(torchvision.models):
         raise UserError(f"no classifier is called {arch}: torchvision lists its own with torchvision.models.list_models(torchvision.models), "
-                        f"and there are {' and '.join(CIFAR_STEMS)}")
+                        f"there are {' and '.join(CIFAR_STEMS)}, timm:NAME where timm is installed, and FILE.py:FACTORY for your own")
 
 
-def build(arch, classes, weights="none"):
+def _timm():
+    try:
+        import timm
+    except ImportError:
+        raise UserError("timm is not installed: pip install timm") from None
+    return timm
+
+
+def _factory(arch):
+    path, _, name = arch.rpartition(":")
+    factory = getattr(import_file(path), name, None)
+    if not callable(factory):
+        raise UserError(f"{path} has no function {name}")
+    return factory
+
+
+def _own_network(arch, count):
+    """What the user's function makes. It is given the number of classes where it has a parameter for it: one called
+    num_classes, or else one without a default."""
+    factory = _factory(arch)
+    try:
+        parameters = inspect.signature(factory).parameters
+        required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty
+                    and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)]
+        network = factory(num_classes=count) if "num_classes" in parameters else factory(count) if required else factory()
+    except Exception as error:
+        raise UserError(f"{arch} raised {type(error).__name__}: {first_line(error)}") from None
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{arch} gives a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def input_size_of(arch, image_size=IMAGE_SIZE):
+    """The edge in pixels that a network wants for images of `image_size`: the same, unless it can't have it."""
+    if arch.startswith(TIMM):
+        require_known(arch)
+        settings = _timm().get_pretrained_cfg(arch.removeprefix(TIMM))
+        return settings.input_size[-1] if settings is not None and settings.fixed_input_size else image_size
+    return max(image_size, INPUT_SIZES[arch]) if arch in AT_LEAST else INPUT_SIZES.get(arch, image_size)
+
+
+def build(arch, classes, weights="none", input_size=None, mean=CENTERED, std=CENTERED):
     """A Classifier with a head for `classes` (names).
 
-    weights: "none" (random, from torch's seed), "imagenet" (torchvision's; fetched where they aren't cached),
-    or the path of a checkpoint. Raises UserError for an unknown architecture or a checkpoint that doesn't fit.
+    weights: "none" (random, from torch's seed), "imagenet" (torchvision's or timm's; fetched where they aren't cached),
+    or the path of a checkpoint. input_size: edge in pixels; None: `input_size_of(arch)`. Inception-V3 has its auxiliary
+    head at 299 pixels and more, as that one takes no less. Raises UserError for an unknown architecture or a
+    checkpoint that doesn't fit.
     """
     require_known(arch)
-    base = CIFAR_STEMS.get(arch, arch)
+    input_size = input_size or input_size_of(arch)
     if weights not in ("none", "imagenet"):
-        classifier = load(weights)
-        if classifier.arch != arch:
-            raise UserError(f"{weights} holds a {classifier.arch}, not a {arch}")
-        if len(classifier.classes) != len(classes):
-            replace_head(classifier.network, len(classifier.classes), len(classes))
-        return Classifier(classifier.network, arch, classes, classifier.input_size, classifier.mean, classifier.std)
-    options = {"init_weights": True} if base in ("inception_v3", "googlenet") else {}
-    count = 1000 if weights == "imagenet" else len(classes)
-    network = torchvision.models.get_model(base, weights=None, num_classes=count, **options)
+        start = load(weights)
+        if start.arch != arch:
+            raise UserError(f"{weights} holds a {start.arch}, not a {arch}")
+        if len(start.classes) != len(classes):
+            replace_head(start, len(classes))
+        return Classifier(start.network, arch, classes, start.input_size, start.mean, start.std)
+    if is_own(arch):
+        if weights == "imagenet":
+            raise UserError(f"there are no ImageNet weights for {arch}")
+        return Classifier(_own_network(arch, len(classes)), arch, classes, input_size, mean, std)
+    if arch.startswith(TIMM):
+        name = arch.removeprefix(TIMM)
+        try:
+            network = _timm().create_model(name, pretrained=weights == "imagenet", num_classes=len(classes))
+        except Exception as error:      # what the hub's client raises is of many kinds
+            raise UserError(f"{arch} can't be made ({first_line(error)}): give --teacher-weights none, or --teacher-checkpoint FILE") from None
+        return Classifier(network, arch, classes, input_size, mean, std)
+    base = CIFAR_STEMS.get(arch, arch)
+    # Torch's own start. Their special one, with deviations of 0.1, did not learn here at any rate that was tried.
+    options = {"init_weights": False} if base in ("inception_v3", "googlenet") else {}
+    network = torchvision.models.get_model(base, weights=None, num_classes=1000 if weights == "imagenet" else len(classes), **options)
     if weights == "imagenet":
         path = imagenet_weights(base)
-        try:
-            network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-        except RuntimeError as error:
-            raise UserError(f"{path} does not fit torchvision's {base} ({str(error).splitlines()[1].strip()}): give --teacher-weights none") from None
-        replace_head(network, count, len(classes))
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        _fit(network, state, path, base, "give --teacher-weights none")
+    if base == "inception_v3" and input_size < INPUT_SIZES[base]:
+        network.aux_logits, network.AuxLogits = False, None
     if arch in CIFAR_STEMS:
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
-    return Classifier(network, arch, classes, INPUT_SIZES.get(arch, IMAGE_SIZE))
+    classifier = Classifier(network, arch, classes, input_size, mean, std)
+    if weights == "imagenet":
+        replace_head(classifier, len(classes), 1000)
+    return classifier
 
 
-def heads(network, classes):
-    """[(parent module, name)] of every layer that gives `classes` logits, the auxiliary heads first, the head last."""
-    found = [name for name, module in network.named_modules()
-             if isinstance(module, nn.Linear) and module.out_features == classes
-             or isinstance(module, nn.Conv2d) and module.out_channels == classes and module.kernel_size == (1, 1)]
-    auxiliary = [name for name in found if "aux" in name.lower()]
-    main = [name for name in found if name not in auxiliary][-1:]
+# --------------------------------------------------------------------------------------------------
+# Heads
+# --------------------------------------------------------------------------------------------------
+
+class _LinearLayers(TorchFunctionMode):
+    """Notes the rows of every linear layer and every 1x1 convolution that is computed, whatever module or function
+    asks for it, and what comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []         # [(output, its version, a copy of it, rows w (C, D))]
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        operands = [*args, *kwargs.values()]
+        if name in ("linear", "conv2d"):
+            rows = args[1] if len(args) > 1 else kwargs["weight"]
+        elif name in ("addmm", "matmul", "mm", "__matmul__"):
+            rows = operands[2 if name == "addmm" else 1].T if operands[2 if name == "addmm" else 1].dim() == 2 else None
+        else:
+            return output
+        if rows is not None and rows.shape[2:] in ((), (1, 1)):
+            self.found.append((output, output._version, output.clone(), rows))      # what comes next may change it in place
+        return output
+
+    def rows_of(self, logits):
+        """The rows of the layer that `logits` (N, C) come from; None where something else has been done to them."""
+        for output, version, copied, rows in reversed(self.found):
+            if len(rows) != logits.shape[1]:
+                continue
+            untouched = output.data_ptr() == logits.data_ptr() and output._version == version     # holds for logits that are NaN as well
+            if output.numel() == logits.numel() and (untouched or torch.equal(copied.reshape(logits.shape).to(logits.dtype), logits)):
+                return rows
+            maps = copied.flatten(2) if copied.dim() == 4 else copied[:, :, None] if copied.shape == logits.shape else None
+            # a convolution whose maps are averaged, in SqueezeNet after a ReLU
+            if maps is not None and any(torch.allclose(each.mean(2), logits, rtol=1e-4, atol=1e-6) for each in (maps, maps.relu())):
+                return rows
+        return None
+
+
+@torch.no_grad()
+def head_weight(classifier):
+    """The rows w of the linear layer that makes the logits, (C, D) float32: z = features @ w.T + bias.
+    None where they are made by something else. Found by watching the network at work on eight random images."""
+    device = classifier.scale.device
+    images = torch.randint(0, 256, (8, classifier.input_size, classifier.input_size, 3), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0)).to(device)
+    training = classifier.training
+    classifier.eval()
+    try:
+        with _LinearLayers() as layers:
+            logits = classifier(images)
+    finally:
+        classifier.train(training)
+    rows = layers.rows_of(logits)
+    return None if rows is None else rows.detach().flatten(1).float()
+
+
+def heads(classifier, count=None):
+    """[(parent module, name)] of every layer that gives `count` logits (default: as many as there are classes), the
+    auxiliary heads first, the head, which makes the logits, last."""
+    network, count = classifier.network, count or len(classifier.classes)
+    rows = head_weight(classifier)
+    layers = {name: module for name, module in network.named_modules()
+              if isinstance(module, nn.Linear) and module.out_features == count
+              or isinstance(module, nn.Conv2d) and module.out_channels == count and module.kernel_size == (1, 1)}
+    main = [name for name, module in layers.items() if rows is not None and torch.equal(module.weight.detach().flatten(1).float(), rows)]
     if not main:
-        raise UserError(f"{type(network).__name__} has no linear layer that gives {classes} logits")
-    paths = [name.rpartition(".") for name in auxiliary + main]
+        raise UserError(f"{classifier.arch} has no linear layer that makes its logits, so its head can't be replaced by one for other classes")
+    auxiliary = [name for name in layers if "aux" in name.lower()]
+    paths = [name.rpartition(".") for name in (*auxiliary, main[-1])]
     return [(network.get_submodule(parent), name) for parent, _, name in paths]
 
 
-def replace_head(network, old_classes, new_classes):
-    """Puts new layers, randomly initialised, in place of those that give the logits."""
-    for parent, name in heads(network, old_classes):
+def replace_head(classifier, count, old_count=None):
+    """Puts new layers for `count` classes, randomly initialised, in place of those that give the logits."""
+    for parent, name in heads(classifier, old_count):
         old = getattr(parent, name)
-        new = (nn.Linear(old.in_features, new_classes) if isinstance(old, nn.Linear)
-               else nn.Conv2d(old.in_channels, new_classes, 1))
+        new = (nn.Linear(old.in_features, count, old.bias is not None) if isinstance(old, nn.Linear)
+               else SmallInputConv2d(old.in_channels, count, 1, bias=old.bias is not None))
         setattr(parent, name, new)
-
-
-def head_weight(classifier):
-    """The rows w of the last linear layer, (C, D) float32: z = features @ w.T + bias."""
-    parent, name = heads(classifier.network, len(classifier.classes))[-1]
-    return getattr(parent, name).weight.detach().flatten(1).float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,35 +299,45 @@ def _imagenet(arch):
     return weights.url, Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
-def require_fits(arch):
-    """Raises UserError unless `arch` exists and takes images of our size."""
+def require_fits(arch, image_size=IMAGE_SIZE, input_size=None):
+    """Raises UserError unless `arch` exists and takes images of this size, resized to `input_size` where that is given."""
     require_known(arch)
+    input_size = input_size or input_size_of(arch, image_size)
     # On the meta device only shapes are computed. Some constructors can't run there and get a second, real try.
     for device in ("meta", "cpu"):
         try:
             with torch.device(device), torch.no_grad():
-                build(arch, ["a", "b"]).eval()(torch.zeros(2, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8))
-            return
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-    raise UserError(f"{arch} does not take {IMAGE_SIZE}x{IMAGE_SIZE} images: {reason}")
+                logits = build(arch, ["a", "b"], input_size=input_size).eval()(torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8))
+            break
+        except UserError:
+            raise
+        except Exception as error:
+            reason = first_line(error)
+    else:
+        raise UserError(f"{arch} does not take {input_size}x{input_size} images: {reason}; another size is --teacher-size")
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 2:
+        raise UserError(f"{arch} gives {tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__} for two images, "
+                        "not a row of logits each")
 
 
-def unavailable(choices):
-    """A line for each of [(arch, weights)] that can't be had: what is missing, its address, where to put it by hand.
+def unavailable(choices, image_size=IMAGE_SIZE):
+    """A line for each of [("teacher" or "student", arch, weights, input size or None)] that can't be had: what is missing, its
+    address, where to put it by hand.
 
     Raises UserError for an architecture that doesn't exist or doesn't fit, and for a file that is no checkpoint.
     """
     lines = []
-    for arch, weights in dict.fromkeys(choices):
-        require_fits(arch)
-        if weights == "imagenet":
+    for role, arch, weights, input_size in dict.fromkeys(choices):
+        require_fits(arch, image_size, input_size)
+        if weights == "imagenet" and is_own(arch):
+            lines.append(f"there are no ImageNet weights for {arch}: give --{role}-weights none")
+        elif weights == "imagenet" and not arch.startswith(TIMM):
             url, path = _imagenet(arch)
             reason = None if path.exists() else reachable((url,))
             if reason:
                 lines.append(f"the ImageNet weights of {arch} are missing and {reason}: put that file at {path}, "
-                             "or give --teacher-weights none")
-        elif weights != "none":
+                             f"or give --{role}-weights none")
+        elif weights not in ("none", "imagenet"):
             read(weights)
     return lines
 
@@ -222,26 +363,99 @@ def save(path, classifier, **figures):
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def read(path):
-    """A checkpoint's content. Nothing in the file is ever run: only tensors and plain types are read."""
+def read_tensors(path):
+    """What a file of tensors and plain types holds. Nothing in it is ever run."""
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such checkpoint")
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # of TorchScript, which is refused below
+            return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        raise UserError(f"{path} is not a checkpoint of tensors and plain types ({str(error).splitlines()[0][:120]})") from None
-    if not isinstance(content, dict) or not {"arch", "classes", "input_size", "mean", "std", "state_dict"} <= set(content):
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named or "TorchScript" in str(error):
+            raise UserError(f"{path} is not a checkpoint of tensors and plain types: it holds "
+                            f"{named[1] if named else 'a TorchScript program'}, and to read that is to run code from the file; "
+                            "in the program that made it, torch.save(network.state_dict(), FILE)") from None
+        raise UserError(f"{path} is not a checkpoint of tensors and plain types ({first_line(error)[:120]})") from None
+
+
+def _is_ours(content):
+    return isinstance(content, dict) and {"arch", "classes", "input_size", "mean", "std", "state_dict"} <= set(content)
+
+
+def read(path):
+    """The content of a checkpoint of this project. Nothing in the file is ever run: only tensors and plain types are read."""
+    content = read_tensors(path)
+    if not _is_ours(content):
         raise UserError(f"{path} is not a checkpoint of this project: it lacks arch, classes, input_size, mean, std or state_dict")
     return content
 
 
 def load(path):
     """The Classifier of a checkpoint, in eval mode."""
-    content = read(path)
-    classifier = build(content["arch"], content["classes"])
-    try:
-        classifier.network.load_state_dict(content["state_dict"])
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit a {content['arch']}: {str(error).splitlines()[1].strip()}") from None
-    return Classifier(classifier.network, content["arch"], content["classes"], content["input_size"],
-                      content["mean"], content["std"]).eval()
+    return _load_ours(read(path), path)
+
+
+def _load_ours(content, path):
+    classifier = build(content["arch"], content["classes"], input_size=content["input_size"], mean=content["mean"], std=content["std"])
+    _fit(classifier.network, content["state_dict"], path, content["arch"])
+    return classifier.eval()
+
+
+def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, image_size=IMAGE_SIZE):
+    """The Classifier of any checkpoint, in eval mode: one of this project, which says itself what it is, or a state dict
+    for `arch`, with or without a key around it and a prefix before its keys.
+
+    classes: names; None takes them from the checkpoint. input_size, mean, std: where given, they hold instead of the
+    checkpoint's or the defaults.
+    """
+    content = read_tensors(path)
+    if _is_ours(content):
+        classifier = _load_ours(content | {"input_size": input_size or content["input_size"], "mean": mean or content["mean"],
+                                           "std": std or content["std"]}, path)
+        if classes is not None and classifier.classes != list(classes):
+            raise UserError(f"{path} knows {len(classifier.classes)} classes ({', '.join(classifier.classes[:3])}, ...), "
+                            f"the target has {len(classes)} ({', '.join(classes[:3])}, ...)")
+        return classifier
+    if classes is None:
+        raise UserError(f"{path} does not say which classes it knows: give --classes")
+    input_size = input_size or input_size_of(arch, image_size)
+    classifier = build(arch, classes, input_size=input_size, mean=mean or CENTERED, std=std or CENTERED)
+    _fit(classifier.network, _unwrapped(content, path), path, arch, "give the --teacher-arch that it was saved from")
+    return classifier.eval()
+
+
+def _unwrapped(content, path):
+    """The state dict in what was saved: itself, or under a key of its own beside figures, an optimizer, ..."""
+    def is_state_dict(value):
+        return isinstance(value, dict) and bool(value) and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
+
+    if is_state_dict(content):
+        return content
+    inside = {key: value for key, value in content.items() if is_state_dict(value)} if isinstance(content, dict) else {}
+    key = next((key for key in WRAPPERS if key in inside), next(iter(inside)) if len(inside) == 1 else None)
+    if key is None:
+        raise UserError(f"{path} holds no state dict" if not inside else f"{path} holds several state dicts ({', '.join(map(str, inside))}): save the one alone")
+    return inside[key]
+
+
+def _fit(network, state, path, arch, remedy=None):
+    """Loads a state dict. What stands before all of its keys, as `module.` does, is taken off; keys that do not fit are named."""
+    expected = network.state_dict()
+    versions = getattr(state, "_metadata", expected._metadata)      # of its layers; MNASNet takes no state dict without
+    state = OrderedDict(state)
+    while state and not state.keys() & expected.keys():
+        prefixes = {key.partition(".")[0] for key in state}
+        if len(prefixes) > 1 or "" in (key.partition(".")[2] for key in state):
+            break
+        state, versions = OrderedDict((key.partition(".")[2], value) for key, value in state.items()), expected._metadata
+    counters = {key for key in expected if key.endswith("num_batches_tracked")}    # which old checkpoints lack
+    wrong = {"it lacks": sorted(expected.keys() - state.keys() - counters), "it has beyond that": sorted(state.keys() - expected.keys()),
+             "of another shape are": [f"{key} ({'x'.join(map(str, state[key].shape))} for {'x'.join(map(str, expected[key].shape))})"
+                                      for key in sorted(expected.keys() & state.keys()) if state[key].shape != expected[key].shape]}
+    said = [f"{what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}" for what, keys in wrong.items() if keys]
+    if said:
+        raise UserError(f"{path} does not fit {arch}: {'; '.join(said)}" + (f": {remedy}" if remedy else ""))
+    state._metadata = versions
+    network.load_state_dict(state, strict=False)

@@ -5,7 +5,7 @@
 import statistics
 from pathlib import Path
 
-from run import APPROACHES, EATS_SOURCES, Parser, UserError, command, name_of, read_json, say, write_json, write_text
+from run import APPROACHES, EATS_SOURCES, Parser, UserError, command, listed, name_of, name_of_arch, read_json, say, write_json, write_text
 
 # CIFAR10, ResNet-34 teacher, ResNet-18 student, ImageNet weights, all sources; in per cent.
 PUBLISHED = {"supervised": 79.65, "eats": 60.67, "mms": 68.02}
@@ -18,31 +18,46 @@ def collect(settings, folders):
     """
     teachers = [read_json(folder / "teacher.json") for folder in folders]
     rows = []
-    for approach in (a for a in APPROACHES if a in settings.approaches):
+    for approach in sorted(settings.approaches, key=lambda a: APPROACHES.index(a) if a in APPROACHES else len(APPROACHES)):
         students = [read_json(folder / "students" / f"{approach}.json") for folder in folders]
-        trained = [student for student in students if student["accuracy"] is not None]
-
-        def mean(key):
-            figures = [student[key] for student in trained if student[key] is not None]
-            return statistics.fmean(figures) if figures else None
+        trained = [student for student in students if student["history"]]
+        accuracies = [student["accuracy"] for student in trained if student["accuracy"] is not None]
         rows.append({
-            "approach": approach, "student": students[0]["arch"],
+            "approach": approach, "student": name_of_arch(students[0]["arch"]),
             "sources": students[0]["sources"],
             "transfer_size": round(statistics.fmean(student["transfer_size"] for student in students)),
             "per_class": [round(statistics.fmean(counts)) for counts in zip(*(student["per_class"] for student in students))],
-            "accuracy": mean("accuracy"),
-            "accuracy_std": statistics.stdev(student["accuracy"] for student in trained) if len(trained) > 1 else None,
-            "retention": mean("retention"), "seconds": mean("seconds"), "images_per_second": mean("images_per_second"),
+            "accuracy": _mean(accuracies), "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            **{key: _mean([student[key] for student in trained if student[key] is not None]) for key in ("retention", "seconds", "images_per_second")},
         })
-    return {"target": name_of(settings.target), "recipe": settings.recipe, "seeds": list(settings.seeds),
-            "teacher": {"arch": teachers[0]["arch"], "accuracy": statistics.fmean(t["accuracy"] for t in teachers)},
+    return {"target": name_of(settings.target), "classes": teachers[0].get("classes"), "recipe": settings.recipe, "seeds": list(settings.seeds),
+            "teacher": {"arch": name_of_arch(teachers[0]["arch"]), "accuracy": _mean([t["accuracy"] for t in teachers if t["accuracy"] is not None])},
             "rows": rows, "notes": notes(settings, folders)}
+
+
+def _mean(figures):
+    return statistics.fmean(figures) if figures else None
 
 
 def notes(settings, folders):
     """What the table must not hide, a sentence each."""
     found = [f"Thresholds are calibrated on the {'confidence set' if settings.calibrate == 'target' else 'sources themselves (no target image)'}; "
-             f"buckets are filled {settings.fill}."]
+             + ("one bucket is filled" if settings.no_balance else "buckets are filled") + f" {settings.fill}."]
+    if settings.data_free:
+        found.append("Data-free: no training image of the target was there; the teacher is as it was given.")
+    teacher = read_json(folders[0] / "teacher.json")
+    if teacher["accuracy"] is None:
+        found.append("No image of the target was there either to measure an accuracy on.")
+    if teacher.get("input_size", settings.image_size) != settings.image_size:
+        found.append(f"The teacher looks at images of {settings.image_size}x{settings.image_size} pixels resized to {teacher['input_size']}x{teacher['input_size']}.")
+    if not teacher.get("linear_head", True) and settings.mms_plain:
+        found.append("MMS is the plain margin z_a - z_b: no linear layer makes this teacher's logits.")
+    if settings.threshold_quantile:
+        found.append(f"A threshold is what the best {settings.threshold_quantile:.4g} of the images of each class reach, in place of the criterion's own.")
+    if settings.threshold_scale != 1:
+        found.append(f"Thresholds are multiplied by {settings.threshold_scale:g}.")
+    if settings.no_balance:
+        found.append("The transfer sets are not balanced by class.")
     names = [name_of(source) for source in settings.sources]
     absent = [name for name in EATS_SOURCES if name not in names]
     if "eats" in settings.approaches and absent:
@@ -52,7 +67,7 @@ def notes(settings, folders):
                      f"the other students start from {'random' if settings.student_weights == 'none' else settings.student_weights} weights.")
     for approach in settings.approaches:
         students = [read_json(folder / "students" / f"{approach}.json") for folder in folders]
-        without = sum(student["accuracy"] is None for student in students)
+        without = sum(not student["history"] for student in students)
         if without:
             found.append(f"{approach}: no student for {without} of {len(folders)} seeds, since the transfer set was too small to learn from.")
     transfer_sets = [read_json(folder / "transfer" / approach / "summary.json")
@@ -64,11 +79,14 @@ def notes(settings, folders):
         of_seed = f" (seed {read_json(folder / 'config.json')['seed']})" if len(folders) > 1 else ""
         for approach in (a for a in settings.approaches if a != "supervised"):
             summary = read_json(folder / "transfer" / approach / "summary.json")
+            if summary.get("added"):
+                what = "images below the threshold" if settings.shortfall == "relax" else "repeated images"
+                found.append(f"{approach}{of_seed}: {what} were added where too few passed, {listed([f'{name}: {count:,}' for name, count in summary['added'].items()])}.")
             if summary["shortfall"]:
-                short = ", ".join(f"{name}: {summary['bucket'] - lack:,}" for name, lack in summary["shortfall"].items())
+                short = listed([f"{name}: {summary['bucket'] - lack:,}" for name, lack in summary["shortfall"].items()])
                 found.append(f"{approach}{of_seed}: short of {summary['bucket']:,} images a class, {short}.")
             if summary["no_threshold"]:
-                found.append(f"{approach}{of_seed}: no threshold, so nothing selected, for {', '.join(summary['no_threshold'])}.")
+                found.append(f"{approach}{of_seed}: no threshold, so nothing selected, for {listed(summary['no_threshold'])}.")
     if settings.limit:
         found.append(f"A trial run: at most {settings.limit:,} images of every data set.")
     return found
@@ -78,13 +96,15 @@ def as_markdown(results):
     """The table for people."""
     published = results["target"] == "cifar10"
     lines = [f"Target {results['target']}, recipe {results['recipe']}, seeds {', '.join(map(str, results['seeds']))}. "
-             f"Teacher {results['teacher']['arch']}: {results['teacher']['accuracy']:.2%}.", ""]
+             f"Teacher {results['teacher']['arch']}: "
+             + ("accuracy unknown" if results["teacher"]["accuracy"] is None else f"{results['teacher']['accuracy']:.2%}") + ".", ""]
     header = ["approach", "student", "sources", "images", "a class", "accuracy %", "retention", "seconds", "img/s"] + ["published %"] * published
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * 3 + "---:|" * (len(header) - 3)]
     for row in results["rows"]:
         spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.2f}"
-        figures = (["none", "-", "-", "-"] if row["accuracy"] is None else
-                   [f"{100 * row['accuracy']:.2f}{spread}", "-" if row["retention"] is None else f"{row['retention']:.3f}", f"{row['seconds']:,.0f}", f"{row['images_per_second']:,.0f}"])
+        figures = (["none", "-", "-", "-"] if row["seconds"] is None else
+                   ["unknown" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}",
+                    "-" if row["retention"] is None else f"{row['retention']:.3f}", f"{row['seconds']:,.0f}", f"{row['images_per_second']:,.0f}"])
         cells = [row["approach"], row["student"], ", ".join(row["sources"]), f"{row['transfer_size']:,}",
                  f"{min(row['per_class']):,} to {max(row['per_class']):,}", *figures]
         cells += [f"{PUBLISHED[row['approach']]:.2f}" if row["approach"] in PUBLISHED else "-"] * published

@@ -6,6 +6,7 @@ declared here, once, and therefore mean the same everywhere.
 """
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -76,6 +77,7 @@ RECIPES = {
 
 MAX_BAD = 0.01              # share of unreadable images in a folder above which something else is wrong
 SPARE = 200_000_000         # bytes of disk that stay free
+DATA_FREE_SIZE = 50_000     # images of a transfer set where no training split says how many
 FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from trained weights
 
 # --------------------------------------------------------------------------------------------------
@@ -83,6 +85,7 @@ FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from
 # --------------------------------------------------------------------------------------------------
 
 APPROACHES = ("supervised", "eats", "balanced", "random", "mms", "entropy")
+MORE_CRITERIA = ("confidence", "energy", "cross_entropy")       # approaches that run when they are asked for
 EATS_SOURCES = ("svhn", "tinyimagenet")     # arXiv 2011.09113
 PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "caltech101", "caltech256")
 BUILT_IN_SOURCES = ("glyphs", "photos", "noise")
@@ -93,7 +96,8 @@ class Settings:
     """Every setting of a run, resolved: no field is left for a later stage to guess.
 
     `sources` and `target` are `NAME` or `NAME=PATH`. `transfer_size` is None where it is the size of
-    the target's training split; `limit` is None where there is none.
+    the target's training split; `limit` is None where there is none. `criteria`: {name: file} of the user's own.
+    The fields with a default came later than the others: a config.json may lack them.
     """
 
     target: str
@@ -122,17 +126,34 @@ class Settings:
     limit: int | None
     max_bad: float
     restart: bool
+    image_size: int = 32
+    teacher_size: int | None = None
+    teacher_mean: tuple | None = None
+    teacher_std: tuple | None = None
+    classes: tuple | None = None
+    data_free: bool = False
+    mms_plain: bool = False
+    criteria: dict = dataclasses.field(default_factory=dict)
+    threshold_scale: float = 1.0
+    threshold_quantile: float | None = None
+    no_balance: bool = False
+    shortfall: str = "keep"
+    teacher_lr: float | None = None
 
     @property
     def teacher_recipe(self):
         recipe = RECIPES[self.recipe].teacher
         scale = 1.0 if self.teacher_weights == "none" else FINE_TUNING_SCALE
-        return dataclasses.replace(recipe, epochs=self.teacher_epochs, lr=recipe.lr * scale)
+        return dataclasses.replace(recipe, epochs=self.teacher_epochs, lr=self.teacher_lr or recipe.lr * scale)
 
     @property
     def student_recipe(self):
         return dataclasses.replace(RECIPES[self.recipe].student, epochs=self.epochs, lr=self.lr,
                                    batch_size=self.batch_size, temperature=self.temperature)
+
+
+LATER_DEFAULTS = {field.name: {} if field.name == "criteria" else field.default for field in dataclasses.fields(Settings)
+                  if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING}
 
 
 def name_of(spec):
@@ -194,9 +215,45 @@ def _list_of(convert, what):
 
 
 def _approach(text):
-    if text not in APPROACHES:
-        raise argparse.ArgumentTypeError(f"no approach '{text}' (there are {', '.join(APPROACHES)})")
-    return text
+    """The name of an approach, or the path of a criterion of the user's own, made absolute."""
+    return str(Path(text).resolve()) if text.endswith(".py") else text
+
+
+def _arch(text):
+    path, colon, factory = text.rpartition(":")
+    return f"{Path(path).resolve()}:{factory}" if path.endswith(".py") else text
+
+
+def _quantile(text):
+    if not 0 < share(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to 1")
+    return share(text)
+
+
+def _three(text):
+    values = tuple(float(value) for value in text.split(","))
+    if len(values) != 3:
+        raise argparse.ArgumentTypeError(f"'{text}' is not three numbers, one a colour")
+    return values
+
+
+def _three_positive(text):
+    if min(_three(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}': a standard deviation is above 0")
+    return _three(text)
+
+
+def _classes(text):
+    """Names of classes: the lines of a file, or numbers where a count is given."""
+    if text.isdigit():
+        names = tuple(str(number) for number in range(int(text)))
+    elif Path(text).is_file():
+        names = tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
+    else:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor a file with a class a line")
+    if len(set(names)) < max(2, len(names)):
+        raise argparse.ArgumentTypeError(f"'{text}' gives fewer than two classes, or one twice")
+    return names
 
 
 # name -> keywords of argparse. A default in the text is what `resolve` puts where the flag is not given.
@@ -210,10 +267,11 @@ FLAGS = {
                          f"{','.join(PUBLISHED_ORDER)} without the target, cifar10 first for cifar100; "
                          f"for digits {','.join(BUILT_IN_SOURCES)})"),
     "approaches": dict(type=_list_of(_approach, "approach"), metavar="A,B,...",
-                       help=f"rows of the table, of {','.join(APPROACHES)} (default: all; eats only where "
-                            f"{' or '.join(EATS_SOURCES)} is among the sources)"),
+                       help=f"rows of the table, of {','.join(APPROACHES)} (default: all of these; eats only where "
+                            f"{' or '.join(EATS_SOURCES)} is among the sources), {','.join(MORE_CRITERIA)}, or a Python file "
+                            "with a criterion of your own: KEEP, score and threshold as in mms_threshold.py"),
     "approach": dict(type=_approach, metavar="A",
-                     help=f"which approach, of {','.join(APPROACHES)} (default: mms)"),
+                     help=f"which approach, of {','.join(APPROACHES + MORE_CRITERIA)}, or a Python file with a criterion (default: mms)"),
     "recipe": dict(choices=tuple(RECIPES), help="how the networks are trained: reference (the published protocol), "
                                                 "best, quick (default: reference; quick for digits)"),
     "data_dir": dict(metavar="DIR", help="where data sets are looked for, fetched to and packed (default: data)"),
@@ -222,27 +280,53 @@ FLAGS = {
     "seed": dict(type=seed_number, metavar="N", help="all randomness comes from it (default: 0)"),
     "seeds": dict(type=_list_of(seed_number, "seed"), metavar="N,N,...",
                   help="repeat the whole run for each seed, report mean and standard deviation (default: --seed alone)"),
-    "teacher_arch": dict(metavar="ARCH", help="any torchvision classifier, or resnet18_cifar, resnet34_cifar "
-                                              "(default: resnet34; inception_v3 for cifar100)"),
-    "student_arch": dict(metavar="ARCH", help="as --teacher-arch (default: resnet18)"),
+    "image_size": dict(type=_positive_int, metavar="N",
+                       help="edge in pixels to which all images are brought when they are packed (default: 32)"),
+    "teacher_arch": dict(type=_arch, metavar="ARCH",
+                         help="any torchvision classifier, resnet18_cifar, resnet34_cifar, timm:NAME where timm is installed, or "
+                              "FILE.py:FACTORY, a function of yours that makes the network (default: resnet34; inception_v3 for cifar100)"),
+    "teacher_size": dict(type=_positive_int, metavar="N",
+                         help="edge in pixels to which the teacher resizes what it is given (default: --image-size, or what the "
+                              "architecture needs: 299 for inception_v3, which takes 75 and more, below 299 without its auxiliary head)"),
+    "teacher_mean": dict(type=_three, metavar="R,G,B",
+                         help="what the teacher subtracts from pixels in [0, 1] (default: the checkpoint's, or 0.5,0.5,0.5)"),
+    "teacher_std": dict(type=_three_positive, metavar="R,G,B", help="what it divides them by (default: the checkpoint's, or 0.5,0.5,0.5)"),
+    "student_arch": dict(type=_arch, metavar="ARCH", help="as --teacher-arch (default: resnet18)"),
     "teacher_weights": dict(metavar="imagenet|none|FILE",
-                            help="what fine-tuning starts from (default: imagenet; none for digits)"),
+                            help="what fine-tuning starts from (default: imagenet; none for digits and for FILE.py:FACTORY)"),
     "student_weights": dict(metavar="imagenet|none|FILE",
                             help="what students start from (default: none; the supervised student starts from "
                                  "imagenet when the teacher does, as in the published table)"),
-    "teacher_checkpoint": dict(metavar="FILE", help="a teacher.pt to use instead of fine-tuning one"),
+    "teacher_checkpoint": dict(metavar="FILE", help="a teacher to use instead of fine-tuning one: a teacher.pt, or a state dict for --teacher-arch"),
+    "classes": dict(type=_classes, metavar="N|FILE", help="number of the teacher's classes, or a file with their names, a line each, "
+                                                          "where neither target nor checkpoint tells them"),
+    "data_free": dict(action="store_true", help="touch no training image of the target: thresholds come from the sources, and accuracy is measured "
+                                                "where NAME or NAME=PATH has a test split; the teacher is --teacher-checkpoint"),
+    "mms_plain": dict(action="store_true", help="where no linear layer makes the teacher's logits, take the plain margin z_a - z_b for MMS"),
     "calibrate": dict(choices=("target", "sources"),
                       help="thresholds from the confidence set, or, data-free, from the best quarter of the "
                            "candidates of each class (default: target)"),
     "fill": dict(choices=("first", "best"),
                  help="fill a class first come first served in the order of the sources, or with its best scores "
                       "over all sources; approaches without a score always fill first (default: first)"),
+    "threshold_scale": dict(type=_positive_float, metavar="F", help="multiply every threshold by F (default: 1)"),
+    "threshold_quantile": dict(type=_quantile, metavar="Q",
+                               help="a threshold that the best share Q of the images of each class reach, in place of the criterion's own; with "
+                                    "--calibrate sources 0.25 where it isn't given"),
+    "export": dict(choices=("onnx", "torch", "state_dict"),
+                   help="write the student beside its checkpoint as ONNX (.onnx), as a program of torch.export (.pt2), both with the "
+                        "normalisation inside, or as a bare state dict (.pth), and check it against the student"),
+    "no_balance": dict(action="store_true", help="fill the whole transfer set as one bucket, whatever the classes"),
+    "shortfall": dict(choices=("keep", "relax", "repeat"),
+                      help="where a class is short of images: leave it, take the next best below its threshold, "
+                           "or repeat those it has (default: keep)"),
     "transfer_size": dict(type=_positive_int, metavar="N",
                           help="images of a full transfer set, shared equally by the classes "
-                               "(default: the size of the target's training split)"),
+                               f"(default: the size of the target's training split; {DATA_FREE_SIZE} with --data-free)"),
     "temperature": dict(type=_positive_float, metavar="T", help="of the KD loss (default: the recipe's)"),
     "epochs": dict(type=_positive_int, metavar="N", help="of every student (default: the recipe's)"),
     "teacher_epochs": dict(type=_positive_int, metavar="N", help="of the teacher (default: the recipe's)"),
+    "teacher_lr": dict(type=_positive_float, metavar="RATE", help="learning rate of the teacher (default: the recipe's, a tenth of it from trained weights)"),
     "batch_size": dict(type=_batch, metavar="N", help="of every student (default: the recipe's)"),
     "lr": dict(type=_positive_float, metavar="RATE", help="learning rate of every student (default: the recipe's)"),
     "limit": dict(type=_positive_int, metavar="N",
@@ -252,14 +336,17 @@ FLAGS = {
     "restart": dict(action="store_true", help="delete what this command's run folder holds and begin anew"),
 }
 
-RUN_FLAGS = tuple(name for name in FLAGS if name != "approach")
+RUN_FLAGS = tuple(name for name in FLAGS if name not in ("approach", "export"))
 STAGE_FLAGS = tuple(name for name in RUN_FLAGS if name not in ("approaches", "seeds", "restart"))
 
 # Which files a setting decides. A setting that no file depends on yet may still change.
 STAGES = ("teacher", "scores", "transfer", "students")
 DECIDES = {
     "target": "teacher", "recipe": "teacher", "seed": "teacher", "teacher_arch": "teacher",
-    "teacher_weights": "teacher", "teacher_checkpoint": "teacher", "teacher_epochs": "teacher", "limit": "teacher",
+    "teacher_weights": "teacher", "teacher_checkpoint": "teacher", "teacher_epochs": "teacher", "teacher_lr": "teacher", "limit": "teacher",
+    "image_size": "teacher", "teacher_size": "teacher", "teacher_mean": "teacher", "teacher_std": "teacher", "classes": "teacher",
+    "data_free": "teacher", "mms_plain": "scores", "threshold_scale": "transfer", "threshold_quantile": "transfer",
+    "no_balance": "transfer", "shortfall": "transfer",
     "sources": "transfer", "calibrate": "transfer", "fill": "transfer", "transfer_size": "transfer",
     "student_arch": "students", "student_weights": "students", "supervised_weights": "students",
     "temperature": "students", "epochs": "students", "batch_size": "students", "lr": "students",
@@ -296,7 +383,15 @@ def resolve(given):
                                        first + tuple(s for s in PUBLISHED_ORDER if s != name))
     names = [name_of(source) for source in sources]
     has_eats = any(source in names for source in EATS_SOURCES)
-    approaches = given.get("approaches") or tuple(a for a in APPROACHES if a != "eats" or has_eats)
+    data_free = given.get("data_free", False)
+    approaches = given.get("approaches") or tuple(a for a in APPROACHES if (a != "eats" or has_eats) and (a != "supervised" or not data_free))
+    approaches, criteria = _with_criteria(given, approaches)
+    if data_free and not given.get("teacher_checkpoint"):
+        raise UserError("--data-free trains no teacher: give yours as --teacher-checkpoint FILE")
+    if data_free and "supervised" in (*approaches, given.get("approach")):
+        raise UserError("supervised learns from the target's labelled images, which --data-free does without: leave it out of --approaches")
+    if data_free and given.get("calibrate") == "target":
+        raise UserError("--calibrate target needs images of the target, which --data-free does without: take --calibrate sources")
     if "eats" in (*approaches, given.get("approach")) and not has_eats:
         raise UserError(f"eats needs {' or '.join(EATS_SOURCES)} among the sources, which are {','.join(names)}")
     if name in names:
@@ -307,24 +402,57 @@ def resolve(given):
     seeds = given.get("seeds") or (given.get("seed", 0),)
     if "seeds" in given and "seed" in given:
         raise UserError("--seed and --seeds contradict each other: give one of them")
-    teacher_weights = given.get("teacher_weights", "none" if built_in else "imagenet")
+    teacher_arch, student_arch = given.get("teacher_arch", "inception_v3" if name == "cifar100" else "resnet34"), given.get("student_arch", "resnet18")
+    teacher_weights = given.get("teacher_weights", "none" if built_in or is_own(teacher_arch) else "imagenet")
     student_weights = given.get("student_weights", "none")
     return Settings(
         target=target, sources=tuple(sources), approaches=tuple(approaches), recipe=recipe,
         data_dir=given.get("data_dir", "data"), run_dir=given.get("run_dir", f"runs/{name}"),
         device=given.get("device", "auto"), seed=seeds[0], seeds=tuple(seeds),
-        teacher_arch=given.get("teacher_arch", "inception_v3" if name == "cifar100" else "resnet34"),
-        student_arch=given.get("student_arch", "resnet18"),
+        teacher_arch=teacher_arch, student_arch=student_arch,
         teacher_weights=teacher_weights, student_weights=student_weights,
-        supervised_weights=given.get("student_weights", "imagenet" if teacher_weights == "imagenet" else "none"),
-        teacher_checkpoint=given.get("teacher_checkpoint"), calibrate=given.get("calibrate", "target"),
-        fill=given.get("fill", "first"), transfer_size=given.get("transfer_size"),
+        supervised_weights=given.get("student_weights", "imagenet" if teacher_weights == "imagenet" and not is_own(student_arch) else "none"),
+        teacher_checkpoint=given.get("teacher_checkpoint"), calibrate=given.get("calibrate", "sources" if data_free else "target"),
+        fill=given.get("fill", "first"), transfer_size=given.get("transfer_size", DATA_FREE_SIZE if data_free else None),
         temperature=given.get("temperature", RECIPES[recipe].student.temperature),
         epochs=given.get("epochs", RECIPES[recipe].student.epochs),
         teacher_epochs=given.get("teacher_epochs", RECIPES[recipe].teacher.epochs),
         batch_size=given.get("batch_size", RECIPES[recipe].student.batch_size),
         lr=given.get("lr", RECIPES[recipe].student.lr), limit=given.get("limit"),
-        max_bad=given.get("max_bad", MAX_BAD), restart=given.get("restart", False))
+        max_bad=given.get("max_bad", MAX_BAD), restart=given.get("restart", False), criteria=criteria,
+        **{name: given.get(name, default) for name, default in LATER_DEFAULTS.items() if name != "criteria"})
+
+
+def _with_criteria(given, approaches):
+    """(names of the approaches, {name: file} of the criteria that are the user's own)."""
+    files = [approach for approach in (*approaches, given.get("approach", "")) if approach.endswith(".py")]
+    criteria = given.get("criteria", {}) | {Path(file).stem: file for file in files}
+    known = APPROACHES + MORE_CRITERIA
+    for name, file in criteria.items():
+        if name in known or name in ("predicted", "index", "seconds", "made_from", "teacher", "sources"):
+            raise UserError(f"{file} has the name of a criterion that is there already: rename it")
+    names = tuple(name_of_approach(approach) for approach in approaches)
+    for name in (*names, name_of_approach(given.get("approach", "mms"))):
+        if name not in known and name not in criteria:
+            raise UserError(f"no approach '{name}' (there are {', '.join(known)}, and FILE.py for a criterion of your own)")
+    if len(set(names)) < len(names):
+        raise UserError("--approaches names an approach twice")
+    return names, criteria
+
+
+def name_of_approach(approach):
+    """The name in the table, and in the run folder, of an approach or of a criterion's file."""
+    return Path(approach).stem if approach.endswith(".py") else approach
+
+
+def is_own(arch):
+    """Whether an architecture is a function in a file of the user's, FILE.py:FACTORY."""
+    return ".py:" in arch
+
+
+def name_of_arch(arch):
+    """An architecture as it is shown: without the folders of a file."""
+    return arch.rpartition("/")[2]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -383,9 +511,31 @@ def first_line(error):
     return (text.splitlines() or [type(error).__name__])[0]
 
 
+def listed(items, most=20):
+    """Joined by commas; of a thousand the first few, and how many more."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
+
+
 def one_field(text):
     """`text` with its tabs and everything that ends a line escaped."""
     return re.sub("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+
+
+def import_file(path):
+    """The module in a Python file of the user's, which may import what lies beside it."""
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(f"user_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path} can't be imported ({type(error).__name__}: {first_line(error)})") from None
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
 
 
 @contextmanager
@@ -448,6 +598,10 @@ class Run:
         flags = f" --target {self.settings.target}" if self.settings.target != "cifar10" else ""
         return flags + (f" --run-dir {self.path}" if str(self.path) != f"runs/{name}" else "")
 
+    def has(self, name):
+        """Whether a file is there and --restart doesn't take it away."""
+        return not self.settings.restart and (self.path / name).exists()
+
     def holds(self, stage):
         """Whether any file of this stage or of a later one is there."""
         later = STAGES[STAGES.index(stage):]
@@ -465,7 +619,7 @@ class Run:
         if (self.path / "config.json").exists():
             made_with = read_json(self.path / "config.json")
             for name, stage in DECIDES.items():
-                now, then = json.loads(json.dumps(config[name])), made_with.get(name)
+                now, then = json.loads(json.dumps(config[name])), made_with.get(name, LATER_DEFAULTS.get(name))
                 if now != then and self.holds(stage):
                     flag = "student-weights" if name == "supervised_weights" else name.replace("_", "-")
                     raise UserError(f"{self.path} was made with --{flag} {_as_flag(then)}, not {_as_flag(now)}: "
@@ -502,7 +656,7 @@ def open_stage(argv, description, flags=STAGE_FLAGS):
     if "supervised_weights" in stored and "student_weights" not in given and settings.teacher_weights == stored["teacher_weights"]:
         settings = dataclasses.replace(settings, supervised_weights=stored["supervised_weights"])
     elif stored and "student_weights" not in given:
-        settings = dataclasses.replace(settings, supervised_weights="imagenet" if settings.teacher_weights == "imagenet" else "none")
+        settings = dataclasses.replace(settings, supervised_weights=resolve({"teacher_weights": settings.teacher_weights, "student_arch": settings.student_arch}).supervised_weights)
     run = Run(settings)
     run.check()
     return settings, run, given
@@ -514,7 +668,7 @@ def _stored_flags(folder, given):
         return {}
     stored = read_json(folder / "config.json")
     fields = {field.name for field in dataclasses.fields(Settings)} - {"run_dir", "restart", "device", "seeds"}
-    if not isinstance(stored, dict) or not set(DECIDES) <= set(stored):
+    if not isinstance(stored, dict) or not set(DECIDES) - set(LATER_DEFAULTS) <= set(stored):
         raise UserError(f"{folder / 'config.json'} is damaged: it lacks settings; use another --run-dir")
     other = any(name in given and given[name] != stored[name] for name in ("target", "recipe"))
     if other and not Run(resolve({"run_dir": str(folder)})).holds("teacher"):

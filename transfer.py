@@ -7,15 +7,17 @@ Out: scores/<source>.npz and scores/confidence.npz, thresholds.json,
 The teacher looks at every source once: predicted class and all scores are saved, and an approach only
 sorts numbers. With t the threshold of a class,
 
-    mms, entropy      of the images whose score passes t[predicted], a bucket for each class
-    balanced, eats    the same without a threshold (eats: from SVHN and TinyImageNet alone)
-    random            as many images as mms has, without threshold or balance
+    mms, entropy, ...  of the images whose score passes t[predicted], a bucket for each class
+    balanced, eats     the same without a threshold (eats: from SVHN and TinyImageNet alone)
+    random             as many images as mms has, without threshold or balance
 
     python transfer.py --approach mms
+    python transfer.py --approach ./my_metric.py    # a criterion of your own: KEEP, score, threshold
 """
 import csv
 import hashlib
 import io
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -23,62 +25,116 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+import confidence
+import cross_entropy
+import energy
 import engine
 import entropy
 import mms_threshold
 import models
-from data import load_source, load_target, unavailable
-from run import (EATS_SOURCES, STAGE_FLAGS, UserError, command, name_of, open_stage, read_json, say, stop_on,
-                 write_atomically, write_json, write_text)
+from data import source_of, specs_of, target_of, unavailable
+from run import (DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, UserError, command, first_line, import_file, listed, name_of, name_of_approach, name_of_arch,
+                 open_stage, read_json, say, stop_on, write_atomically, write_json, write_text)
 from TeacherTrain import saved_split
 
-CRITERIA = {"mms": mms_threshold, "entropy": entropy}
+CRITERIA = {"mms": mms_threshold, "entropy": entropy, "confidence": confidence, "energy": energy, "cross_entropy": cross_entropy}
 SOURCE_SHARE = 0.25     # of the candidates of a class that pass a threshold calibrated on the sources
+
+# --------------------------------------------------------------------------------------------------
+# Criteria
+# --------------------------------------------------------------------------------------------------
+
+
+class OwnCriterion:
+    """A criterion in a file of the user's: KEEP, score and threshold as in mms_threshold.py. What it gets wrong is one line.
+
+    digest: of the file, so that scores by another version of it are not taken for its own.
+    """
+
+    def __init__(self, path):
+        self.path, self._module = path, import_file(path)
+        with open(path, "rb") as file:
+            self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        self.KEEP = getattr(self._module, "KEEP", None)
+        lacking = [name for name in ("score", "threshold") if not callable(getattr(self._module, name, None))]
+        if self.KEEP not in (">=", "<="):
+            lacking.append("KEEP = '>=' or '<='")
+        if lacking:
+            raise UserError(f"{path} is no criterion: it lacks {' and '.join(lacking)} (see mms_threshold.py)")
+
+    def score(self, logits, weight):
+        scores = self._called("score", logits, weight)
+        if not isinstance(scores, torch.Tensor) or scores.shape != logits.shape[:1]:
+            raise UserError(f"{self.path}: score gives {_shape(scores)} for logits of {tuple(logits.shape)}, not one number an image, ({len(logits)},)")
+        return scores
+
+    def threshold(self, scores, predicted, classes):
+        thresholds = self._called("threshold", scores, predicted, classes)
+        if np.shape(thresholds) != (classes,):
+            raise UserError(f"{self.path}: threshold gives {_shape(thresholds)}, not one number for each of {classes} classes")
+        return np.asarray(thresholds, np.float64)
+
+    def _called(self, name, *args):
+        try:
+            return getattr(self._module, name)(*args)
+        except Exception as error:
+            raise UserError(f"{self.path}: {name} raised {type(error).__name__}: {first_line(error)}") from None
+
+
+def _shape(value):
+    return f"a {type(value).__name__} of {tuple(value.shape)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
+
+
+def criteria_of(settings):
+    """{name: criterion} of all that ship and of the user's own."""
+    return CRITERIA | {name: OwnCriterion(path) for name, path in settings.criteria.items()}
 
 # --------------------------------------------------------------------------------------------------
 # Scores
 # --------------------------------------------------------------------------------------------------
 
 
-def score_images(teacher, images, rows=None, device=torch.device("cpu"), label="scoring"):
-    """One pass of the teacher. Returns {"predicted": (N,) int64, "mms", "entropy", "confidence": (N,) float32}.
+def score_images(teacher, images, rows=None, device=torch.device("cpu"), label="scoring", criteria=CRITERIA):
+    """One pass of the teacher. Returns {"predicted": (N,) int64, and (N,) float32 for each of `criteria`}.
 
-    confidence is the largest probability. images: (M, H, W, 3) uint8; rows: which of them, default all.
+    images: (M, H, W, 3) uint8; rows: which of them, default all.
     """
-    weight = models.head_weight(teacher).to(device)
+    weight = models.head_weight(teacher)
 
     def of_logits(logits):
-        return (logits.topk(2, dim=1).indices[:, 0], *(criterion.score(logits, weight) for criterion in CRITERIA.values()),
-                torch.softmax(logits, 1).amax(1))
+        return logits.topk(2, dim=1).indices[:, 0], *(criterion.score(logits, weight) for criterion in criteria.values())
 
     predicted, *scores = engine.predict(teacher, images, rows, device, label, then=of_logits)
-    return {"predicted": predicted.numpy(), **{name: column.numpy().astype(np.float32)
-                                               for name, column in zip((*CRITERIA, "confidence"), scores)}}
+    return {"predicted": predicted.numpy(), **{name: column.numpy().astype(np.float32) for name, column in zip(criteria, scores)}}
 
 
-def saved_scores(path, made_from, index, compute):
-    """The scores in `path`, computed and saved where they aren't there, with the seconds that it took.
+def saved_scores(path, made_from, index, criteria, compute):
+    """The scores of `criteria` in `path`; what isn't there is computed by compute({name: criterion}), and saved with the seconds that it took.
 
     made_from: what they are the scores of, and by which teacher; index: (N,) int64, which images of the whole
     data set the rows are.
     """
-    count = len(index)
+    count, scores, seconds = len(index), {}, 0.0
+    digests = {name: criterion.digest for name, criterion in criteria.items() if isinstance(criterion, OwnCriterion)}
     if path.exists():
         try:
             with np.load(path) as saved:
                 scores = {name: saved[name] for name in saved.files}
-            origin = str(scores.pop("made_from"))
-            del scores["seconds"], scores["index"]
+            origin, seconds, then = str(scores.pop("made_from")), float(scores.pop("seconds")), json.loads(str(scores.pop("digests", "{}")))
+            del scores["index"]
         except Exception:
             raise UserError(f"{path} is damaged: delete it and run the command again") from None
         if origin != made_from or len(scores["predicted"]) != count:
             raise UserError(f"{path} was computed from other images or by another teacher, which have changed since: use another --run-dir, or --restart")
-        return scores
-    began = time.monotonic()
-    scores = compute()
-    seconds = time.monotonic() - began
-    say(f"scores: {path.stem}, {count:,} images in {seconds:,.1f} s, {count / seconds:,.0f} img/s")
-    write_atomically(path, lambda file: np.savez(file, made_from=made_from, seconds=seconds, index=index, **scores))
+        scores = {name: column for name, column in scores.items() if name not in digests or digests[name] == then.get(name)}
+        digests = then | digests
+    lacking = {name: criterion for name, criterion in criteria.items() if name not in scores}
+    if lacking:
+        began = time.monotonic()
+        scores |= compute(lacking)
+        elapsed = time.monotonic() - began
+        say(f"scores: {path.stem}, {count:,} images in {elapsed:,.1f} s, {count / elapsed:,.0f} img/s")
+        write_atomically(path, lambda file: np.savez(file, made_from=made_from, seconds=seconds + elapsed, index=index, digests=json.dumps(digests), **scores))
     return scores
 
 
@@ -86,15 +142,15 @@ def saved_scores(path, made_from, index, compute):
 # Thresholds
 # --------------------------------------------------------------------------------------------------
 
-def source_threshold(scores, predicted, classes, keep):
-    """The data-free threshold: the quantile of the candidates themselves that SOURCE_SHARE of each class passes.
+def quantile_threshold(scores, predicted, classes, keep, passing):
+    """The threshold that the best share `passing` of the images of each class reach, at least one of them.
 
     Shapes as in `mms_threshold.threshold`. keep: ">=" or "<=".
     """
     thresholds = np.full(classes, np.nan)
     for label in np.unique(predicted):
         ordered = np.sort(scores[predicted == label])
-        count = math.ceil(SOURCE_SHARE * len(ordered))
+        count = math.ceil(passing * len(ordered))
         thresholds[label] = ordered[-count] if keep == ">=" else ordered[count - 1]
     return thresholds
 
@@ -112,8 +168,8 @@ def passes(scores, predicted, thresholds, keep):
 def fill_buckets(predicted, eligible, bucket, preference=None):
     """Takes at most `bucket` eligible candidates of each predicted class.
 
-    predicted: (N,) int, candidates of all sources in their order. eligible: (N,) bool. preference: (N,), the
-    smallest values of a class are taken first; None: first come first served. Equals are taken in the order
+    predicted: (N,) int, candidates of all sources in their order. eligible: (N,) bool. bucket: one number, or (C,) one a
+    class. preference: (N,), the smallest values of a class are taken first; None: first come first served. Equals are taken in the order
     of the sources. Returns the positions taken, (n,) int64, ascending.
     """
     candidates = np.flatnonzero(eligible)
@@ -122,7 +178,7 @@ def fill_buckets(predicted, eligible, bucket, preference=None):
     grouped = predicted[order]
     starts = np.flatnonzero(np.r_[True, grouped[1:] != grouped[:-1]]) if len(order) else np.empty(0, np.int64)
     rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
-    return np.sort(order[rank < bucket])
+    return np.sort(order[rank < (bucket if np.ndim(bucket) == 0 else bucket[grouped])])
 
 
 @dataclass(frozen=True)
@@ -155,31 +211,50 @@ def join(scores):
                        for column in next(iter(scores.values()))})
 
 
-def select(approach, candidates, thresholds, bucket, fill="first", seed=0):
-    """The transfer set of an approach: positions in `candidates`, (n,) int64, ascending.
+def select(approach, candidates, thresholds, bucket, fill="first", seed=0, balance=True, shortfall="keep", criteria=CRITERIA):
+    """The transfer set of an approach: positions in `candidates`, (n,) int64, ascending, some twice where shortfall is "repeat".
 
-    thresholds: {criterion: (C,) float64}. bucket: images a class.
+    thresholds: {criterion: (C,) float64}. bucket: images a class. balance=False: one bucket, as large as all together.
+    shortfall, where a bucket is not full: "keep" it so, "relax" (the next best below the threshold; a class without threshold has all of
+    its images there), or "repeat" the images it has, in their order.
     """
-    predicted = candidates.predicted
-    if approach in CRITERIA:
-        keep, scores = CRITERIA[approach].KEEP, candidates.scores[approach]
-        eligible = passes(scores, predicted, thresholds[approach], keep)
-        preference = None if fill == "first" else -scores if keep == ">=" else scores
-        return fill_buckets(predicted, eligible, bucket, preference)
-    if approach == "balanced":
-        return fill_buckets(predicted, np.ones(len(candidates), bool), bucket)
-    if approach == "eats":
-        numbers = [i for i, name in enumerate(candidates.names) if name in EATS_SOURCES]
-        return fill_buckets(predicted, np.isin(candidates.source, numbers), bucket)
+    rules = dict(fill=fill, seed=seed, balance=balance, shortfall=shortfall, criteria=criteria)
     if approach == "random":
-        size = len(select("mms", candidates, thresholds, bucket, fill, seed))
+        size = min(len(candidates), len(select("mms", candidates, thresholds, bucket, **rules)))
         return np.sort(np.random.default_rng(engine.seed_for(seed, "random")).choice(len(candidates), size, replace=False))
-    raise UserError(f"{approach} has no transfer set: it learns from the target's labelled images")
+    predicted, badness = candidates.predicted, None
+    group, room = predicted, bucket
+    if not balance:
+        group, room = np.zeros_like(predicted), bucket * len(next(iter(thresholds.values())))
+    if approach in criteria:
+        keep, scores = criteria[approach].KEEP, candidates.scores[approach]
+        eligible = passes(scores, predicted, thresholds[approach], keep)
+        badness = -scores if keep == ">=" else scores
+    elif approach == "balanced":
+        eligible = np.ones(len(candidates), bool)
+    elif approach == "eats":
+        eligible = np.isin(candidates.source, [i for i, name in enumerate(candidates.names) if name in EATS_SOURCES])
+    else:
+        raise UserError(f"{approach} has no transfer set: it learns from the target's labelled images")
+    chosen = fill_buckets(group, eligible, room, badness if fill == "best" else None)
+    if shortfall == "relax" and badness is not None:
+        left = room - np.bincount(group[chosen], minlength=group.max(initial=0) + 1)
+        chosen = np.sort(np.r_[chosen, fill_buckets(group, ~eligible & ~np.isnan(badness), left, badness)])
+    if shortfall == "repeat":
+        chosen = np.sort(np.concatenate([chosen[:0], *(np.resize(members, max(room, len(members))) for members in
+                                                       (chosen[group[chosen] == label] for label in np.unique(group[chosen])))]))
+    return chosen
 
 
 # --------------------------------------------------------------------------------------------------
 # The stage: scores -> thresholds -> transfer set, each made unless it is there
 # --------------------------------------------------------------------------------------------------
+
+def no_mms(arch):
+    """What to say about a teacher whose logits come from something else than a linear layer."""
+    return (f"the logits of {arch} are made by no linear layer, so there are no weight rows for MMS, which mms and random need: "
+            "give --mms-plain for the plain margin z_a - z_b, or leave mms and random out of --approaches")
+
 
 class Scoring:
     """The teacher and what it scores. The teacher is loaded only when something has yet to be scored.
@@ -197,6 +272,11 @@ class Scoring:
             self.teacher_digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         self._teacher = self._candidates = None
         self._target, self._sources = target, dict(sources)
+        self.criteria = criteria_of(run.settings)
+        # Without a linear layer there is no MMS.
+        self.has_mms = read_json(run / "teacher.json").get("linear_head", True) or run.settings.mms_plain
+        if not self.has_mms:
+            del self.criteria["mms"]
 
     @property
     def teacher(self):
@@ -207,24 +287,27 @@ class Scoring:
     @property
     def target(self):
         if self._target is None:
-            settings = self.run.settings
-            self._target = load_target(settings.target, settings.data_dir, settings.seed, settings.limit, max_bad=settings.max_bad)
+            self._target = target_of(self.run.settings)
         return self._target
 
     def source(self, name):
         """The packed source of that name."""
         if name not in self._sources:
             settings = self.run.settings
-            spec = next(spec for spec in settings.sources if name_of(spec) == name)
-            self._sources[name] = load_source(spec, settings.data_dir, settings.seed, settings.limit, max_bad=settings.max_bad)
+            self._sources[name] = source_of(settings, next(spec for spec in settings.sources if name_of(spec) == name))
         return self._sources[name]
+
+    def require(self, approach):
+        """Raises UserError where this teacher can't have that approach."""
+        if not self.has_mms and approach in ("mms", "random"):
+            raise UserError(no_mms(name_of_arch(read_json(self.run / "teacher.json")["arch"])))
 
     def confidence(self):
         """Scores of the confidence set."""
         target = self.target
         _, rows = saved_split(self.run, len(target.train))
-        return saved_scores(self.run.scores("confidence"), f"{target.train.made_from}/{self.teacher_digest}", target.train.rows[rows],
-                            lambda: score_images(self.teacher, target.train.images, rows, self.device, "scoring confidence"))
+        return saved_scores(self.run.scores("confidence"), f"{target.train.made_from}/{self.teacher_digest}", target.train.rows[rows], self.criteria,
+                            lambda criteria: score_images(self.teacher, target.train.images, rows, self.device, "scoring confidence", criteria))
 
     def candidates(self):
         """Candidates of all sources, in the order of the settings."""
@@ -234,33 +317,35 @@ class Scoring:
 
     def _scores(self, name):
         source = self.source(name)
-        return saved_scores(self.run.scores(name), f"{source.made_from}/{self.teacher_digest}", source.rows,
-                            lambda: score_images(self.teacher, source.images, device=self.device, label=f"scoring {name}"))
+        return saved_scores(self.run.scores(name), f"{source.made_from}/{self.teacher_digest}", source.rows, self.criteria,
+                            lambda criteria: score_images(self.teacher, source.images, None, self.device, f"scoring {name}", criteria))
 
 
 def make_thresholds(run, scoring):
     """Makes thresholds.json unless it is there. Returns {criterion: (C,) float64, NaN where a class has none}."""
-    path, calibrated_on = run / "thresholds.json", run.settings.calibrate
-    # Thresholds that come from the sources hold for these sources alone.
-    basis = {"calibrated_on": calibrated_on, "teacher": scoring.teacher_digest} | ({"sources": list(run.settings.sources)} if calibrated_on == "sources" else {})
-    saved = read_json(path) if path.exists() else None
-    if saved is None or any(saved.get(key) != value for key, value in basis.items()):
+    path, settings, criteria = run / "thresholds.json", run.settings, scoring.criteria
+    passing = settings.threshold_quantile or (SOURCE_SHARE if settings.calibrate == "sources" else None)
+    basis = {"calibrated_on": settings.calibrate, "teacher": scoring.teacher_digest, "scale": settings.threshold_scale, "quantile": passing,
+             "digests": {name: criterion.digest for name, criterion in criteria.items() if isinstance(criterion, OwnCriterion)}}
+    if settings.calibrate == "sources":     # such thresholds hold for these sources alone
+        basis["sources"] = list(settings.sources)
+    saved = read_json(path) if path.exists() else {}
+    if not set(criteria) <= set(saved) or any(saved.get(key) != value for key, value in basis.items()):
         count = len(scoring.classes)
-        if calibrated_on == "target":
-            scores = scoring.confidence()
-            thresholds = {name: criterion.threshold(scores[name], scores["predicted"], count) for name, criterion in CRITERIA.items()}
-        else:
-            scores = scoring.candidates().scores
-            thresholds = {name: source_threshold(scores[name], scores["predicted"], count, criterion.KEEP)
-                          for name, criterion in CRITERIA.items()}
-        write_json(path, {name: [None if math.isnan(value) else value for value in values.tolist()]
-                          for name, values in thresholds.items()} | basis)
+        scores = scoring.confidence() if settings.calibrate == "target" else scoring.candidates().scores
+        thresholds = {}
+        for name, criterion in criteria.items():
+            values = (criterion.threshold(scores[name], scores["predicted"], count) if passing is None else
+                      quantile_threshold(scores[name], scores["predicted"], count, criterion.KEEP, passing))
+            thresholds[name] = [value * settings.threshold_scale if math.isfinite(value) else None for value in values.tolist()]
+        write_json(path, thresholds | basis | {"classes": scoring.classes})
         saved = read_json(path)
-    return {name: np.array([math.nan if value is None else value for value in saved[name]]) for name in CRITERIA}
+    return {name: np.array([math.nan if value is None else value for value in saved[name]]) for name in criteria}
 
 
 def bucket_size(transfer_size, target_size, classes):
-    """Images a class: an equal share of `transfer_size`, or, where that is None, of the target's training split."""
+    """Images a class: an equal share of `transfer_size`, or, where that is None, of the target's training split (None: there is none)."""
+    target_size = target_size or DATA_FREE_SIZE
     bucket = (transfer_size or target_size) // classes
     if bucket < 1:
         raise UserError(f"{transfer_size or target_size} images are less than one for each of {classes} classes: give a larger "
@@ -271,32 +356,39 @@ def bucket_size(transfer_size, target_size, classes):
 def make_transfer_set(run, approach, scoring, target_size):
     """Makes transfer/<approach> unless it is there. Returns the content of its summary.json.
 
-    target_size: images of the target's training split, shared by the classes unless --transfer-size says else.
+    target_size: images of the target's training split, shared by the classes unless --transfer-size says else; None where there is none.
     """
-    folder = run.transfer(approach)
+    scoring.require(approach)
+    folder, digest = run.transfer(approach), getattr(scoring.criteria.get(approach), "digest", None)
     if (folder / "summary.json").exists():
         summary = read_json(folder / "summary.json")
         if summary["teacher"] != scoring.teacher_digest:
             raise UserError(f"{folder} was selected by another teacher than {run / 'teacher.pt'}: use another --run-dir, or --restart")
+        if summary.get("criterion") != digest:
+            raise UserError(f"{folder} was selected by another version of {scoring.criteria[approach].path}: use another --run-dir, or --restart")
         return summary
     settings, classes = run.settings, scoring.classes
     candidates, thresholds = scoring.candidates(), make_thresholds(run, scoring)
     bucket = bucket_size(settings.transfer_size, target_size, len(classes))
-    chosen = select(approach, candidates, thresholds, bucket, settings.fill, settings.seed)
+    rules = dict(fill=settings.fill, seed=settings.seed, balance=not settings.no_balance, criteria=scoring.criteria)
+    chosen = select(approach, candidates, thresholds, bucket, shortfall=settings.shortfall, **rules)
+    before = select(approach, candidates, thresholds, bucket, **rules) if settings.shortfall != "keep" else chosen
+    added = np.bincount(candidates.predicted[chosen], minlength=len(classes)) - np.bincount(candidates.predicted[before], minlength=len(classes))
     predicted, source, index = (column[chosen] for column in (candidates.predicted, candidates.source, candidates.index))
     per_class = np.bincount(predicted, minlength=len(classes))
     summary = {
-        "teacher": scoring.teacher_digest, "size": len(chosen), "bucket": bucket, "per_class": per_class.tolist(), "classes": classes,
+        "teacher": scoring.teacher_digest, "criterion": digest, "size": len(chosen), "bucket": bucket, "per_class": per_class.tolist(), "classes": classes,
         "per_source": {name: int((source == i).sum()) for i, name in enumerate(candidates.names)},
         "unreadable": {name: scoring.source(name).bad for name in candidates.names if scoring.source(name).bad},
+        "added": {classes[c]: int(n) for c, n in enumerate(added) if n and approach != "random"},
         # random doesn't fill buckets, so none of its classes can be short
-        "shortfall": {} if approach == "random" else {classes[c]: int(bucket - n) for c, n in enumerate(per_class) if n < bucket},
-        "no_threshold": [classes[c] for c in np.flatnonzero(np.isnan(thresholds[approach]))] if approach in CRITERIA else [],
-        "calibrated_on": settings.calibrate if approach in (*CRITERIA, "random") else None,
+        "shortfall": {} if approach == "random" or settings.no_balance else {classes[c]: int(bucket - n) for c, n in enumerate(per_class) if n < bucket},
+        "no_threshold": [classes[c] for c in np.flatnonzero(np.isnan(thresholds[approach]))] if approach in scoring.criteria else [],
+        "calibrated_on": settings.calibrate if approach in (*scoring.criteria, "random") else None,
     }
     _write_images(folder / "images.npy", [(scoring.source(name).images, index[source == i]) for i, name in enumerate(candidates.names)])
     # An approach without a criterion of its own shows the margin, for comparison.
-    scores = candidates.scores[approach if approach in CRITERIA else "mms"][chosen]
+    scores = candidates.scores[approach if approach in scoring.criteria else "mms" if scoring.has_mms else "confidence"][chosen]
     listing = io.StringIO()
     writer = csv.writer(listing, lineterminator="\n")
     writer.writerow(["source", "index", "file", "predicted", "score"])
@@ -326,44 +418,47 @@ def _write_images(path, parts, chunk=4096):
 # Commands
 # --------------------------------------------------------------------------------------------------
 
-def report_thresholds(criterion, thresholds, classes, calibrated_on):
-    keep = CRITERIA[criterion].KEEP
-    say(f"thresholds: {criterion}, keep {keep}, calibrated on the {calibrated_on}: "
-        + ", ".join(f"{name}: {'none' if math.isnan(value) else f'{value:.4g}'}" for name, value in zip(classes[:20], thresholds))
+def report_thresholds(name, criterion, thresholds, classes, calibrated_on):
+    say(f"thresholds: {name}, keep {criterion.KEEP}, calibrated on the {calibrated_on}: "
+        + ", ".join(f"{label}: {'none' if math.isnan(value) else f'{value:.4g}'}" for label, value in zip(classes[:20], thresholds))
         + (", ..." if len(classes) > 20 else ""))
-    absent = [name for name, value in zip(classes, thresholds) if math.isnan(value)]
+    absent = [label for label, value in zip(classes, thresholds) if math.isnan(value)]
     if absent:
-        say(f"  no threshold, so nothing is selected, for {', '.join(absent)}: the teacher puts no image of the {calibrated_on} there")
+        say(f"  no threshold, so nothing is selected, for {listed(absent)}: the teacher puts no image of the {calibrated_on} there")
 
 
 def report_transfer_set(approach, summary):
     say(f"transfer: {approach}, {summary['size']:,} images, "
         f"{min(summary['per_class']):,} to {max(summary['per_class']):,} a class, from "
         + ", ".join(f"{name} {count:,}" for name, count in summary["per_source"].items()))
+    if summary["added"]:
+        say(f"  not enough passed, so added: {listed([f'{name}: {count:,}' for name, count in summary['added'].items()])}")
     if summary["shortfall"]:
-        say(f"  short of {summary['bucket']:,}: " + ", ".join(f"{name}: {summary['bucket'] - lack:,}" for name, lack in summary["shortfall"].items()))
+        say(f"  short of {summary['bucket']:,}: " + listed([f"{name}: {summary['bucket'] - lack:,}" for name, lack in summary["shortfall"].items()]))
 
 
 def threshold_command(criterion, description, argv):
-    """`python mms_threshold.py` and `python entropy.py`: print and save the thresholds."""
+    """`python mms_threshold.py`, `python entropy.py`, ...: print and save the thresholds."""
     settings, run, _ = open_stage(argv, description)
     device = engine.pick_device(settings.device)
     scoring = Scoring(run, device)
     run.open(device)
-    report_thresholds(criterion, make_thresholds(run, scoring)[criterion], scoring.classes, settings.calibrate)
+    scoring.require(criterion)
+    report_thresholds(criterion, scoring.criteria[criterion], make_thresholds(run, scoring)[criterion], scoring.classes, settings.calibrate)
     say(f"saved in {run / 'thresholds.json'}")
 
 
 def main(argv):
     settings, run, given = open_stage(argv, __doc__, STAGE_FLAGS + ("approach",))
-    approach = given.get("approach", "mms")
+    approach = name_of_approach(given.get("approach", "mms"))
     if approach == "supervised":
         raise UserError("supervised has no transfer set, it learns from the target's labelled images: run `python distill.py --approach supervised`")
     device = engine.pick_device(settings.device)
     scoring = Scoring(run, device)
-    stop_on(unavailable([(settings.target, "target"), *((source, "source") for source in settings.sources)], settings.data_dir))
+    stop_on(unavailable(specs_of(settings), settings.data_dir, settings.image_size))
     run.open(device)
-    report_transfer_set(approach, make_transfer_set(run, approach, scoring, len(scoring.target.train)))
+    target = scoring.target
+    report_transfer_set(approach, make_transfer_set(run, approach, scoring, None if target.train is None else len(target.train)))
     say(f"saved in {run.transfer(approach)}")
 
 
