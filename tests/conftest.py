@@ -1,9 +1,13 @@
+import contextlib
+import os
+import shutil
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import compile
 import run
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -42,6 +46,21 @@ def flags(painted, tmp_path, monkeypatch):
     """The flags of a run of seconds, in an empty folder that is the working directory."""
     monkeypatch.chdir(tmp_path)
     return small_run(*painted)
+
+
+@pytest.fixture(scope="session")
+def finished_run(painted, tmp_path_factory):
+    """A run of all approaches, made once."""
+    root = tmp_path_factory.mktemp("finished")
+    with contextlib.chdir(root):
+        compile.main(small_run(*painted))
+    return root
+
+
+@pytest.fixture
+def finished(flags, finished_run):
+    """That run in this test's own folder. Its files are links: what the tool changes, it replaces."""
+    shutil.copytree(finished_run, ".", copy_function=os.link, dirs_exist_ok=True)
 
 
 @pytest.fixture

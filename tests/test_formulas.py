@@ -8,7 +8,7 @@ import torch
 import entropy
 import mms_threshold
 from distill import kd_loss
-from transfer import passes, source_threshold
+from transfer import passes, quantile_threshold
 
 
 def test_mms_is_the_margin_over_the_distance_of_the_two_weight_rows():
@@ -95,9 +95,9 @@ def test_an_exact_hit_of_the_threshold_is_kept(criterion):
 
 
 @pytest.mark.parametrize("keep, expected", [(">=", [7.0, 8.0]), ("<=", [1.0, 2.0])])
-def test_source_threshold_lets_the_best_quarter_of_a_class_pass(keep, expected):
+def test_a_quantile_threshold_lets_the_best_quarter_of_a_class_pass(keep, expected):
     scores, predicted = np.arange(1.0, 9.0), np.zeros(8, int)
-    thresholds = source_threshold(scores, predicted, 2, keep)
+    thresholds = quantile_threshold(scores, predicted, 2, keep, 0.25)
     assert scores[passes(scores, predicted, thresholds, keep)].tolist() == expected
     assert np.isnan(thresholds[1])
 

@@ -69,9 +69,9 @@ def test_the_last_linear_layer_is_the_head_and_its_rows_make_the_logits():
 
 def test_inception_has_two_heads_of_which_the_last_is_the_main_one():
     classifier = models.build("inception_v3", CLASSES)
-    models.replace_head(classifier.network, 3, 5)
+    models.replace_head(classifier, 5)
     assert (classifier.network.fc.out_features, classifier.network.AuxLogits.fc.out_features) == (5, 5)
-    assert models.heads(classifier.network, 5)[-1] == (classifier.network, "fc")
+    assert models.heads(classifier, 5)[-1] == (classifier.network, "fc")
 
 
 @pytest.mark.parametrize("arch", ["resnet34", "resnet18_cifar", "inception_v3", "vit_b_16", "densenet121", "squeezenet1_0", "regnet_x_400mf"])
@@ -79,10 +79,58 @@ def test_architectures_of_all_kinds_take_our_images(arch):
     models.require_fits(arch)
 
 
-def test_a_network_that_does_not_take_our_images_is_named_before_anything_long(monkeypatch):
-    monkeypatch.delitem(models.INPUT_SIZES, "alexnet")
-    with pytest.raises(UserError, match="alexnet does not take 32x32 images"):
-        models.require_fits("alexnet")
+@pytest.mark.parametrize("arch, size", [("alexnet", 32), ("inception_v3", 74), ("vit_b_16", 32)])
+def test_a_network_that_does_not_take_our_images_is_named_before_anything_long(arch, size):
+    with pytest.raises(UserError, match=f"{arch} does not take {size}x{size} images: .*--teacher-size") as raised:
+        models.require_fits(arch, input_size=size)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+FIVE = [f"class{number}" for number in range(5)]
+
+
+@pytest.mark.parametrize("arch, size", [*((arch, None) for arch in (
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small",
+    "regnet_x_400mf", "resnet18", "resnet34_cifar", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_0", "squeezenet1_1", "swin_t",
+    "swin_v2_t", "vgg11_bn", "vit_b_32", "wide_resnet50_2")), ("inception_v3", 75), ("inception_v3", None), pytest.param("maxvit_t", None, marks=pytest.mark.slow)])
+def test_a_classifier_of_every_family_is_built_given_a_new_head_trained_saved_and_loaded(arch, size, tmp_path):
+    torch.manual_seed(0)
+    size = size or models.input_size_of(arch)
+    count = 4 if size > 75 else 32      # RegNet overflows after a step on four
+    classifier = models.build(arch, CLASSES, input_size=size)
+    assert classifier.eval()(torch.from_numpy(random_images(2))).shape == (2, 3)
+    models.replace_head(classifier, 5)
+    classifier = models.Classifier(classifier.network, arch, FIVE, size)
+    for module in classifier.modules():     # some networks overflow in eval mode until they have statistics
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    images, labels = random_images(count), np.arange(count) % 5
+    classifier.train()(torch.from_numpy(images))
+    parent, name = models.heads(classifier)[-1]
+    head = getattr(parent, name)
+    assert torch.equal(models.head_weight(classifier), head.weight.detach().flatten(1))
+    before = {key: value.clone() for key, value in classifier.network.state_dict().items()}
+    training = engine.train(classifier, images, np.arange(count), engine.cross_entropy(labels, torch.device("cpu")),
+                            Recipe(epochs=1, batch_size=count, lr=1e-3), seed=0, device=torch.device("cpu"), checkpoint=tmp_path / "part", label=arch)
+    assert training.images == count
+    for parent, name in models.heads(classifier):       # the auxiliary heads learn as well
+        changed = next(key for key, module in classifier.network.named_modules() if module is getattr(parent, name))
+        assert not torch.equal(before[f"{changed}.weight"], getattr(parent, name).weight)
+    models.save(tmp_path / "network.pt", classifier)
+    loaded = models.load(tmp_path / "network.pt")
+    pixels = torch.from_numpy(images)
+    logits = classifier.eval()(pixels)
+    assert logits.isfinite().all()
+    assert logits.shape == (count, 5) and torch.equal(logits, loaded(pixels)) and loaded.classes == FIVE
+    assert torch.equal(models.head_weight(loaded), models.head_weight(classifier))
+
+
+def test_inception_has_its_auxiliary_head_from_299_pixels_on_and_learns_from_it():
+    assert models.build("inception_v3", CLASSES, input_size=298).network.AuxLogits is None
+    network = models.build("inception_v3", CLASSES)
+    assert network.input_size == 299 and network.network.AuxLogits.fc.out_features == 3
+    ones, threes = torch.ones(2, 3), torch.full((2, 3), 3.0)
+    assert engine._loss(lambda logits, views, rows: logits.mean(), (ones, threes), None, None).item() == pytest.approx(1 + 0.4 * 3)
 
 
 def test_the_cifar_variant_keeps_the_resolution():

@@ -58,6 +58,69 @@ def test_selection_equals_the_slow_one(approach, fill, seed):
     assert as_pairs(candidates, chosen) == select_slowly(scores, allowed, thresholds.get(criterion), criterion, bucket, fill)
 
 
+def choose_slowly(scores, threshold, high, room_of, group_of, fill, shortfall):
+    """One group after the other, one image after the other. scores: [(source, index, class, score)] in order. Returns a sorted
+    list of positions, repeated ones as often as they are taken."""
+    groups, chosen = {}, []
+    for position, (_, _, label, score) in enumerate(scores):
+        groups.setdefault(group_of(label), []).append((position, label, score))
+    for group, members in groups.items():
+        def better_first(some):
+            return sorted(some, key=lambda member: -member[2] if high else member[2])
+        passing = [m for m in members if (m[2] >= threshold[m[1]] if high else m[2] <= threshold[m[1]])]
+        failing = [m for m in members if m not in passing]
+        taken = (better_first(passing) if fill == "best" else passing)[:room_of(group)]
+        while shortfall == "relax" and len(taken) < room_of(group) and failing:
+            taken.append(better_first(failing)[0])
+            failing.remove(taken[-1])
+        taken = sorted(taken)
+        number = 0
+        while shortfall == "repeat" and taken and len(taken) < room_of(group):
+            taken.append(taken[number])
+            number += 1
+        chosen += [m[0] for m in taken]
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shortfall", ["keep", "relax", "repeat"])
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("fill", ["first", "best"])
+@pytest.mark.parametrize("criterion", ["mms", "entropy"])
+def test_balance_and_shortfall_are_as_the_slow_rules_say(criterion, fill, balance, shortfall, seed):
+    rng = np.random.default_rng(seed)
+    classes = 5
+    scores = random_scores(rng, rng.integers(0, 40, 3), classes, levels=6)
+    thresholds = {name: rng.integers(0, 8, classes).astype(float) for name in CRITERIA}
+    thresholds[criterion][seed % 4] = np.nan
+    bucket = int(rng.integers(1, 15))
+    rows = [(name, index, int(columns["predicted"][index]), float(columns[criterion][index]))
+            for name, columns in scores.items() for index in range(len(columns["predicted"]))]
+    expected = choose_slowly(rows, thresholds[criterion], criterion == "mms", lambda group: bucket if balance else bucket * classes,
+                             lambda label: label if balance else 0, fill, shortfall)
+    found = select(criterion, join(scores), thresholds, bucket, fill, balance=balance, shortfall=shortfall)
+    assert found.tolist() == expected
+
+
+def test_an_image_without_a_score_is_never_taken():
+    scores = {"a": {"predicted": np.zeros(3, int), "mms": np.array([np.nan, 1.0, 3.0], np.float32)}}
+    for shortfall in ("keep", "relax"):
+        assert 0 not in select("mms", join(scores), {"mms": np.array([2.0])}, 3, "best", shortfall=shortfall)
+
+
+def test_a_class_without_any_image_stays_empty_whatever_is_to_be_done_about_it():
+    scores = {"a": {"predicted": np.array([0, 0]), "mms": np.array([1.0, 3.0], np.float32)}}
+    for shortfall, expected in (("keep", [1]), ("relax", [0, 1]), ("repeat", [1, 1, 1])):
+        assert select("mms", join(scores), {"mms": np.array([2.0, 2.0])}, 3, shortfall=shortfall).tolist() == expected
+
+
+def test_random_is_as_large_as_mms_under_every_rule():
+    candidates = join(random_scores(np.random.default_rng(0), (300, 200), 4, levels=50))
+    thresholds = {"mms": np.full(4, 45.0)}
+    for rules in (dict(), dict(shortfall="relax"), dict(shortfall="repeat"), dict(balance=False)):
+        assert len(select("random", candidates, thresholds, 40, **rules)) == len(select("mms", candidates, thresholds, 40, **rules))
+
+
 def test_random_takes_as_many_as_mms_without_threshold_or_balance():
     candidates = join(random_scores(np.random.default_rng(0), (300, 200), 4, levels=50))
     thresholds = {"mms": np.full(4, 25.0), "entropy": np.full(4, 25.0)}

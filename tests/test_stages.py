@@ -1,8 +1,6 @@
 """The stages, one by one and through compile.py, on small folders of images and real networks."""
-import contextlib
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +18,6 @@ import entropy
 import mms_threshold
 import TeacherTrain
 import transfer
-from conftest import small_run
 from packing import decode
 
 RUN = Path("runs/colours")
@@ -42,21 +39,6 @@ def modified(folder):
 def same_checkpoint(a, b):
     a, b = (torch.load(path, weights_only=True)["state_dict"] for path in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture(scope="session")
-def finished_run(painted, tmp_path_factory):
-    """A run of all approaches, made once."""
-    root = tmp_path_factory.mktemp("finished")
-    with contextlib.chdir(root):
-        compile.main(small_run(*painted))
-    return root
-
-
-@pytest.fixture
-def finished(flags, finished_run):
-    """That run in this test's own folder. Its files are links: what the tool changes, it replaces."""
-    shutil.copytree(finished_run, ".", copy_function=os.link, dirs_exist_ok=True)
 
 
 def test_stages_by_hand_give_the_numbers_of_compile(flags, finished, execute):
