@@ -94,7 +94,7 @@ def train_student(run, approach, target, device):
     if supervised:
         objective = engine.cross_entropy(labels, device)
     else:
-        teacher = models.load(teacher_path).to(device)
+        teacher = models.folded(models.load(teacher_path).to(device))
         objective = (fixed_objective(teacher, images, recipe.temperature, device) if recipe.augment == "none"
                      else live_objective(teacher, recipe.temperature, device))
     training = engine.train(

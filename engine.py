@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 import torch
 
 from data import augment, epoch_generator, shuffled_batches
+from packing import release_pages
 from run import Progress, UserError, write_atomically
 
 AUXILIARY_WEIGHT = 0.4      # of an auxiliary head's loss, as in Inception (Szegedy et al. 2015)
 EVALUATION_BATCH = 512      # images, of up to 96 pixels; fewer where they are larger
+READ_AT_ONCE = 100_000_000  # bytes of a memory-mapped array that may lie in memory
 SAVE_INTERVAL = 20.0        # seconds of training after which the end of an epoch is worth a checkpoint
 
 
@@ -48,7 +50,13 @@ def to_device(images, device):
     if device.type == "cpu":
         return tensor
     memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else torch.mps.recommended_max_memory()
-    return tensor if tensor.nbytes > memory / 2 else tensor.to(device)
+    if tensor.nbytes > memory / 2:
+        return tensor
+    resident, chunk = torch.empty(tensor.shape, dtype=tensor.dtype, device=device), max(1, READ_AT_ONCE // max(1, tensor[:1].nbytes))
+    for start in range(0, len(tensor), chunk):
+        resident[start:start + chunk] = tensor[start:start + chunk].to(device)
+        release_pages(images)
+    return resident
 
 
 def batch_of(images, rows, device):
@@ -73,18 +81,25 @@ def predict(classifier, images, rows=None, device=torch.device("cpu"), label="ev
     (B, ...), returns those over all images instead, so that nothing larger than they are is kept.
     """
     classifier.eval()
-    images = images if isinstance(images, torch.Tensor) else to_device(images, device)
+    tensor = images if isinstance(images, torch.Tensor) else to_device(images, device)
     rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
     then = then or (lambda logits: (logits,))
     progress = Progress(label, len(rows))
-    parts = []
+    columns, done, unreleased = None, 0, 0
     for batch in rows.split(max(16, round(EVALUATION_BATCH * min(1.0, 96 / classifier.input_size) ** 2))):
-        logits = classifier(batch_of(images, batch, device))
-        parts.append(tuple(value.cpu() for value in then(logits)))
+        values = then(classifier(batch_of(tensor, batch, device)))
+        if columns is None:
+            columns = tuple(torch.empty((len(rows), *value.shape[1:]), dtype=value.dtype) for value in values)
+        for column, value in zip(columns, values):
+            column[done:done + len(batch)] = value
+        done += len(batch)
         progress.update(len(batch))
+        unreleased += len(batch) * tensor[:1].nbytes
+        if unreleased > READ_AT_ONCE:
+            release_pages(images)
+            unreleased = 0
     progress.close()
-    joined = tuple(torch.cat(column) for column in zip(*parts))
-    return joined if len(joined) > 1 else joined[0]
+    return columns if len(columns) > 1 else columns[0]
 
 
 def accuracy(classifier, images, labels, rows=None, device=torch.device("cpu")):

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -363,6 +364,13 @@ def open_pack(folder, made_from):
                       optional("files.jsonl", _load_names), np.load(folder / "rows.npy"), made_from, meta["bad"])
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"{folder} is damaged ({first_line(error)}): delete it, it is packed anew") from None
+
+
+def release_pages(images):
+    """Gives back the memory that reading a memory-mapped array has taken; what is needed again is read again. Does nothing to others."""
+    mapping = getattr(images, "_mmap", None)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _load_names(path):

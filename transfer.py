@@ -33,6 +33,7 @@ import entropy
 import mms_threshold
 import models
 from data import source_of, specs_of, target_of, unavailable
+from packing import release_pages
 from run import (DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, UserError, command, first_line, import_file, listed, name_of, name_of_approach, name_of_arch,
                  open_stage, read_json, say, stop_on, write_atomically, write_json, write_text)
 from TeacherTrain import saved_split
@@ -169,16 +170,25 @@ def fill_buckets(predicted, eligible, bucket, preference=None):
     """Takes at most `bucket` eligible candidates of each predicted class.
 
     predicted: (N,) int, candidates of all sources in their order. eligible: (N,) bool. bucket: one number, or (C,) one a
-    class. preference: (N,), the smallest values of a class are taken first; None: first come first served. Equals are taken in the order
-    of the sources. Returns the positions taken, (n,) int64, ascending.
+    class. preference: (N,), the smallest values of a class are taken first, no NaN among the eligible; None: first come first
+    served. Equals are taken in the order of the sources. Returns the positions taken, (n,) int64, ascending.
     """
     candidates = np.flatnonzero(eligible)
-    keys = (predicted[candidates],) if preference is None else (preference[candidates], predicted[candidates])
-    order = candidates[np.lexsort(keys)]            # by class, then by preference; stable
-    grouped = predicted[order]
-    starts = np.flatnonzero(np.r_[True, grouped[1:] != grouped[:-1]]) if len(order) else np.empty(0, np.int64)
-    rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
-    return np.sort(order[rank < (bucket if np.ndim(bucket) == 0 else bucket[grouped])])
+    labels = predicted[candidates]
+    labels = labels.astype(np.min_scalar_type(labels.max(initial=0)))       # few bytes are sorted by counting, in linear time
+    order = np.argsort(labels, kind="stable")
+    of_class = np.split(candidates[order], np.flatnonzero(np.diff(labels[order])) + 1)
+    taken = [candidates[:0]]
+    for members in of_class if len(candidates) else ():
+        room = bucket if np.ndim(bucket) == 0 else bucket[predicted[members[0]]]
+        if preference is not None and 0 < room < len(members):
+            values = preference[members]
+            last = np.partition(values, room - 1)[room - 1]         # the largest that is still taken
+            better = values < last
+            better[np.flatnonzero(values == last)[:room - better.sum()]] = True
+            members = members[better]
+        taken.append(members[:max(room, 0)])
+    return np.sort(np.concatenate(taken))
 
 
 @dataclass(frozen=True)
@@ -281,7 +291,7 @@ class Scoring:
     @property
     def teacher(self):
         if self._teacher is None:
-            self._teacher = models.load(self.path).to(self.device)
+            self._teacher = models.folded(models.load(self.path).to(self.device))
         return self._teacher
 
     @property
@@ -411,6 +421,7 @@ def _write_images(path, parts, chunk=4096):
         for images, rows in parts:
             for start in range(0, len(rows), chunk):
                 file.write(np.ascontiguousarray(images[rows[start:start + chunk]]).data)
+                release_pages(images)
     write_atomically(path, write)
 
 

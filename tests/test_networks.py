@@ -125,6 +125,56 @@ def test_a_classifier_of_every_family_is_built_given_a_new_head_trained_saved_an
     assert torch.equal(models.head_weight(loaded), models.head_weight(classifier))
 
 
+def used_twice(norm):
+    class Twice(nn.Module):
+        """The convolution's output goes to the batch norm and past it."""
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.norm, self.head = nn.Conv2d(3, 4, 3), norm, nn.Linear(4, 3)
+
+        def forward(self, images):
+            images = self.convolution(images)
+            return self.head((images + self.norm(images)).mean((2, 3)))
+    return Twice()
+
+
+def norms(network):
+    return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+@pytest.mark.parametrize("arch, left", [("resnet34", 0), ("resnet18_cifar", 0), ("mobilenet_v2", 0), ("densenet121", 62), ("shufflenet_v2_x0_5", 0), ("convnext_tiny", 0)])
+def test_a_teacher_with_its_batch_norms_folded_gives_the_same_logits(arch, left):
+    torch.manual_seed(0)
+    classifier = models.build(arch, CLASSES)
+    for module in classifier.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.normal_(module.bias)
+    classifier.train()(torch.from_numpy(random_images(16)))
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    folded = models.folded(classifier)
+    assert norms(folded) == left
+    assert all(torch.equal(before[name], value) for name, value in classifier.state_dict().items())
+    images = torch.from_numpy(random_images(32, seed=1))
+    with torch.no_grad():
+        expected = classifier.eval()(images)
+        torch.testing.assert_close(folded(images), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert torch.equal(models.head_weight(folded), models.head_weight(classifier))
+
+
+def test_a_batch_norm_that_can_not_be_folded_stays():
+    torch.manual_seed(0)
+    images = torch.from_numpy(random_images(4))
+    for network in (used_twice(nn.BatchNorm2d(4)), used_twice(nn.BatchNorm2d(4, track_running_stats=False)),
+                    nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))):
+        classifier = models.Classifier(network, "odd", CLASSES)
+        classifier.train()(images)
+        folded = models.folded(classifier)
+        assert norms(folded) == 1
+        torch.testing.assert_close(folded(images), classifier.eval()(images))
+
+
 def test_inception_has_its_auxiliary_head_from_299_pixels_on_and_learns_from_it():
     assert models.build("inception_v3", CLASSES, input_size=298).network.AuxLogits is None
     network = models.build("inception_v3", CLASSES)
