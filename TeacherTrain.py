@@ -11,7 +11,7 @@ import torch
 import engine
 import models
 from data import specs_of, target_of, unavailable
-from run import UserError, command, name_of_arch, open_stage, read_json, say, stop_on, write_atomically, write_json
+from run import UserError, command, is_first, name_of_arch, open_stage, read_json, say, stop_on, write_atomically, write_json
 
 TRAIN_SHARE = 0.8       # of the target's training split; the rest is the confidence set
 WATCHED = 2000          # images of the confidence set on which accuracy is noted after each epoch
@@ -24,12 +24,17 @@ def split_target(count, seed):
     return np.sort(order[:cut]), np.sort(order[cut:])
 
 
+@engine.together
+def _draw_split(path, count, seed):
+    if not path.exists():
+        train, confidence = split_target(count, seed)
+        write_atomically(path, lambda file: np.savez(file, train=train, confidence=confidence))
+
+
 def saved_split(run, count):
     """The run's (train, confidence), drawn when there is none yet: nothing draws it a second time."""
     path = run / "split.npz"
-    if not path.exists():
-        train, confidence = split_target(count, run.settings.seed)
-        write_atomically(path, lambda file: np.savez(file, train=train, confidence=confidence))
+    _draw_split(path, count, run.settings.seed)
     with np.load(path) as split:
         train, confidence = split["train"], split["confidence"]
     if not len(confidence) or len(train) < 2:
@@ -46,6 +51,7 @@ def watch(target, confidence):
     return target.train.images[rows], target.train.labels[rows]
 
 
+@engine.together
 def train_teacher(run, target, device):
     """Makes teacher.pt and teacher.json, unless they are there. Returns the content of teacher.json.
 
@@ -62,8 +68,9 @@ def train_teacher(run, target, device):
         training = engine.Training()
     else:
         torch.manual_seed(seed)
-        teacher = models.build(settings.teacher_arch, target.classes, settings.teacher_weights, size_of(settings),
-                               settings.teacher_mean or models.CENTERED, settings.teacher_std or models.CENTERED)
+        teacher = engine.first_alone(lambda: models.build(
+            settings.teacher_arch, target.classes, settings.teacher_weights, size_of(settings),
+            settings.teacher_mean or models.CENTERED, settings.teacher_std or models.CENTERED))
         watched = watch(target, confidence)
         training = engine.train(
             teacher, target.train.images, train, engine.cross_entropy(target.train.labels, device),
@@ -78,7 +85,8 @@ def train_teacher(run, target, device):
     }
     models.save(run / "teacher.pt", teacher, accuracy=figures["accuracy"])
     write_json(run / "teacher.json", figures)
-    (run / "teacher.part").unlink(missing_ok=True)
+    if is_first():
+        (run / "teacher.part").unlink(missing_ok=True)
     return figures
 
 
@@ -113,9 +121,10 @@ def main(argv):
     settings, run, _ = open_stage(argv, __doc__)
     device = engine.pick_device(settings.device)
     weights = [] if settings.teacher_checkpoint else [("teacher", settings.teacher_arch, settings.teacher_weights, settings.teacher_size)]
-    stop_on(unavailable(specs_of(settings, sources=False), settings.data_dir, settings.image_size) + models.unavailable(weights, settings.image_size))
-    run.open(device)
-    target = target_of(settings)
+    engine.first_alone(lambda: stop_on(unavailable(specs_of(settings, sources=False), settings.data_dir, settings.image_size)
+                                       + models.unavailable(weights, settings.image_size)))
+    engine.first_alone(lambda: run.open(device))
+    target = engine.first_alone(lambda: target_of(settings))
     report(train_teacher(run, target, device))
 
 

@@ -14,7 +14,7 @@ import engine
 import models
 import report
 from distill import report_student, train_student
-from run import RUN_FLAGS, Run, UserError, command, listed, name_of, name_of_arch, parse, resolve, say, stop_on
+from run import RUN_FLAGS, Run, UserError, command, is_first, listed, name_of, name_of_arch, parse, resolve, say, stop_on
 from TeacherTrain import has_linear_head, load_checkpoint, report as report_teacher, train_teacher
 from transfer import Scoring, bucket_size, criteria_of, make_thresholds, make_transfer_set, no_mms, report_thresholds, report_transfer_set
 
@@ -69,14 +69,14 @@ def describe(target, classes):
 
 def run_once(settings, device):
     """One seed: data, teacher, scores, transfer sets, students. Returns the run."""
-    target = data.target_of(settings)
+    target = engine.first_alone(lambda: data.target_of(settings))
     classes = check_teacher(settings, target)
     target_size = len(target.train) if target.train else None
     bucket_size(settings.transfer_size, target_size, len(classes))
     selecting = [approach for approach in settings.approaches if approach != "supervised"]
     # Whatever is wrong with a source shows here, before anything long.
-    sources = {name_of(source): data.source_of(settings, source) for source in settings.sources} if selecting else {}
-    run = Run(settings).open(device)
+    sources = engine.first_alone(lambda: {name_of(source): data.source_of(settings, source) for source in settings.sources}) if selecting else {}
+    run = engine.first_alone(lambda: Run(settings).open(device))
     say(f"target: {describe(target, classes)}")
     report_teacher(train_teacher(run, target, device))
     if selecting:
@@ -95,13 +95,14 @@ def main(argv):
     began = time.monotonic()
     settings = resolve(parse(argv, __doc__, RUN_FLAGS))
     device = engine.pick_device(settings.device)
-    check_everything_is_there(settings)
+    engine.first_alone(lambda: is_first() and check_everything_is_there(settings))
     folders = []
     for each in of_each_seed(settings):
         if len(settings.seeds) > 1:
             say(f"seed {each.seed}")
         folders.append(run_once(each, device).path)
-    say("\n" + report.write(settings, folders))
+    if is_first():
+        say("\n" + report.write(settings, folders))
     say(f"{time.monotonic() - began:,.0f} s in all; everything is in {settings.run_dir}")
 
 

@@ -42,22 +42,23 @@ def shuffled_batches(rows, batch_size, generator):
     return order[:len(rows) // batch_size * batch_size].split(batch_size)
 
 
-def augment(images, steps, generator, padding=4):
+def augment(images, steps, generator, padding=4, batch=None, part=slice(None)):
     """Random crops and flips of a whole batch, on its device, without a loop over images.
 
     images: (N, H, W, 3) uint8. steps: "none", or "crop" and "flip" joined by commas. A crop shifts by up to
-    `padding` pixels either way; what comes in from outside is the image reflected at its edge.
+    `padding` pixels either way; what comes in from outside is the image reflected at its edge. batch, part: where `images` are
+    a part of a batch of that many, they are given what the whole batch would give them.
     """
     steps = [] if steps == "none" else steps.split(",")
     count, height, width, _ = images.shape
     y = torch.arange(height, device=images.device).expand(count, height)
     x = torch.arange(width, device=images.device).expand(count, width)
     if "crop" in steps:
-        shift = _moved(torch.randint(-padding, padding + 1, (2, count, 1), generator=generator), images.device)
+        shift = _moved(torch.randint(-padding, padding + 1, (2, batch or count, 1), generator=generator)[:, part], images.device)
         y = height - 1 - (height - 1 - (y + shift[0]).abs()).abs()      # reflected into 0 ... height - 1
         x = width - 1 - (width - 1 - (x + shift[1]).abs()).abs()
     if "flip" in steps:
-        flip = _moved(torch.rand((count, 1), generator=generator) < 0.5, images.device)
+        flip = _moved(torch.rand((batch or count, 1), generator=generator)[part] < 0.5, images.device)
         x = torch.where(flip, x.flip(1), x)
     if not steps:
         return images

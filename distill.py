@@ -21,7 +21,7 @@ import engine
 import models
 from data import specs_of, target_of, unavailable
 from export import export, require_packages
-from run import STAGE_FLAGS, UserError, command, name_of, name_of_approach, name_of_arch, open_stage, read_json, say, stop_on, write_json
+from run import STAGE_FLAGS, UserError, command, is_first, name_of, name_of_approach, name_of_arch, open_stage, read_json, say, stop_on, write_json
 from TeacherTrain import saved_split, watch
 
 SMALLEST = 2        # images: fewer have no batch statistics
@@ -55,6 +55,7 @@ def live_objective(teacher, temperature, device):
     return objective
 
 
+@engine.together
 def train_student(run, approach, target, device):
     """Makes students/<approach>.pt and .json unless they are there. Returns the content of the .json.
 
@@ -90,7 +91,8 @@ def train_student(run, approach, target, device):
         return figures
 
     torch.manual_seed(seed)
-    student = models.build(settings.student_arch, classes, figures["weights"], models.input_size_of(settings.student_arch, settings.image_size))
+    student = engine.first_alone(lambda: models.build(settings.student_arch, classes, figures["weights"],
+                                                      models.input_size_of(settings.student_arch, settings.image_size)))
     if supervised:
         objective = engine.cross_entropy(labels, device)
     else:
@@ -108,7 +110,8 @@ def train_student(run, approach, target, device):
                 "seconds": training.seconds, "images_per_second": training.images_per_second, "history": training.history}
     models.save(run.student(approach, "pt"), student, accuracy=accuracy)
     write_json(run.student(approach, "json"), figures)
-    run.student(approach, "part").unlink(missing_ok=True)
+    if is_first():
+        run.student(approach, "part").unlink(missing_ok=True)
     return figures
 
 
@@ -138,12 +141,13 @@ def main(argv):
     device = engine.pick_device(settings.device)
     weights = settings.supervised_weights if approach == "supervised" else settings.student_weights
     weights = [] if run.student(approach, "json").exists() else [("student", settings.student_arch, weights, None)]
-    stop_on(unavailable(specs_of(settings, sources=False), settings.data_dir, settings.image_size) + models.unavailable(weights, settings.image_size))
+    engine.first_alone(lambda: stop_on(unavailable(specs_of(settings, sources=False), settings.data_dir, settings.image_size)
+                                       + models.unavailable(weights, settings.image_size)))
     run.require("teacher.json", "python TeacherTrain.py")
-    run.open(device)
-    target = target_of(settings)
+    engine.first_alone(lambda: run.open(device))
+    target = engine.first_alone(lambda: target_of(settings))
     report_student(train_student(run, approach, target, device))
-    if "export" in given:
+    if "export" in given and is_first():
         export_student(run, approach, given["export"], target)
 
 

@@ -4,13 +4,18 @@ Images stay uint8 until they are on the device; nothing here loops over images o
 within a step.
 """
 import contextlib
+import datetime
+import functools
 import io
 import math
+import os
 import time
 import zlib
 from dataclasses import dataclass, field
 
 import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from data import augment, epoch_generator, shuffled_batches
 from packing import release_pages
@@ -32,6 +37,56 @@ def pick_device(name):
     if name == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes
+# --------------------------------------------------------------------------------------------------
+
+def start_processes():
+    """Joins the processes that torchrun started. Nothing times out: they wait while the first one fetches, packs and writes,
+    and torchrun ends them all when one dies."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=30))
+
+
+def process():
+    """(number of this process, how many there are)."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def wait():
+    """Until every process has come here."""
+    if distributed.is_initialized():
+        distributed.all_reduce(torch.zeros(1))      # on the CPU: a barrier of nccl would keep the device busy
+
+
+def together(stage):
+    """A function that every process leaves only when the first one has written what it makes."""
+    @functools.wraps(stage)
+    def waiting(*args, **kwargs):
+        made = stage(*args, **kwargs)
+        wait()
+        return made
+    return waiting
+
+
+def first_alone(make):
+    """make() in the first process, then in the others, which find on disk what it put there."""
+    if process()[0]:
+        wait()
+        return make()
+    made = make()
+    wait()
+    return made
+
+
+def share_of(count):
+    """The part of `count` things, one after the other, that is this process's: (start, stop)."""
+    number, processes = process()
+    return number * count // processes, (number + 1) * count // processes
 
 
 def autocast(device):
@@ -84,12 +139,17 @@ def predict(classifier, images, rows=None, device=torch.device("cpu"), label="ev
     tensor = images if isinstance(images, torch.Tensor) else to_device(images, device)
     rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
     then = then or (lambda logits: (logits,))
-    progress = Progress(label, len(rows))
-    columns, done, unreleased = None, 0, 0
-    for batch in rows.split(max(16, round(EVALUATION_BATCH * min(1.0, 96 / classifier.input_size) ** 2))):
+    columns, unreleased = None, 0
+    batches = rows.split(max(16, round(EVALUATION_BATCH * min(1.0, 96 / classifier.input_size) ** 2)))
+    first, last = share_of(len(batches))    # the batches are those of a single process, so that the logits are, to the bit
+    done = sum(map(len, batches[:first]))
+    progress = Progress(label, sum(map(len, batches[first:last])))
+    for batch in batches[first:last] or batches[:1]:        # with nothing to do, one batch still says what is made
         values = then(classifier(batch_of(tensor, batch, device)))
         if columns is None:
-            columns = tuple(torch.empty((len(rows), *value.shape[1:]), dtype=value.dtype) for value in values)
+            columns = tuple(torch.zeros((len(rows), *value.shape[1:]), dtype=value.dtype) for value in values)
+        if first == last:
+            break
         for column, value in zip(columns, values):
             column[done:done + len(batch)] = value
         done += len(batch)
@@ -99,6 +159,9 @@ def predict(classifier, images, rows=None, device=torch.device("cpu"), label="ev
             release_pages(images)
             unreleased = 0
     progress.close()
+    if distributed.is_initialized():        # each has zeros where the others have their answers
+        for column in columns:
+            distributed.all_reduce(column)
     return columns if len(columns) > 1 else columns[0]
 
 
@@ -142,8 +205,10 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
     classifier.to(device)
     tensor = to_device(images, device)
     rows = torch.as_tensor(rows)
-    if len(rows) < 2:
-        raise UserError(f"{label}: {len(rows)} images are too few to train on")
+    number, processes = process()
+    batch_size = min(recipe.batch_size, len(rows))
+    if batch_size < 2 * processes:
+        raise UserError(f"{label}: a batch of {batch_size} images is too small" + (f" for {processes} processes" if processes > 1 else " to train on"))
     steps = max(1, len(rows) // recipe.batch_size)
     optimizer = torch.optim.SGD(classifier.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
                                 nesterov=recipe.momentum > 0, fused=True)
@@ -159,28 +224,34 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
         training = Training(saved["history"], saved["seconds"], saved["images"])
         start = len(training.history)
     saved_at = training.seconds
-    progress = Progress(label, recipe.epochs * steps * min(recipe.batch_size, len(rows)))
-    progress.skip(start * steps * min(recipe.batch_size, len(rows)))
+    progress = Progress(label, recipe.epochs * steps * batch_size)
+    progress.skip(start * steps * batch_size)
+    # Each process has its share of every batch, whose gradient, the mean over all images, is that of one process; batch norm sees the share.
+    network = classifier if processes == 1 else DistributedDataParallel(classifier, [device] if device.type == "cuda" else None)
+    mine = slice(*share_of(batch_size))
+    weight = (mine.stop - mine.start) * processes / batch_size
 
     for epoch in range(start, recipe.epochs):
         classifier.train()
         generator = epoch_generator(seed, epoch)
-        torch.manual_seed(seed + epoch)         # dropout
+        torch.manual_seed(seed + epoch + 1_000_003 * number)        # dropout
         total = torch.zeros((), device=device)
         began = time.monotonic()
         batches = [batch.to(tensor.device) for batch in shuffled_batches(rows, recipe.batch_size, generator)]
         for step, batch in enumerate(batches):
-            views = augment(batch_of(tensor, batch, device), recipe.augment, generator, padding=tensor.shape[1] // 8)
+            views = augment(batch_of(tensor, batch[mine], device), recipe.augment, generator, tensor.shape[1] // 8, len(batch), mine)
             with autocast(device):
-                logits = classifier(views)
-                loss = _loss(objective, logits, views, batch)
+                logits = network(views)
+                loss = weight * _loss(objective, logits, views, batch[mine])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             scheduler.step()
             total += loss.detach()
             progress.update(len(batch), lambda: f"epoch {epoch + 1}/{recipe.epochs}, loss {total.item() / (step + 1):.4f}")
-        mean_loss = total.item() / len(batches)     # waits for the device, so the clock is right
+        if processes > 1:
+            distributed.all_reduce(total)
+        mean_loss = total.item() / len(batches) / processes     # waits for the device, so the clock is right
         training.seconds += time.monotonic() - began
         training.images += sum(map(len, batches))
         if not math.isfinite(mean_loss):

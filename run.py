@@ -78,6 +78,7 @@ RECIPES = {
 MAX_BAD = 0.01              # share of unreadable images in a folder above which something else is wrong
 SPARE = 200_000_000         # bytes of disk that stay free
 DATA_FREE_SIZE = 50_000     # images of a transfer set where no training split says how many
+OTHERS_WAIT = 5.0           # seconds before another process than the first says what is wrong
 FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from trained weights
 
 # --------------------------------------------------------------------------------------------------
@@ -459,8 +460,16 @@ def name_of_arch(arch):
 # Files
 # --------------------------------------------------------------------------------------------------
 
+def is_first():
+    """Whether this process is the only one, or the first of those that torchrun started: the one that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def write_atomically(path, write):
-    """Calls `write(file)` with a binary file beside `path`, which takes its place when all of it is on disk."""
+    """Calls `write(file)` with a binary file beside `path`, which takes its place when all of it is on disk. Of several processes
+    the first alone does it."""
+    if not is_first():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -629,7 +638,7 @@ class Run:
 
     def open(self, device):
         """Checks, and writes `config.json`; device: the torch.device that computes. Returns the run."""
-        if self.settings.restart:
+        if self.settings.restart and is_first():
             self.clear()
         self.check()
         write_json(self.path / "config.json", dataclasses.asdict(self.settings) | {"device": device.type} | environment())
@@ -696,7 +705,8 @@ def environment():
 # --------------------------------------------------------------------------------------------------
 
 def say(line):
-    print(line, flush=True)
+    if is_first():
+        print(line, flush=True)
 
 
 def stop_on(lines):
@@ -714,7 +724,7 @@ class Progress:
         self.label, self.total, self.unit, self.done, self.skipped = label, total, unit, 0, 0
         self.start = self.last = time.monotonic()
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and is_first():
             from tqdm import tqdm
             self.bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False, smoothing=0.1)
 
@@ -756,12 +766,22 @@ def command(main):
     program = Path(sys.argv[0]).name
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("several processes are not supported yet: run it without torchrun")
+            import engine
+            engine.start_processes()
         main(sys.argv[1:])
     except UserError as error:
+        if not is_first():      # what every process runs into, the first one says, and torchrun ends the others meanwhile
+            time.sleep(OTHERS_WAIT)
+            program = f"{program}, process {os.environ['RANK']}"
         for line in str(error).splitlines():
-            print(f"{program}: {line}", file=sys.stderr)
+            print(f"{program}: {line}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "by peer" not in str(error):
+            raise
+        time.sleep(OTHERS_WAIT)     # the one that ended has said why, and torchrun ends the others meanwhile
+        print(f"{program}, process {os.environ['RANK']}: another process has ended", file=sys.stderr, flush=True)
+        sys.exit(1)
     except PermissionError as error:
         print(f"{program}: {error.filename} can't be used ({first_line(error)})", file=sys.stderr)
         sys.exit(2)

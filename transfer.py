@@ -136,6 +136,7 @@ def saved_scores(path, made_from, index, criteria, compute):
         elapsed = time.monotonic() - began
         say(f"scores: {path.stem}, {count:,} images in {elapsed:,.1f} s, {count / elapsed:,.0f} img/s")
         write_atomically(path, lambda file: np.savez(file, made_from=made_from, seconds=seconds + elapsed, index=index, digests=json.dumps(digests), **scores))
+        engine.wait()
     return scores
 
 
@@ -297,14 +298,14 @@ class Scoring:
     @property
     def target(self):
         if self._target is None:
-            self._target = target_of(self.run.settings)
+            self._target = engine.first_alone(lambda: target_of(self.run.settings))
         return self._target
 
     def source(self, name):
         """The packed source of that name."""
         if name not in self._sources:
             settings = self.run.settings
-            self._sources[name] = source_of(settings, next(spec for spec in settings.sources if name_of(spec) == name))
+            self._sources[name] = engine.first_alone(lambda: source_of(settings, next(spec for spec in settings.sources if name_of(spec) == name)))
         return self._sources[name]
 
     def require(self, approach):
@@ -331,6 +332,7 @@ class Scoring:
                             lambda criteria: score_images(self.teacher, source.images, None, self.device, f"scoring {name}", criteria))
 
 
+@engine.together
 def make_thresholds(run, scoring):
     """Makes thresholds.json unless it is there. Returns {criterion: (C,) float64, NaN where a class has none}."""
     path, settings, criteria = run / "thresholds.json", run.settings, scoring.criteria
@@ -348,8 +350,8 @@ def make_thresholds(run, scoring):
             values = (criterion.threshold(scores[name], scores["predicted"], count) if passing is None else
                       quantile_threshold(scores[name], scores["predicted"], count, criterion.KEEP, passing))
             thresholds[name] = [value * settings.threshold_scale if math.isfinite(value) else None for value in values.tolist()]
-        write_json(path, thresholds | basis | {"classes": scoring.classes})
-        saved = read_json(path)
+        saved = thresholds | basis | {"classes": scoring.classes}
+        write_json(path, saved)
     return {name: np.array([math.nan if value is None else value for value in saved[name]]) for name in criteria}
 
 
@@ -363,6 +365,7 @@ def bucket_size(transfer_size, target_size, classes):
     return bucket
 
 
+@engine.together
 def make_transfer_set(run, approach, scoring, target_size):
     """Makes transfer/<approach> unless it is there. Returns the content of its summary.json.
 
@@ -453,7 +456,7 @@ def threshold_command(criterion, description, argv):
     settings, run, _ = open_stage(argv, description)
     device = engine.pick_device(settings.device)
     scoring = Scoring(run, device)
-    run.open(device)
+    engine.first_alone(lambda: run.open(device))
     scoring.require(criterion)
     report_thresholds(criterion, scoring.criteria[criterion], make_thresholds(run, scoring)[criterion], scoring.classes, settings.calibrate)
     say(f"saved in {run / 'thresholds.json'}")
@@ -466,8 +469,8 @@ def main(argv):
         raise UserError("supervised has no transfer set, it learns from the target's labelled images: run `python distill.py --approach supervised`")
     device = engine.pick_device(settings.device)
     scoring = Scoring(run, device)
-    stop_on(unavailable(specs_of(settings), settings.data_dir, settings.image_size))
-    run.open(device)
+    engine.first_alone(lambda: stop_on(unavailable(specs_of(settings), settings.data_dir, settings.image_size)))
+    engine.first_alone(lambda: run.open(device))
     target = scoring.target
     report_transfer_set(approach, make_transfer_set(run, approach, scoring, None if target.train is None else len(target.train)))
     say(f"saved in {run.transfer(approach)}")
