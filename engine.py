@@ -3,6 +3,7 @@
 Images stay uint8 until they are on the device; nothing here loops over images or waits for the device
 within a step.
 """
+import collections
 import contextlib
 import datetime
 import functools
@@ -11,6 +12,7 @@ import math
 import os
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +26,7 @@ from run import Progress, UserError, write_atomically
 AUXILIARY_WEIGHT = 0.4      # of an auxiliary head's loss, as in Inception (Szegedy et al. 2015)
 EVALUATION_BATCH = 512      # images, of up to 96 pixels; fewer where they are larger
 READ_AT_ONCE = 100_000_000  # bytes of a memory-mapped array that may lie in memory
+PREFETCHED = 2              # batches that wait on the device, where the images stay on the CPU
 SAVE_INTERVAL = 20.0        # seconds of training after which the end of an epoch is worth a checkpoint
 
 
@@ -122,6 +125,21 @@ def batch_of(images, rows, device):
     return picked
 
 
+def batches_of(images, batches, device):
+    """Yields images[rows] on the device for each of `batches`. Where the images stay on the CPU, the next batch is picked, pinned
+    and sent by another thread while the device is busy with this one."""
+    if images.device.type == device.type:
+        yield from (batch_of(images, rows, device) for rows in batches)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming = collections.deque(pool.submit(batch_of, images, rows, device) for rows in batches[:PREFETCHED])
+        for rows in [*batches[PREFETCHED:], *[None] * len(coming)]:
+            ready = coming.popleft().result()
+            if rows is not None:
+                coming.append(pool.submit(batch_of, images, rows, device))
+            yield ready
+
+
 # --------------------------------------------------------------------------------------------------
 # Evaluation
 # --------------------------------------------------------------------------------------------------
@@ -144,8 +162,9 @@ def predict(classifier, images, rows=None, device=torch.device("cpu"), label="ev
     first, last = share_of(len(batches))    # the batches are those of a single process, so that the logits are, to the bit
     done = sum(map(len, batches[:first]))
     progress = Progress(label, sum(map(len, batches[first:last])))
-    for batch in batches[first:last] or batches[:1]:        # with nothing to do, one batch still says what is made
-        values = then(classifier(batch_of(tensor, batch, device)))
+    mine = batches[first:last] or batches[:1]       # with nothing to do, one batch still says what is made
+    for batch, pixels in zip(mine, batches_of(tensor, mine, device)):
+        values = then(classifier(pixels))
         if columns is None:
             columns = tuple(torch.zeros((len(rows), *value.shape[1:]), dtype=value.dtype) for value in values)
         if first == last:
@@ -238,8 +257,9 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
         total = torch.zeros((), device=device)
         began = time.monotonic()
         batches = [batch.to(tensor.device) for batch in shuffled_batches(rows, recipe.batch_size, generator)]
-        for step, batch in enumerate(batches):
-            views = augment(batch_of(tensor, batch[mine], device), recipe.augment, generator, tensor.shape[1] // 8, len(batch), mine)
+        pixels = batches_of(tensor, [batch[mine] for batch in batches], device)
+        for step, (batch, images_of_it) in enumerate(zip(batches, pixels)):
+            views = augment(images_of_it, recipe.augment, generator, tensor.shape[1] // 8, len(batch), mine)
             with autocast(device):
                 logits = network(views)
                 loss = weight * _loss(objective, logits, views, batch[mine])

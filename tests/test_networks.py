@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import models
+from distill import fixed_objective, live_objective
 from run import Recipe, UserError
+from transfer import score_images
 
 CLASSES = ["cat", "dog", "frog"]
 RECIPE = Recipe(epochs=3, batch_size=8, lr=0.05, momentum=0.9, weight_decay=5e-4, schedule="onecycle", augment="crop,flip")
@@ -276,6 +279,49 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
                      seed=0, device=torch.device("cpu"), checkpoint=tmp_path / "part", label="test")
 
 
+class Waiting(TorchDispatchMode):
+    """Counts what makes the host wait for the device: reading a number, and shapes that depend on values."""
+    CALLS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "_unique2", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name.partition("::")[2] in self.CALLS:
+            self.found.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, Recipe(epochs=2, batch_size=8, lr=0.05)])
+def test_no_step_waits_for_the_device(tmp_path, recipe):
+    """What an epoch reads from the device does not grow with its steps; scoring reads nothing but what it gives back."""
+    cpu, found = torch.device("cpu"), []
+    for count in (16, 80):
+        images, network = random_images(count), tiny()
+        with Waiting() as waiting:
+            engine.train(network, images, np.arange(count), live_objective(tiny(1), 4.0, cpu), recipe, seed=0, device=cpu, checkpoint=tmp_path / "part", label="test")
+        found.append(len(waiting.found))
+    assert found[0] == found[1] <= 2 * recipe.epochs
+    with Waiting() as waiting:
+        score_images(tiny(), random_images(1200))
+    once = len(waiting.found)
+    with Waiting() as waiting:
+        score_images(tiny(), random_images(30))
+    assert len(waiting.found) == once
+
+
+def test_batches_that_are_sent_ahead_come_in_order():
+    """The meta device stands for one that is not the CPU: it has shapes alone."""
+    images = torch.from_numpy(random_images(40))
+    for count in (0, 1, 2, 7):
+        batches = [torch.arange(number + 1) for number in range(count)]
+        sent = list(engine.batches_of(images, batches, torch.device("meta")))
+        assert [(len(pixels), pixels.device.type) for pixels in sent] == [(number + 1, "meta") for number in range(count)]
+    here = list(engine.batches_of(images, [torch.tensor([3, 1]), torch.tensor([5])], torch.device("cpu")))
+    assert torch.equal(here[0], images[[3, 1]]) and torch.equal(here[1], images[[5]])
+
+
 def test_evaluation_is_in_eval_mode_without_gradients_and_leaves_the_statistics_alone():
     network = tiny().train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -297,7 +343,6 @@ def test_accuracy_counts_the_rows_it_is_given():
 
 
 def test_the_teacher_answers_in_eval_mode_for_the_views_the_student_sees():
-    from distill import fixed_objective, live_objective
     teacher, cpu = tiny().train(), torch.device("cpu")
     images = random_images(12)
     views = torch.from_numpy(images[4:8])
