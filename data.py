@@ -23,6 +23,7 @@ from download import RemoteFile, fetch, fetch_all, part_of, reachable, remaining
 from layouts import has_images, list_images, read_class_folders, read_files
 from packing import IMAGE_SIZE, Images, Packed, digest, first_line, pack
 from run import FLAGS, MAX_BAD, Parser, UserError, command, data_set_spec, require_space, say, stop_on
+from shards import expanded, is_shards, open_shards
 
 # --------------------------------------------------------------------------------------------------
 # Batches
@@ -253,6 +254,9 @@ def missing(specs, data_dir):
     absent = []
     for spec, role in specs:
         name, equals, path = spec.partition("=")
+        if is_shards(path) and role == "source":
+            expanded(name, path)
+            continue
         if equals:
             _check_folder(name, Path(path), role)
             continue
@@ -370,7 +374,7 @@ def target_of(settings):
 
 
 def source_of(settings, spec):
-    """The packed source of a run."""
+    """The source of a run: packed, or in shards."""
     return load_source(spec, settings.data_dir, settings.seed, settings.limit, settings.image_size, settings.max_bad)
 
 
@@ -388,7 +392,10 @@ def load_target(spec, data_dir="data", seed=0, limit=None, size=IMAGE_SIZE, max_
 
 
 def load_source(spec, data_dir="data", seed=0, limit=None, size=IMAGE_SIZE, max_bad=MAX_BAD):
-    """Packs and opens the source `NAME` or `NAME=PATH`. Its labels, if it has any, are not kept."""
+    """Packs and opens the source `NAME` or `NAME=PATH`, or opens the shards of `NAME=PATTERN.tar`. Its labels, if it has any, are not kept."""
+    name, _, path = spec.partition("=")
+    if is_shards(path):
+        return open_shards(name, path, size, limit)
     images = _read(spec, data_dir, "source", "source", seed)
     unlabelled = Images(images.count, images.read, images.made_from, files=images.files, rows=images.rows)
     return _pack_spec(unlabelled.limited(limit), spec, "source", data_dir, seed, limit, size, max_bad)
@@ -494,6 +501,9 @@ def _prepare(specs, data_dir, seed, max_bad):
         if missing([(spec, "source")], data_dir):
             continue                                # its line is there already
         try:
+            if is_shards(spec):
+                say(f"{spec.partition('=')[0]}: shards are scored as they are read, nothing is packed")
+                continue
             images = load_source(spec, data_dir, seed, max_bad=max_bad)
             say(f"{spec.partition('=')[0]}: {len(images):,} images packed" + (f", {images.bad:,} left out" if images.bad else ""))
         except UserError as error:

@@ -49,6 +49,9 @@ def pick_device(name):
 def start_processes():
     """Joins the processes that torchrun started. Nothing times out: they wait while the first one fetches, packs and writes,
     and torchrun ends them all when one dies."""
+    absent = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent:
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and {', '.join(absent)} not set: start several processes with torchrun, or unset WORLD_SIZE")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -84,6 +87,15 @@ def first_alone(make):
     made = make()
     wait()
     return made
+
+
+def gathered(value):
+    """[value of each process], in each."""
+    values = [value]
+    if distributed.is_initialized():
+        values = [None] * process()[1]
+        distributed.all_gather_object(values, value)
+    return values
 
 
 def share_of(count):
@@ -145,13 +157,14 @@ def batches_of(images, batches, device):
 # --------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def predict(classifier, images, rows=None, device=torch.device("cpu"), label="evaluating", then=None):
+def predict(classifier, images, rows=None, device=torch.device("cpu"), label="evaluating", then=None, shared=True):
     """Logits of images, in eval mode, without gradients, in float32: scores are compared with thresholds, so that
     the coarser numbers of autocast would not do.
 
     images: (N, H, W, 3) uint8, array or tensor. rows: (n,) int64, default all. Returns (n, C) float32 on the
     CPU; with `then`, a function of a batch's logits (B, C) on the device that gives a tuple of tensors
-    (B, ...), returns those over all images instead, so that nothing larger than they are is kept.
+    (B, ...), returns those over all images instead, so that nothing larger than they are is kept. Of several processes each
+    answers for a part and all return the whole; with shared=False each answers for images of its own.
     """
     classifier.eval()
     tensor = images if isinstance(images, torch.Tensor) else to_device(images, device)
@@ -159,7 +172,7 @@ def predict(classifier, images, rows=None, device=torch.device("cpu"), label="ev
     then = then or (lambda logits: (logits,))
     columns, unreleased = None, 0
     batches = rows.split(max(16, round(EVALUATION_BATCH * min(1.0, 96 / classifier.input_size) ** 2)))
-    first, last = share_of(len(batches))    # the batches are those of a single process, so that the logits are, to the bit
+    first, last = share_of(len(batches)) if shared else (0, len(batches))       # the batches are those of a single process, so that the logits are, to the bit
     done = sum(map(len, batches[:first]))
     progress = Progress(label, sum(map(len, batches[first:last])))
     mine = batches[first:last] or batches[:1]       # with nothing to do, one batch still says what is made
@@ -178,7 +191,7 @@ def predict(classifier, images, rows=None, device=torch.device("cpu"), label="ev
             release_pages(images)
             unreleased = 0
     progress.close()
-    if distributed.is_initialized():        # each has zeros where the others have their answers
+    if shared and distributed.is_initialized():     # each has zeros where the others have their answers
         for column in columns:
             distributed.all_reduce(column)
     return columns if len(columns) > 1 else columns[0]

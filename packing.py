@@ -33,6 +33,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")      # what is le
 MAX_PIXELS = 89_478_485     # of one image: Pillow's own bound, a quarter of a gigabyte in RGB
 BLOCK = 1 << 19             # bytes, about, that a worker decodes at a time
 SAVE_INTERVAL = 2.0         # seconds: what a kill can cost
+FORKS = sys.platform == "linux"
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,16 @@ class ImageFiles:
             raise ValueError("a folder that can't be read" if stat.S_ISDIR(status.st_mode) else "no regular file")
         if status.st_size == 0:
             raise ValueError("empty")
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-            image.load()
-            return image
+        return load(functools.partial(Image.open, path, formats=FORMATS))
+
+
+def load(opening):
+    """The Pillow image that opening() gives, read to its end. Raises ValueError where it has too many pixels."""
+    with opening() as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+        image.load()
+        return image
 
 
 def decode(image, size=IMAGE_SIZE):
@@ -139,7 +145,7 @@ def as_shown(image):
     return image.convert("RGB")
 
 
-def _what_is_wrong(error):
+def what_is_wrong(error):
     if isinstance(error, UnidentifiedImageError):
         return f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
     return first_line(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first_line(error)}"
@@ -163,7 +169,7 @@ class _Blocks(Dataset):
                 try:
                     pixels[i - numbers.start - len(bad)] = decode(self.images.read(i), self.size)
                 except Exception as error:          # whatever a broken file makes a decoder raise
-                    bad.append((i, _what_is_wrong(error)))
+                    bad.append((i, what_is_wrong(error)))
         return pixels[:len(numbers) - len(bad)], bad
 
 
@@ -172,10 +178,14 @@ def _decoded(images, size, start):
     block = max(16, BLOCK // (size * size * 3))
     numbers = [range(i, min(i + block, images.count)) for i in range(start, images.count, block)]
     # Arrays and drawings are functions, which only a forked process has; macOS and Windows don't fork.
-    fork = sys.platform == "linux"
-    workers = min(cores(), len(numbers)) if len(numbers) > 2 and (fork or isinstance(images.read, ImageFiles)) else 0
-    return zip(numbers, DataLoader(_Blocks(images, size), batch_size=None, sampler=numbers, num_workers=workers, collate_fn=_as_it_is,
-                                   worker_init_fn=functools.partial(_die_with_parent, os.getpid()), multiprocessing_context="fork" if workers and fork else None))
+    workers = min(cores(), len(numbers)) if len(numbers) > 2 and (FORKS or isinstance(images.read, ImageFiles)) else 0
+    return zip(numbers, in_order(_Blocks(images, size), numbers, workers))
+
+
+def in_order(dataset, asked, workers):
+    """Yields dataset[i] for each i of `asked`, made by that many processes."""
+    return DataLoader(dataset, batch_size=None, sampler=asked, num_workers=workers, collate_fn=_as_it_is,
+                      worker_init_fn=functools.partial(_die_with_parent, os.getpid()), multiprocessing_context="fork" if workers and FORKS else None)
 
 
 def _as_it_is(block):

@@ -264,7 +264,7 @@ FLAGS = {
                         "train/<class>/* and test/<class>/* (default: cifar10)"),
     "sources": dict(type=_list_of(data_set_spec, "source"), metavar="A,B=PATH,...",
                     help="unlabelled data sets for the students, in the order in which they fill the transfer "
-                         "set; B=PATH is a folder of images at any depth (default: "
+                         "set; B=PATH is a folder of images at any depth, B=SHARDS{000..099}.tar tar shards (default: "
                          f"{','.join(PUBLISHED_ORDER)} without the target, cifar10 first for cifar100; "
                          f"for digits {','.join(BUILT_IN_SOURCES)})"),
     "approaches": dict(type=_list_of(_approach, "approach"), metavar="A,B,...",

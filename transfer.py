@@ -17,8 +17,10 @@ sorts numbers. With t the threshold of a class,
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 
@@ -34,11 +36,13 @@ import mms_threshold
 import models
 from data import source_of, specs_of, target_of, unavailable
 from packing import release_pages
-from run import (DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, UserError, command, first_line, import_file, listed, name_of, name_of_approach, name_of_arch,
+from run import (DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, UserError, command, first_line, import_file, listed, name_of, name_of_approach, name_of_arch, one_field,
                  open_stage, read_json, say, stop_on, write_atomically, write_json, write_text)
+from shards import Shards
 from TeacherTrain import saved_split
 
 CRITERIA = {"mms": mms_threshold, "entropy": entropy, "confidence": confidence, "energy": energy, "cross_entropy": cross_entropy}
+WHERE = ("index", "shard_images")       # columns of a file of scores that say which images they are
 SOURCE_SHARE = 0.25     # of the candidates of a class that pass a threshold calibrated on the sources
 
 # --------------------------------------------------------------------------------------------------
@@ -95,37 +99,62 @@ def criteria_of(settings):
 # --------------------------------------------------------------------------------------------------
 
 
-def score_images(teacher, images, rows=None, device=torch.device("cpu"), label="scoring", criteria=CRITERIA):
+def score_images(teacher, images, rows=None, device=torch.device("cpu"), label="scoring", criteria=CRITERIA, shared=True):
     """One pass of the teacher. Returns {"predicted": (N,) int64, and (N,) float32 for each of `criteria`}.
 
-    images: (M, H, W, 3) uint8; rows: which of them, default all.
+    images: (M, H, W, 3) uint8; rows: which of them, default all; shared: as in `engine.predict`.
     """
     weight = models.head_weight(teacher)
 
     def of_logits(logits):
         return logits.topk(2, dim=1).indices[:, 0], *(criterion.score(logits, weight) for criterion in criteria.values())
 
-    predicted, *scores = engine.predict(teacher, images, rows, device, label, then=of_logits)
+    predicted, *scores = engine.predict(teacher, images, rows, device, label, of_logits, shared)
     return {"predicted": predicted.numpy(), **{name: column.numpy().astype(np.float32) for name, column in zip(criteria, scores)}}
+
+
+def score_shards(teacher, shards, device, criteria, listing, max_bad):
+    """The same of a source in shards, with "index": (N,) int64, which images of the source they are, and "shard_images": (S,) int64,
+    how many each shard has. What can't be read is listed in the file `listing`; UserError where that is more than the share `max_bad`."""
+    parts, counts, bad = [], [], []
+    for shard in shards.read(*engine.share_of(len(shards.paths))):
+        columns = score_images(teacher, shard.pixels, None, device, f"scoring {shards.name}", criteria, shared=False) if len(shard.pixels) else {}
+        parts.append(columns | {"index": np.array(shard.numbers, np.int64)} if columns else {})
+        counts.append(shard.images)
+        bad += [(os.path.basename(shards.paths[shard.number]), member, reason) for member, reason in shard.bad]
+    parts, counts, bad = (list(itertools.chain.from_iterable(each)) for each in zip(*engine.gathered((parts, counts, bad))))
+    total = sum(counts)
+    if bad:
+        write_text(listing, "".join("\t".join(map(one_field, line)) + "\n" for line in bad))
+    if not total or len(bad) == total or len(bad) / total > max_bad:
+        raise UserError(f"{shards.name}: {len(bad):,} of {total:,} images can't be read" + (f", more than {max_bad:.4g} of all, see {listing}" if bad else ""))
+    starts = np.cumsum([0, *counts[:-1]])
+    for part, start in zip(parts, starts):
+        if part:
+            part["index"] += start
+    filled = [part for part in parts if part]
+    return {column: np.concatenate([part[column] for part in filled]) for column in filled[0]} | {"shard_images": np.array(counts, np.int64)}
 
 
 def saved_scores(path, made_from, index, criteria, compute):
     """The scores of `criteria` in `path`; what isn't there is computed by compute({name: criterion}), and saved with the seconds that it took.
 
     made_from: what they are the scores of, and by which teacher; index: (N,) int64, which images of the whole
-    data set the rows are.
+    data set the rows are, or None where compute says it, as `score_shards` does.
     """
-    count, scores, seconds = len(index), {}, 0.0
+    scores, seconds = {}, 0.0
+    where = {} if index is None else {"index": index}
     digests = {name: criterion.digest for name, criterion in criteria.items() if isinstance(criterion, OwnCriterion)}
     if path.exists():
         try:
             with np.load(path) as saved:
                 scores = {name: saved[name] for name in saved.files}
             origin, seconds, then = str(scores.pop("made_from")), float(scores.pop("seconds")), json.loads(str(scores.pop("digests", "{}")))
-            del scores["index"]
+            where = {name: scores.pop(name) for name in WHERE if name in scores}
+            as_before = index is None or np.array_equal(where["index"], index)
         except Exception:
             raise UserError(f"{path} is damaged: delete it and run the command again") from None
-        if origin != made_from or len(scores["predicted"]) != count:
+        if origin != made_from or not as_before:
             raise UserError(f"{path} was computed from other images or by another teacher, which have changed since: use another --run-dir, or --restart")
         scores = {name: column for name, column in scores.items() if name not in digests or digests[name] == then.get(name)}
         digests = then | digests
@@ -133,9 +162,10 @@ def saved_scores(path, made_from, index, criteria, compute):
     if lacking:
         began = time.monotonic()
         scores |= compute(lacking)
-        elapsed = time.monotonic() - began
+        where |= {name: scores.pop(name) for name in WHERE if name in scores}
+        elapsed, count = time.monotonic() - began, len(scores["predicted"])
         say(f"scores: {path.stem}, {count:,} images in {elapsed:,.1f} s, {count / elapsed:,.0f} img/s")
-        write_atomically(path, lambda file: np.savez(file, made_from=made_from, seconds=seconds + elapsed, index=index, digests=json.dumps(digests), **scores))
+        write_atomically(path, lambda file: np.savez(file, made_from=made_from, seconds=seconds + elapsed, digests=json.dumps(digests), **where, **scores))
         engine.wait()
     return scores
 
@@ -302,7 +332,7 @@ class Scoring:
         return self._target
 
     def source(self, name):
-        """The packed source of that name."""
+        """The source of that name, packing.Packed or shards.Shards."""
         if name not in self._sources:
             settings = self.run.settings
             self._sources[name] = engine.first_alone(lambda: source_of(settings, next(spec for spec in settings.sources if name_of(spec) == name)))
@@ -327,9 +357,40 @@ class Scoring:
         return self._candidates
 
     def _scores(self, name):
-        source = self.source(name)
-        return saved_scores(self.run.scores(name), f"{source.made_from}/{self.teacher_digest}", source.rows, self.criteria,
+        source, made_from = self.source(name), f"{self.source(name).made_from}/{self.teacher_digest}"
+        if isinstance(source, Shards):
+            return saved_scores(self.run.scores(name), made_from, None, self.criteria, lambda criteria: score_shards(
+                self.teacher, source, self.device, criteria, self.run / "scores" / f"{name}.bad.txt", self.run.settings.max_bad))
+        return saved_scores(self.run.scores(name), made_from, source.rows, self.criteria,
                             lambda criteria: score_images(self.teacher, source.images, None, self.device, f"scoring {name}", criteria))
+
+    def bad(self, name):
+        """How many images of a source, which has been scored, can't be read."""
+        source = self.source(name)
+        if not isinstance(source, Shards):
+            return source.bad
+        with np.load(self.run.scores(name)) as saved:
+            return int(saved["shard_images"].sum()) - len(saved["index"])
+
+    def images(self, name, positions, chunk=4096):
+        """Yields (pixels (n, size, size, 3) uint8, which images of the source (n,), their files) of the scored images at `positions`, (N,)
+        int64, ascending, some more than once."""
+        source = self.source(name)
+        if not isinstance(source, Shards):
+            for rows in np.split(positions, range(chunk, len(positions), chunk)):
+                yield source.images[rows], source.rows[rows], [source.files[i] for i in rows] if source.files else [""] * len(rows)
+                release_pages(source.images)
+            return
+        with np.load(self.run.scores(name)) as saved:
+            index, ends = saved["index"][positions], np.cumsum(saved["shard_images"])
+        of = np.searchsorted(ends, index, side="right")
+        starts = np.r_[0, ends[:-1]]
+        wanted = {int(shard): np.unique(index[of == shard] - starts[shard]).tolist() for shard in np.unique(of)}
+        for shard in source.take(wanted):
+            numbers = index[of == shard.number]
+            found = np.searchsorted(np.array(shard.numbers) + starts[shard.number], numbers)
+            file = os.path.basename(source.paths[shard.number])
+            yield shard.pixels[found], numbers, [f"{file}/{shard.members[i]}" for i in found]
 
 
 @engine.together
@@ -392,40 +453,32 @@ def make_transfer_set(run, approach, scoring, target_size):
     summary = {
         "teacher": scoring.teacher_digest, "criterion": digest, "size": len(chosen), "bucket": bucket, "per_class": per_class.tolist(), "classes": classes,
         "per_source": {name: int((source == i).sum()) for i, name in enumerate(candidates.names)},
-        "unreadable": {name: scoring.source(name).bad for name in candidates.names if scoring.source(name).bad},
+        "unreadable": {name: scoring.bad(name) for name in candidates.names if scoring.bad(name)},
         "added": {classes[c]: int(n) for c, n in enumerate(added) if n and approach != "random"},
         # random doesn't fill buckets, so none of its classes can be short
         "shortfall": {} if approach == "random" or settings.no_balance else {classes[c]: int(bucket - n) for c, n in enumerate(per_class) if n < bucket},
         "no_threshold": [classes[c] for c in np.flatnonzero(np.isnan(thresholds[approach]))] if approach in scoring.criteria else [],
         "calibrated_on": settings.calibrate if approach in (*scoring.criteria, "random") else None,
     }
-    _write_images(folder / "images.npy", [(scoring.source(name).images, index[source == i]) for i, name in enumerate(candidates.names)])
     # An approach without a criterion of its own shows the margin, for comparison.
     scores = candidates.scores[approach if approach in scoring.criteria else "mms" if scoring.has_mms else "confidence"][chosen]
     listing = io.StringIO()
     writer = csv.writer(listing, lineterminator="\n")
     writer.writerow(["source", "index", "file", "predicted", "score"])
-    for number, name in enumerate(candidates.names):
-        packed, rows = scoring.source(name), index[source == number]
-        of = source == number
-        files = [packed.files[i] for i in rows] if packed.files else [""] * len(rows)
-        writer.writerows(zip([name] * len(rows), packed.rows[rows].tolist(), files, predicted[of].tolist(), scores[of].tolist()))
+
+    def write_images(file):
+        np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *[settings.image_size] * 2, 3)})
+        for number, name in enumerate(candidates.names):
+            of, done = np.flatnonzero(source == number), 0
+            for pixels, numbers, files in scoring.images(name, index[of]) if len(of) else ():
+                file.write(np.ascontiguousarray(pixels).data)
+                rows = of[done:done + len(pixels)]
+                writer.writerows(zip([name] * len(rows), numbers.tolist(), files, predicted[rows].tolist(), scores[rows].tolist()))
+                done += len(pixels)
+    write_atomically(folder / "images.npy", write_images)
     write_text(folder / "manifest.csv", listing.getvalue())
     write_json(folder / "summary.json", summary)        # last: it says that the rest is whole
     return summary
-
-
-def _write_images(path, parts, chunk=4096):
-    """Writes images[rows] of each part, one after the other. parts: [(images, rows)], rows ascending."""
-    shape = (sum(len(rows) for _, rows in parts), *parts[0][0].shape[1:])
-
-    def write(file):
-        np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for images, rows in parts:
-            for start in range(0, len(rows), chunk):
-                file.write(np.ascontiguousarray(images[rows[start:start + chunk]]).data)
-                release_pages(images)
-    write_atomically(path, write)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,137 @@
+"""Sources in tar shards (the WebDataset convention): scored as they are read, never unpacked.
+
+    python compile.py --sources "pool=/data/shards/{000000..000099}.tar"
+
+Every member with an image's name is a candidate; labels and captions beside it are not read. One pass scores. Another reads the
+selected images, from those shards alone that have any, and nothing else is kept.
+"""
+import functools
+import io
+import os
+import tarfile
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from layouts import IMAGE_SUFFIXES
+from packing import FORMATS, cores, decode, in_order, load, state_of, what_is_wrong
+from run import UserError, first_line
+
+SUFFIX = ".tar"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What was read of one shard. pixels: (n, size, size, 3) uint8; numbers and members: which images of the shard they are, counted from
+    0, and their names; images: how many were seen, those included that could not be read, which are `bad`: [(member, reason)]."""
+
+    number: int
+    pixels: np.ndarray
+    numbers: list
+    members: list
+    images: int
+    bad: list
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A source in shards. paths: of the files, in order; made_from: changes when they change; limit: of images, spread over all shards."""
+
+    name: str
+    paths: tuple
+    made_from: str
+    size: int
+    limit: int | None = None
+
+    def read(self, first, last):
+        """Yields the Shard of each from `first` to before `last`, decoded by all cores. Raises UserError for one that is damaged."""
+        return self._read([(number, None) for number in range(first, last)])
+
+    def take(self, wanted):
+        """Yields the Shard of each of {number of the shard: numbers of its images, ascending}, with those images alone."""
+        return self._read([(number, tuple(numbers)) for number, numbers in sorted(wanted.items())])
+
+    def _read(self, asked):
+        each = None if self.limit is None else -(-self.limit // len(self.paths))
+        try:
+            for made in in_order(_Shards(self.paths, self.size, each), asked, min(cores(), len(asked)) if len(asked) > 1 else 0):
+                if isinstance(made, str):
+                    raise UserError(made)
+                yield made
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(f"{self.name}: a process that decodes images died, of too little memory or a file that breaks the decoder") from None
+
+
+@dataclass(frozen=True)
+class _Shards(Dataset):
+    """What a worker does: (number of a shard, its images that are wanted or None) -> Shard, or a line that says what is wrong with it."""
+
+    paths: tuple
+    size: int
+    each: int | None
+
+    def __getitem__(self, asked):
+        number, wanted = asked
+        last = max(wanted) if wanted is not None else None if self.each is None else self.each - 1
+        pixels, numbers, members, bad, seen = [], [], [], [], 0
+        try:
+            for name, content in _members(self.paths[number]):
+                if wanted is None or seen in wanted:
+                    try:
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore")
+                            pixels.append(decode(_image(content), self.size))
+                        numbers.append(seen)
+                        members.append(name)
+                    except Exception as error:      # whatever a broken file makes a decoder raise
+                        bad.append((name, what_is_wrong(error)))
+                seen += 1
+                if last is not None and seen > last:
+                    break
+        except (tarfile.TarError, OSError, EOFError) as error:
+            return f"{self.paths[number]} is damaged or can't be read ({first_line(error)})"
+        pixels = np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), np.uint8)
+        return Shard(number, pixels, numbers, members, seen, bad)
+
+
+def _members(path):
+    """Yields (name, content) of the images in a shard."""
+    from webdataset.tariterators import tar_file_iterator
+    with open(path, "rb") as file:
+        for member in tar_file_iterator(file, select_files=lambda name: os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES):
+            yield member["fname"], member["data"]
+
+
+def _image(content):
+    if not content:
+        raise ValueError("empty")
+    return load(functools.partial(Image.open, io.BytesIO(content), formats=FORMATS))
+
+
+def is_shards(path):
+    """Whether the path of a source names shards."""
+    return str(path).endswith(SUFFIX)
+
+
+def expanded(name, pattern):
+    """The paths that a pattern like /data/{000000..000099}.tar stands for. Raises UserError where one is not there."""
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError:
+        raise UserError(f"{name}={pattern}: to read shards, pip install webdataset") from None
+    paths = tuple(expand_urls(pattern))
+    absent = [path for path in paths if not os.path.isfile(path)]
+    if absent:
+        raise UserError(f"{name}={pattern}: {len(absent):,} of {len(paths):,} shards are not there, the first is {absent[0]}")
+    return paths
+
+
+def open_shards(name, pattern, size, limit):
+    """The Shards of a pattern."""
+    paths = expanded(name, pattern)
+    return Shards(name, paths, state_of("/", [os.path.abspath(path) for path in paths]), size, limit)
