@@ -2,8 +2,7 @@
 
 The bare loop holds one batch of normalised floats, of the stage's shape, on the device, and does nothing but what
 no training can do without: forward, loss, backward, optimizer step. Ours is the stage's own code on random uint8
-images: shuffling, augmentation, normalisation, the cached teacher and the bookkeeping are inside. The
-two take turns, so that a noisy machine disturbs both. "stock" is the bare loop over torchvision's network as it
+images: shuffling, augmentation, normalisation, the teacher and the bookkeeping are inside. The two take turns, so that a noisy machine disturbs both. "stock" is the bare loop over torchvision's network as it
 comes, without SmallInputConv2d (see models.py).
 
     python benchmarks/speed.py                          # JSON on standard output
@@ -23,6 +22,7 @@ import torch
 import torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
 import distill
 import engine
 import models
@@ -33,8 +33,8 @@ CLASSES = [str(number) for number in range(10)]
 REPEATS = 3
 
 
-def bare_step(network, recipe, device):
-    """A function that does one training step on a resident batch."""
+def bare_step(network, recipe, device, teacher=None):
+    """A function that does one training step on a resident batch, after a forward pass of the teacher where there is one."""
     images = torch.randn(recipe.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, len(CLASSES), (recipe.batch_size,), device=device)
     optimizer = torch.optim.SGD(network.parameters(), 1e-3, recipe.momentum, weight_decay=recipe.weight_decay,
@@ -42,6 +42,9 @@ def bare_step(network, recipe, device):
     network.train()
 
     def step():
+        if teacher is not None:
+            with torch.inference_mode():
+                teacher(images)
         loss = torch.nn.functional.cross_entropy(network(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -73,10 +76,12 @@ def speed(step, batch, count, device):
 
 
 def our_training(arch, recipe, count, device, teacher=None):
-    """Images a second of engine.train on `count` batches of random images; KD where there is a teacher."""
+    """Images a second of engine.train on `count` batches of random images; KD where there is a teacher, which answers for each
+    view where there is augmentation."""
     images = np.random.default_rng(0).integers(0, 256, (recipe.batch_size * count, 32, 32, 3), np.uint8)
     labels = np.random.default_rng(1).integers(0, len(CLASSES), len(images))
-    objective = distill.fixed_objective(teacher, images, recipe.temperature, device) if teacher else engine.cross_entropy(labels, device)
+    objective = (engine.cross_entropy(labels, device) if teacher is None else distill.live_objective(teacher, recipe.temperature, device)
+                 if recipe.augment != "none" else distill.fixed_objective(teacher, images, recipe.temperature, device))
     with tempfile.TemporaryDirectory() as folder:
         return engine.train(models.build(arch, CLASSES), images, np.arange(len(images)), objective, recipe, seed=0, device=device,
                             checkpoint=Path(folder) / "part", label="speed").images_per_second
@@ -89,37 +94,54 @@ def our_scoring(teacher, count, device):
     return len(images) / (time.perf_counter() - began)
 
 
+def our_augmentation(recipe, count, device):
+    """Images a second of augmenting resident batches."""
+    images = torch.randint(0, 256, (recipe.batch_size, 32, 32, 3), dtype=torch.uint8, device=device)
+    generator = torch.Generator().manual_seed(0)
+    return speed(lambda: data.augment(images, recipe.augment, generator), recipe.batch_size, 10 * count, device)
+
+
 def measure(device, images):
-    """{stage: {"ours", "bare", "stock": images a second, "ratio": ours / bare}}, medians of REPEATS rounds."""
+    """{stage: {"ours", "bare", "stock": images a second, "ratio": ours / bare}}, medians of REPEATS rounds; the last row is a share of time."""
     recipe = RECIPES["reference"]
     teacher_recipe = dataclasses.replace(recipe.teacher, epochs=1, lr=1e-3)
     student_recipe = dataclasses.replace(recipe.student, epochs=1, lr=1e-3)
+    live_recipe = dataclasses.replace(RECIPES["best"].student, epochs=1, lr=1e-3)
     teacher = models.build("resnet34", CLASSES).to(device).eval()
+    answering = models.folded(teacher)
 
     def stock(arch):
         return torchvision.models.get_model(arch, num_classes=len(CLASSES)).to(device, memory_format=torch.channels_last)
 
     def training(arch, recipe, teacher=None):
         count = max(2, images // recipe.batch_size)
-        ours, plain = models.build(arch, CLASSES).to(device).network, stock(arch)
+        ours, plain, live = models.build(arch, CLASSES).to(device).network, stock(arch), teacher is not None and recipe.augment != "none"
         return {"ours": lambda: our_training(arch, recipe, count, device, teacher),
-                "bare": lambda: speed(bare_step(ours, recipe, device), recipe.batch_size, count, device),
-                "stock": lambda: speed(bare_step(plain, recipe, device), recipe.batch_size, count, device)}
+                "bare": lambda: speed(bare_step(ours, recipe, device, bare_teacher if live else None), recipe.batch_size, count, device),
+                "stock": lambda: speed(bare_step(plain, recipe, device, stock_teacher if live else None), recipe.batch_size, count, device)}
+    bare_teacher, stock_teacher = teacher.network, stock("resnet34").eval()
 
     batch = engine.EVALUATION_BATCH
     count = max(2, images // batch)
     stages = {
         "teacher training": training("resnet34", teacher_recipe),
-        "scoring": {"ours": lambda: our_scoring(teacher, count, device),
+        "scoring": {"ours": lambda: our_scoring(answering, count, device),
                     "bare": lambda: speed(bare_forward(teacher.network, device), batch, count, device),
                     "stock": lambda: speed(bare_forward(stock("resnet34"), device), batch, count, device)},
-        "distillation": training("resnet18", student_recipe, teacher),
+        "distillation, fixed pixels": training("resnet18", student_recipe, answering),
+        "distillation, augmented, live teacher": training("resnet18", live_recipe, answering),
     }
     results = {}
     for name, ways in stages.items():
         rounds = [{way: run() for way, run in ways.items()} for _ in range(REPEATS)]
         results[name] = {way: round(statistics.median(r[way] for r in rounds), 1) for way in ways}
         results[name]["ratio"] = round(statistics.median(r["ours"] / r["bare"] for r in rounds), 3)
+    count, network = max(2, images // live_recipe.batch_size), models.build("resnet18", CLASSES).to(device).network
+    rounds = [{"ours": our_augmentation(live_recipe, count, device), "bare": speed(bare_step(network, live_recipe, device), live_recipe.batch_size, count, device)}
+              for _ in range(REPEATS)]
+    results["augmentation alone, in time of a ResNet-18 step"] = {
+        **{way: round(statistics.median(r[way] for r in rounds), 1) for way in ("ours", "bare")},
+        "ratio": round(statistics.median(r["bare"] / r["ours"] for r in rounds), 4)}
     return results
 
 
