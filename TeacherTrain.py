@@ -68,9 +68,9 @@ def train_teacher(run, target, device):
         training = engine.Training()
     else:
         torch.manual_seed(seed)
-        teacher = engine.first_alone(lambda: models.build(
+        teacher = models.require_logits(engine.first_alone(lambda: models.build(
             settings.teacher_arch, target.classes, settings.teacher_weights, size_of(settings),
-            settings.teacher_mean or models.CENTERED, settings.teacher_std or models.CENTERED))
+            settings.teacher_mean or models.CENTERED, settings.teacher_std or models.CENTERED)), settings.image_size)
         watched = watch(target, confidence)
         training = engine.train(
             teacher, target.train.images, train, engine.cross_entropy(target.train.labels, device),

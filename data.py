@@ -12,9 +12,10 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import layouts
@@ -22,7 +23,7 @@ from archives import extract, remove_left_over
 from download import RemoteFile, fetch, fetch_all, part_of, reachable, remaining, verify
 from layouts import has_images, list_images, read_class_folders, read_files
 from packing import IMAGE_SIZE, Images, Packed, digest, first_line, pack
-from run import FLAGS, MAX_BAD, Parser, UserError, command, data_set_spec, require_space, say, stop_on
+from run import FLAGS, MAX_BAD, Parser, UserError, command, data_set_spec, listed, require_space, say, stop_on
 from shards import expanded, is_shards, open_shards
 
 # --------------------------------------------------------------------------------------------------
@@ -362,14 +363,12 @@ class Target:
 def target_of(settings):
     """The Target of a run."""
     options = dict(data_dir=settings.data_dir, seed=settings.seed, limit=settings.limit, size=settings.image_size, max_bad=settings.max_bad)
-    if not settings.data_free:
-        return load_target(settings.target, **options)
     names = list(settings.classes) if settings.classes else None
+    if not settings.data_free:
+        return load_target(settings.target, **options, names=names)
     if not _has_test(settings.target):
         return Target(None, None, names)
-    images = _read(settings.target, settings.data_dir, "test", "test", settings.seed)
-    if names and len(names) != len(images.classes):
-        raise UserError(f"--classes gives {len(names)} classes, and the test split of {settings.target} has {len(images.classes)}")
+    images = _in_order(_read(settings.target, settings.data_dir, "test", "test", settings.seed), names, settings.target)
     return Target(None, _pack_spec(images.limited(settings.limit), settings.target, "test", **options), images.classes)
 
 
@@ -378,9 +377,23 @@ def source_of(settings, spec):
     return load_source(spec, settings.data_dir, settings.seed, settings.limit, settings.image_size, settings.max_bad)
 
 
-def load_target(spec, data_dir="data", seed=0, limit=None, size=IMAGE_SIZE, max_bad=MAX_BAD):
-    """Packs and opens both splits of `NAME` or `NAME=PATH`. max_bad: the share of images that may be unreadable."""
-    train, test = (_read(spec, data_dir, "target", split, seed) for split in ("train", "test"))
+def _in_order(images, names, spec):
+    """`images` with their classes in the order of `names`; None, or numbers in place of names, leaves them as they are."""
+    if names is None or len(names) == len(images.classes) and names == [str(number) for number in range(len(names))]:
+        return images
+    if set(names) != set(images.classes):
+        odd = sorted(set(names) ^ set(images.classes))
+        raise UserError(f"--classes gives {len(names)} classes, {spec} has {len(images.classes)}, and {listed(odd, most=3)} {'is' if len(odd) == 1 else 'are'} in only one of them")
+    if names == images.classes:
+        return images
+    number = np.array([names.index(name) for name in images.classes])
+    return replace(images, labels=number[images.labels], classes=names, made_from=images.made_from + digest("\n".join(names).encode()))
+
+
+def load_target(spec, data_dir="data", seed=0, limit=None, size=IMAGE_SIZE, max_bad=MAX_BAD, names=None):
+    """Packs and opens both splits of `NAME` or `NAME=PATH`. max_bad: the share of images that may be unreadable; names: of the classes,
+    in the order that the teacher has them in."""
+    train, test = (_in_order(_read(spec, data_dir, "target", split, seed), names, spec) for split in ("train", "test"))
     if train.classes != test.classes:
         only = sorted(set(train.classes) ^ set(test.classes))
         raise UserError(f"{spec}: train and test have different classes, {', '.join(only[:5])} is in only one of them")

@@ -91,8 +91,8 @@ def train_student(run, approach, target, device):
         return figures
 
     torch.manual_seed(seed)
-    student = engine.first_alone(lambda: models.build(settings.student_arch, classes, figures["weights"],
-                                                      models.input_size_of(settings.student_arch, settings.image_size)))
+    student = models.require_logits(engine.first_alone(lambda: models.build(
+        settings.student_arch, classes, figures["weights"], models.input_size_of(settings.student_arch, settings.image_size))), settings.image_size)
     if supervised:
         objective = engine.cross_entropy(labels, device)
     else:

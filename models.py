@@ -346,11 +346,12 @@ def require_fits(arch, image_size=IMAGE_SIZE, input_size=None):
     """Raises UserError unless `arch` exists and takes images of this size, resized to `input_size` where that is given."""
     require_known(arch)
     input_size = input_size or input_size_of(arch, image_size)
+    images = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
     # On the meta device only shapes are computed. Some constructors can't run there and get a second, real try.
     for device in ("meta", "cpu"):
         try:
             with torch.device(device), torch.no_grad():
-                logits = build(arch, ["a", "b"], input_size=input_size).eval()(torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8))
+                logits = build(arch, ["a", "b"], input_size=input_size).eval()(images.to(device))
             break
         except UserError:
             raise
@@ -359,8 +360,25 @@ def require_fits(arch, image_size=IMAGE_SIZE, input_size=None):
     else:
         raise UserError(f"{arch} does not take {input_size}x{input_size} images: {reason}; another size is --teacher-size")
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 2:
-        raise UserError(f"{arch} gives {tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__} for two images, "
-                        "not a row of logits each")
+        raise UserError(f"{arch} gives {_shape(logits)} for two images, not a row of logits each")
+
+
+def require_logits(classifier, image_size=IMAGE_SIZE):
+    """Raises UserError unless the classifier gives a logit for each of its classes. Returns it, in the mode it was in."""
+    training = classifier.training
+    images = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8, device=classifier.scale.device)
+    try:
+        with torch.no_grad():
+            logits = classifier.eval()(images)
+    except Exception as error:
+        raise UserError(f"{classifier.arch} does not take {classifier.input_size}x{classifier.input_size} images: {first_line(error)}; another size is --teacher-size") from None
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, len(classifier.classes)):
+        raise UserError(f"{classifier.arch} gives {_shape(logits)} for two images of {len(classifier.classes)} classes, not (2, {len(classifier.classes)})")
+    return classifier.train(training)
+
+
+def _shape(value):
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
 
 def unavailable(choices, image_size=IMAGE_SIZE):
@@ -460,13 +478,13 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
         if classes is not None and classifier.classes != list(classes):
             raise UserError(f"{path} knows {len(classifier.classes)} classes ({', '.join(classifier.classes[:3])}, ...), "
                             f"the target has {len(classes)} ({', '.join(classes[:3])}, ...)")
-        return classifier
+        return require_logits(classifier, image_size)
     if classes is None:
         raise UserError(f"{path} does not say which classes it knows: give --classes")
     input_size = input_size or input_size_of(arch, image_size)
     classifier = build(arch, classes, input_size=input_size, mean=mean or CENTERED, std=std or CENTERED)
     _fit(classifier.network, _unwrapped(content, path), path, arch, "give the --teacher-arch that it was saved from")
-    return classifier.eval()
+    return require_logits(classifier.eval(), image_size)
 
 
 def _unwrapped(content, path):

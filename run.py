@@ -299,8 +299,8 @@ FLAGS = {
                             help="what students start from (default: none; the supervised student starts from "
                                  "imagenet when the teacher does, as in the published table)"),
     "teacher_checkpoint": dict(metavar="FILE", help="a teacher to use instead of fine-tuning one: a teacher.pt, or a state dict for --teacher-arch"),
-    "classes": dict(type=_classes, metavar="N|FILE", help="number of the teacher's classes, or a file with their names, a line each, "
-                                                          "where neither target nor checkpoint tells them"),
+    "classes": dict(type=_classes, metavar="N|FILE", help="a file with the names of the teacher's classes, a line each, in the order of its logits, or "
+                                                          "their number (default: the checkpoint's, or the target's folders by name)"),
     "data_free": dict(action="store_true", help="touch no training image of the target: thresholds come from the sources, and accuracy is measured "
                                                 "where NAME or NAME=PATH has a test split; the teacher is --teacher-checkpoint"),
     "mms_plain": dict(action="store_true", help="where no linear layer makes the teacher's logits, take the plain margin z_a - z_b for MMS"),

@@ -40,6 +40,16 @@ class InPlace(nn.Sequential):
 def in_place(num_classes):
     return InPlace(*make(num_classes))
 
+class Pair(nn.Sequential):
+    def forward(self, images):
+        return super().forward(images), images
+
+def pair():
+    return Pair(*make(3))
+
+def five():
+    return make(5)
+
 def three():
     return make(3)
 
@@ -261,6 +271,37 @@ def test_a_teacher_of_ones_own_runs_from_data_to_table(networks, teacher, flags,
     assert execute(compile.main, own)[0] == 0 and (RUN / "teacher.pt").stat().st_mtime_ns == before
     status, _, err = execute(compile.main, [*own, "--teacher-size", "40"])
     assert status == 2 and "--teacher-size 48, not 40" in err
+
+
+def test_a_teacher_that_numbers_the_classes_otherwise_is_given_their_order(networks, flags, execute, tmp_path):
+    network, classes = colour_teacher(networks)
+    order = [2, 0, 1]       # red, blue, green
+    with torch.no_grad():
+        for parameter in (network[-1].weight, network[-1].bias):
+            parameter.copy_(parameter[order].clone())
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "names.txt").write_text("".join(f"{classes[number]}\n" for number in order))
+    own = [*without(flags, "--teacher-arch", "--teacher-weights"), "--teacher-arch", f"{networks}:make", "--teacher-checkpoint", str(tmp_path / "weights.pth"),
+           "--approaches", "balanced", "--student-arch", f"{networks}:make"]
+    assert execute(compile.main, own)[0] == 0 and results()["teacher"]["accuracy"] < 0.2
+    status, out, err = execute(compile.main, [*own, "--classes", "names.txt", "--run-dir", "runs/ordered"])
+    assert (status, err) == (0, "")
+    figures = json.loads(Path("runs/ordered/results.json").read_text())
+    assert figures["teacher"]["accuracy"] > 0.9 and figures["classes"] == ["red", "blue", "green"]
+    (tmp_path / "names.txt").write_text("red\nblue\npink\n")
+    status, out, err = execute(compile.main, [*own, "--classes", "names.txt", "--run-dir", "runs/pink"])
+    assert status == 2 and "green, pink are in only one of them" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("factory, said", [("pair", "gives a tuple for two images"), ("five", r"gives (2, 5) for two images of 3 classes, not (2, 3)")])
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_network_that_gives_something_else_than_a_logit_a_class_is_named(networks, flags, execute, tmp_path, factory, said, checkpoint):
+    own = [*without(flags, "--teacher-arch"), "--teacher-arch", f"{networks}:{factory}"]
+    if checkpoint:
+        torch.save(models.import_file(networks).__dict__[factory]().state_dict(), tmp_path / "weights.pth")
+        own += ["--teacher-checkpoint", str(tmp_path / "weights.pth")]
+    status, out, err = execute(compile.main, own)
+    assert status == 2 and said in err and len(err.splitlines()) == 1, err
 
 
 def test_a_network_of_ones_own_can_be_trained_as_teacher_and_as_student(networks, flags, execute):
