@@ -46,31 +46,53 @@ class SmallInputConv2d(nn.Conv2d):
             images.device.type == "cpu" and height * width <= 4 and self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros") else None
         if taps is None:
             return super().forward(images)
-        out_height, out_width, numbers = taps
-        outputs, inputs, out, into = out_height * out_width, height * width, self.out_channels, self.in_channels
-        by_tap = self.weight.permute(2, 3, 0, 1).reshape(-1, out, into)
-        matrix = by_tap.index_select(0, torch.tensor(numbers, device=by_tap.device))
-        matrix = matrix.view(outputs, inputs, out, into).permute(0, 2, 1, 3).reshape(outputs * out, inputs * into)
-        bias = None if self.bias is None else self.bias.repeat(outputs)
-        flat = F.linear(images.permute(0, 2, 3, 1).reshape(len(images), -1), matrix, bias)
-        return flat.view(len(images), out_height, out_width, out).permute(0, 3, 1, 2)
+        out_height, out_width, pairs = taps
+        bias = None if self.bias is None else self.bias.repeat(out_height * out_width)
+        flat = F.linear(images.permute(0, 2, 3, 1).reshape(len(images), -1), _ByTap.apply(self.weight, pairs), bias)
+        return flat.view(len(images), out_height, out_width, self.out_channels).permute(0, 3, 1, 2)
+
+
+class _ByTap(torch.autograd.Function):
+    """The matrix (outputs * out, inputs * into) of a convolution whose taps, `pairs` (((ky, kx), ... one an input pixel), ... one an output
+    pixel), are of its weight (out, into, kh, kw). The gradient is written straight into the form that the weight has: torch's own way to
+    the same copies the weight, mostly zeros here, three times."""
+
+    @staticmethod
+    def forward(ctx, weight, pairs):
+        ctx.save_for_backward(weight)
+        ctx.pairs = pairs
+        if len(pairs) == len(pairs[0]) == 1:
+            return weight[:, :, pairs[0][0][0], pairs[0][0][1]].contiguous()
+        matrix = weight.new_empty(len(pairs), len(weight), len(pairs[0]), weight.shape[1])
+        for output, taps in enumerate(pairs):
+            for number, (y, x) in enumerate(taps):
+                matrix[output, :, number] = weight[:, :, y, x]
+        return matrix.view(len(pairs) * len(weight), -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, = ctx.saved_tensors
+        found = torch.zeros_like(weight)
+        gradient = gradient.view(len(ctx.pairs), len(weight), len(ctx.pairs[0]), weight.shape[1])
+        for output, taps in enumerate(ctx.pairs):
+            for number, (y, x) in enumerate(taps):
+                found[:, :, y, x] += gradient[output, :, number]
+        return found, None
 
 
 @functools.lru_cache
 def _taps(height, width, kernel, stride, padding):
-    """(output height, output width, the kernel's tap for each pair of output and input pixel), or None where a
+    """(output height, output width, ((the kernel's tap for each input pixel), ... for each output pixel)), or None where a
     pair has none. Raises nothing: padding given by name ("same") is left to the convolution."""
     if not isinstance(padding, tuple):
         return None
     size = [(edge + 2 * pad - taps) // step + 1
             for edge, taps, step, pad in zip((height, width), kernel, stride, padding)]
-    numbers = []
-    for out_y, out_x, in_y, in_x in itertools.product(range(size[0]), range(size[1]), range(height), range(width)):
-        y, x = in_y - out_y * stride[0] + padding[0], in_x - out_x * stride[1] + padding[1]
-        if not (0 <= y < kernel[0] and 0 <= x < kernel[1]):
-            return None
-        numbers.append(y * kernel[1] + x)
-    return size[0], size[1], tuple(numbers)
+    pairs = tuple(tuple((in_y - out_y * stride[0] + padding[0], in_x - out_x * stride[1] + padding[1])
+                        for in_y, in_x in itertools.product(range(height), range(width)))
+                  for out_y, out_x in itertools.product(range(size[0]), range(size[1])))
+    inside = all(0 <= y < kernel[0] and 0 <= x < kernel[1] for taps in pairs for y, x in taps)
+    return (size[0], size[1], pairs) if inside and pairs else None
 
 
 class Classifier(nn.Module):
