@@ -11,7 +11,7 @@ import torch
 import engine
 import models
 from data import specs_of, target_of, unavailable
-from run import UserError, command, is_first, name_of_arch, open_stage, read_json, say, stop_on, write_atomically, write_json
+from run import UserError, command, default_teacher, is_first, name_of_arch, open_stage, read_json, say, stop_on, write_atomically, write_json
 
 TRAIN_SHARE = 0.8       # of the target's training split; the rest is the confidence set
 WATCHED = 2000          # images of the confidence set on which accuracy is noted after each epoch
@@ -59,8 +59,11 @@ def train_teacher(run, target, device):
     where the target has no images for it.
     """
     if (run / "teacher.json").exists() and (run / "teacher.pt").exists():
-        return read_json(run / "teacher.json")
+        figures = read_json(run / "teacher.json")
+        models.require_same_files(run / "teacher.pt", figures.get("files", {}))
+        return figures
     settings = run.settings
+    files = models.files_of(settings.teacher_arch, settings.teacher_checkpoint or settings.teacher_weights)
     train, confidence = saved_split(run, len(target.train)) if target.train else (None, None)
     seed = engine.seed_for(settings.seed, "teacher")
     if settings.teacher_checkpoint:
@@ -69,8 +72,8 @@ def train_teacher(run, target, device):
     else:
         torch.manual_seed(seed)
         teacher = models.require_logits(engine.first_alone(lambda: models.build(
-            settings.teacher_arch, target.classes, settings.teacher_weights, size_of(settings),
-            settings.teacher_mean or models.CENTERED, settings.teacher_std or models.CENTERED)), settings.image_size)
+            settings.teacher_arch, target.classes, settings.teacher_weights, size_of(settings), settings.teacher_mean, settings.teacher_std)),
+            settings.image_size)
         watched = watch(target, confidence)
         training = engine.train(
             teacher, target.train.images, train, engine.cross_entropy(target.train.labels, device),
@@ -80,7 +83,7 @@ def train_teacher(run, target, device):
         "arch": teacher.arch, "input_size": teacher.input_size, "classes": teacher.classes,
         "accuracy": engine.accuracy(teacher, target.test.images, target.test.labels, device=device) if target.test else None,
         "confidence_accuracy": engine.accuracy(teacher, target.train.images, target.train.labels, confidence, device) if target.train else None,
-        "linear_head": models.head_weight(teacher) is not None,
+        "linear_head": models.head_weight(teacher) is not None, "files": files,
         "seconds": training.seconds, "images_per_second": training.images_per_second, "history": training.history,
     }
     models.save(run / "teacher.pt", teacher, accuracy=figures["accuracy"])
@@ -105,7 +108,7 @@ def has_linear_head(settings, classes):
 def load_checkpoint(settings, classes):
     """The teacher that was given, on the CPU. classes: names, or None where nothing but it tells them."""
     return models.load_teacher(settings.teacher_checkpoint, settings.teacher_arch, classes,
-                               settings.teacher_size, settings.teacher_mean, settings.teacher_std, settings.image_size)
+                               settings.teacher_size, settings.teacher_mean, settings.teacher_std, settings.image_size, default_teacher(settings.target))
 
 
 def report(figures):

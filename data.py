@@ -363,11 +363,11 @@ class Target:
 def target_of(settings):
     """The Target of a run."""
     options = dict(data_dir=settings.data_dir, seed=settings.seed, limit=settings.limit, size=settings.image_size, max_bad=settings.max_bad)
-    names = list(settings.classes) if settings.classes else None
+    names = settings.classes
     if not settings.data_free:
         return load_target(settings.target, **options, names=names)
     if not _has_test(settings.target):
-        return Target(None, None, names)
+        return Target(None, None, [str(number) for number in range(names)] if isinstance(names, int) else names and list(names))
     images = _in_order(_read(settings.target, settings.data_dir, "test", "test", settings.seed), names, settings.target)
     return Target(None, _pack_spec(images.limited(settings.limit), settings.target, "test", **options), images.classes)
 
@@ -378,9 +378,12 @@ def source_of(settings, spec):
 
 
 def _in_order(images, names, spec):
-    """`images` with their classes in the order of `names`; None, or numbers in place of names, leaves them as they are."""
-    if names is None or len(names) == len(images.classes) and names == [str(number) for number in range(len(names))]:
+    """`images` with their classes in the order of `names`; None, or their number in place of names, leaves them as they are."""
+    if names is None or names == len(images.classes):
         return images
+    if isinstance(names, int):
+        raise UserError(f"--classes gives {names} classes, {spec} has {len(images.classes)}")
+    names = list(names)
     if set(names) != set(images.classes):
         odd = sorted(set(names) ^ set(images.classes))
         raise UserError(f"--classes gives {len(names)} classes, {spec} has {len(images.classes)}, and {listed(odd, most=3)} {'is' if len(odd) == 1 else 'are'} in only one of them")

@@ -63,7 +63,9 @@ def train_student(run, approach, target, device):
     to learn from gets no student: its history is empty. An accuracy is None where there is no student or no image for it.
     """
     if run.student(approach, "json").exists():
-        return read_json(run.student(approach, "json"))
+        figures = read_json(run.student(approach, "json"))
+        models.require_same_files(run.student(approach, "pt"), figures.get("files", {}))
+        return figures
     settings, recipe = run.settings, run.settings.student_recipe
     teacher_figures = read_json(run.require("teacher.json", "python TeacherTrain.py"))
     seed = engine.seed_for(settings.seed, "student")        # the same start for all approaches
@@ -74,6 +76,7 @@ def train_student(run, approach, target, device):
     supervised = approach == "supervised"
     figures = {"approach": approach, "arch": settings.student_arch,
                "weights": settings.supervised_weights if supervised else settings.student_weights}
+    figures["files"] = models.files_of(settings.student_arch, figures["weights"])
     if supervised:
         labels = target.train.labels
         figures |= {"sources": [name_of(settings.target)], "per_class": np.bincount(labels[train], minlength=len(classes)).tolist()}
@@ -96,7 +99,7 @@ def train_student(run, approach, target, device):
     if supervised:
         objective = engine.cross_entropy(labels, device)
     else:
-        teacher = models.folded(models.load(teacher_path).to(device))
+        teacher = models.folded(models.load(teacher_path, settings.teacher_arch).to(device))
         objective = (fixed_objective(teacher, images, recipe.temperature, device) if recipe.augment == "none"
                      else live_objective(teacher, recipe.temperature, device))
     training = engine.train(
@@ -130,7 +133,7 @@ def export_student(run, approach, form, target):
     if not run.student(approach, "pt").exists():
         raise UserError(f"{approach} has no student to export: its transfer set was too small to learn from")
     images = target.test.images if target.test else np.load(run.transfer(approach) / "images.npy", mmap_mode="r")
-    export(models.load(run.student(approach, "pt")), form, run.student(approach, {"onnx": "onnx", "torch": "pt2", "state_dict": "pth"}[form]), images)
+    export(models.load(run.student(approach, "pt"), run.settings.student_arch), form, run.student(approach, {"onnx": "onnx", "torch": "pt2", "state_dict": "pth"}[form]), images)
 
 
 def main(argv):

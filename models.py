@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from download import RemoteFile, fetch, reachable
 from packing import IMAGE_SIZE
-from run import UserError, first_line, import_file, is_own, write_atomically
+from run import UserError, file_digest, first_line, import_file, is_own, running_own, write_atomically
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
 INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
@@ -40,10 +40,12 @@ class SmallInputConv2d(nn.Conv2d):
     The parameters, their names and the result, up to rounding, are those of nn.Conv2d.
     """
 
+    enabled = True      # for all of them; without it they are the convolutions that they are called
+
     def forward(self, images):
         height, width = images.shape[-2:]
         taps = _taps(height, width, self.kernel_size, self.stride, self.padding) if (
-            images.device.type == "cpu" and height * width <= 4 and self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros") else None
+            self.enabled and images.device.type == "cpu" and height * width <= 4 and self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros") else None
         if taps is None:
             return super().forward(images)
         out_height, out_width, pairs = taps
@@ -153,19 +155,27 @@ def _factory(arch):
     return factory
 
 
-def _own_network(arch, count):
+def _own_network(arch, count, input_size):
     """What the user's function makes. It is given the number of classes where it has a parameter for it: one called
-    num_classes, or else one without a default."""
+    num_classes, or else one without a default. Layers that take their size from their first input are shown one."""
     factory = _factory(arch)
     try:
         parameters = inspect.signature(factory).parameters
         required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty
                     and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)]
-        network = factory(num_classes=count) if "num_classes" in parameters else factory(count) if required else factory()
+        with running_own(arch.rpartition(":")[0]):
+            network = factory(num_classes=count) if "num_classes" in parameters else factory(count) if required else factory()
     except Exception as error:
         raise UserError(f"{arch} raised {type(error).__name__}: {first_line(error)}") from None
     if not isinstance(network, nn.Module):
         raise UserError(f"{arch} gives a {type(network).__name__}, not a torch.nn.Module")
+    if any(isinstance(tensor, nn.parameter.UninitializedTensorMixin) for tensor in itertools.chain(network.parameters(), network.buffers())):
+        try:
+            with torch.no_grad():
+                network.eval()(torch.zeros(2, 3, input_size, input_size))
+        except Exception as error:
+            raise UserError(f"{arch} does not take {input_size}x{input_size} images: {first_line(error)}; another size is --teacher-size") from None
+        network.train()
     return network
 
 
@@ -178,33 +188,34 @@ def input_size_of(arch, image_size=IMAGE_SIZE):
     return max(image_size, INPUT_SIZES[arch]) if arch in AT_LEAST else INPUT_SIZES.get(arch, image_size)
 
 
-def build(arch, classes, weights="none", input_size=None, mean=CENTERED, std=CENTERED):
+def build(arch, classes, weights="none", input_size=None, mean=None, std=None):
     """A Classifier with a head for `classes` (names).
 
     weights: "none" (random, from torch's seed), "imagenet" (torchvision's or timm's; fetched where they aren't cached),
-    or the path of a checkpoint. input_size: edge in pixels; None: `input_size_of(arch)`. Inception-V3 has its auxiliary
+    or the path of a checkpoint. input_size: edge in pixels, None: `input_size_of(arch)`; mean, std: None: CENTERED, or, for
+    all three, what the checkpoint says. Inception-V3 has its auxiliary
     head at 299 pixels and more, as that one takes no less. Raises UserError for an unknown architecture or a
     checkpoint that doesn't fit.
     """
     require_known(arch)
-    input_size = input_size or input_size_of(arch)
     if weights not in ("none", "imagenet"):
-        start = load(weights)
+        start = load(weights, arch)
         if start.arch != arch:
             raise UserError(f"{weights} holds a {start.arch}, not a {arch}")
         if len(start.classes) != len(classes):
             replace_head(start, len(classes))
-        return Classifier(start.network, arch, classes, start.input_size, start.mean, start.std)
+        return Classifier(start.network, arch, classes, input_size or start.input_size, mean or start.mean, std or start.std)
+    input_size, mean, std = input_size or input_size_of(arch), mean or CENTERED, std or CENTERED
     if is_own(arch):
         if weights == "imagenet":
             raise UserError(f"there are no ImageNet weights for {arch}")
-        return Classifier(_own_network(arch, len(classes)), arch, classes, input_size, mean, std)
+        return Classifier(_own_network(arch, len(classes), input_size), arch, classes, input_size, mean, std)
     if arch.startswith(TIMM):
         name = arch.removeprefix(TIMM)
         try:
             network = _timm().create_model(name, pretrained=weights == "imagenet", num_classes=len(classes))
         except Exception as error:      # what the hub's client raises is of many kinds
-            raise UserError(f"{arch} can't be made ({first_line(error)}): give --teacher-weights none, or --teacher-checkpoint FILE") from None
+            raise UserError(f"{arch} can't be made with weights {weights} ({first_line(error)})") from None
         return Classifier(network, arch, classes, input_size, mean, std)
     base = CIFAR_STEMS.get(arch, arch)
     # Torch's own start. Their special one, with deviations of 0.1, did not learn here at any rate that was tried.
@@ -245,6 +256,8 @@ class _LinearLayers(TorchFunctionMode):
         operands = [*args, *kwargs.values()]
         if name in ("linear", "conv2d"):
             rows = args[1] if len(args) > 1 else kwargs["weight"]
+            if name == "conv2d" and (kwargs.get("groups", 1) if len(args) < 7 else args[6]) != 1:
+                return output
         elif name in ("addmm", "matmul", "mm", "__matmul__"):
             rows = operands[2 if name == "addmm" else 1].T if operands[2 if name == "addmm" else 1].dim() == 2 else None
         else:
@@ -254,50 +267,84 @@ class _LinearLayers(TorchFunctionMode):
         return output
 
     def rows_of(self, logits):
-        """The rows of the layer that `logits` (N, C) come from; None where something else has been done to them."""
+        """(rows w (C, D) of the layer that `logits` (N, C) come from, the factor of each row (C,)): logits = factor * (features @ w.T) + a
+        constant a class, up to a number that all of an image's logits share. None where something else has been done to them."""
         for output, version, copied, rows in reversed(self.found):
             if len(rows) != logits.shape[1]:
                 continue
             untouched = output.data_ptr() == logits.data_ptr() and output._version == version     # holds for logits that are NaN as well
             if output.numel() == logits.numel() and (untouched or torch.equal(copied.reshape(logits.shape).to(logits.dtype), logits)):
-                return rows
-            maps = copied.flatten(2) if copied.dim() == 4 else copied[:, :, None] if copied.shape == logits.shape else None
-            # a convolution whose maps are averaged, in SqueezeNet after a ReLU
-            if maps is not None and any(torch.allclose(each.mean(2), logits, rtol=1e-4, atol=1e-6) for each in (maps, maps.relu())):
-                return rows
+                return rows, torch.ones(len(rows))
+            if copied.dim() == 4:       # a convolution whose maps are averaged, in SqueezeNet after a ReLU
+                made = (copied.mean((2, 3)), copied.relu().mean((2, 3)))
+            elif copied.dim() == 3:     # tokens: their mean, or one of them
+                made = (copied.mean(1), *copied.unbind(1))
+            else:
+                made = (copied,) if copied.shape == logits.shape else ()
+            for each in made:
+                factor = _factor(each.double(), logits.double()) if each.shape == logits.shape else None
+                if factor is not None:
+                    return rows, factor
         return None
+
+
+def _factor(made, logits):
+    """(C,) positive numbers that made @ diag(factor) differs from `logits` by, but for a constant a class; or one for all classes, but for a
+    number an image as well, which a log-softmax takes off. None where there are none. Both (N, C)."""
+    if torch.allclose(made, logits, rtol=1e-4, atol=1e-6):
+        return torch.ones(made.shape[1])
+    made, logits = made - made.mean(0), logits - logits.mean(0)
+    each = (made * logits).sum(0) / made.square().sum(0)
+    made_alike, logits_alike = (values - values.mean(1, keepdim=True) for values in (made, logits))
+    common = ((made_alike * logits_alike).sum() / made_alike.square().sum()).expand(made.shape[1])
+    for factor, ours, theirs in ((each, made, logits), (common, made_alike, logits_alike)):
+        if (factor > 0).all() and (factor * ours - theirs).abs().max() <= 1e-3 * theirs.abs().max():
+            return factor.float()
+    return None
 
 
 @torch.no_grad()
 def head_weight(classifier):
     """The rows w of the linear layer that makes the logits, (C, D) float32: z = features @ w.T + bias.
-    None where they are made by something else. Found by watching the network at work on eight random images."""
+    None where they are made by something else. Found by watching the network at work on a few random images."""
+    found = _watched_head(classifier)
+    return None if found is None else (found[0].detach().flatten(1).float() * found[1].to(found[0].device)[:, None])
+
+
+def _watched_head(classifier):
+    """(rows (C, D), factors (C,)) as in `_LinearLayers.rows_of`, or None."""
     images = _random_images(classifier)
     training = classifier.training
     classifier.eval()
+    SmallInputConv2d.enabled = False
     try:
         with _LinearLayers() as layers:
             logits = classifier(images)
     finally:
+        SmallInputConv2d.enabled = True
         classifier.train(training)
-    rows = layers.rows_of(logits)
-    return None if rows is None else rows.detach().flatten(1).float()
+    return layers.rows_of(logits)
 
 
 def _random_images(classifier):
+    """Noise of many brightnesses and contrasts, so that what comes out differs as it would for photographs. Not as many as there are classes."""
     size, generator = classifier.input_size, torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (8, size, size, 3), dtype=torch.uint8, generator=generator).to(classifier.scale.device)
+    count = 8 if len(classifier.classes) != 8 else 9
+    low, high = torch.rand(2, count, 1, 1, 3, generator=generator) * 256
+    noise = low + (high - low) * torch.rand(count, size, size, 3, generator=generator)
+    return noise.to(torch.uint8).to(classifier.scale.device)
 
 
 def heads(classifier, count=None):
     """[(parent module, name)] of every layer that gives `count` logits (default: as many as there are classes), the
     auxiliary heads first, the head, which makes the logits, last."""
     network, count = classifier.network, count or len(classifier.classes)
-    rows = head_weight(classifier)
+    with torch.no_grad():
+        rows = (_watched_head(classifier) or (None,))[0]
     layers = {name: module for name, module in network.named_modules()
               if isinstance(module, nn.Linear) and module.out_features == count
               or isinstance(module, nn.Conv2d) and module.out_channels == count and module.kernel_size == (1, 1)}
-    main = [name for name, module in layers.items() if rows is not None and torch.equal(module.weight.detach().flatten(1).float(), rows)]
+    main = [name for name, module in layers.items() if rows is not None and torch.equal(module.weight.detach().flatten(1), rows.detach().flatten(1))]
     if not main:
         raise UserError(f"{classifier.arch} has no linear layer that makes its logits, so its head can't be replaced by one for other classes")
     auxiliary = [name for name in layers if "aux" in name.lower()]
@@ -318,14 +365,21 @@ def replace_head(classifier, count, old_count=None):
 # Answering faster
 # --------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def folded(classifier):
     """A copy for answering alone, in eval mode, whose batch norms are folded into the convolutions before them: the same
-    logits up to rounding. Where they wouldn't be, the classifier itself.
+    logits up to rounding. Where they wouldn't be, or the network can't be copied, the classifier itself.
 
     Which batch norm follows which convolution is seen by watching the network at work, as names and order say nothing sure.
     """
     classifier.eval()
+    try:
+        return _folded(classifier)
+    except Exception:       # a network of the user's may have weights that are computed, or refuse a copy
+        return classifier
+
+
+@torch.no_grad()
+def _folded(classifier):
     copied = copy.deepcopy(classifier)
     images = _random_images(classifier)
     made, calls, pairs = {}, collections.Counter(), []
@@ -376,7 +430,8 @@ def require_fits(arch, image_size=IMAGE_SIZE, input_size=None):
                 logits = build(arch, ["a", "b"], input_size=input_size).eval()(images.to(device))
             break
         except UserError:
-            raise
+            if device == "cpu":
+                raise
         except Exception as error:
             reason = first_line(error)
     else:
@@ -396,6 +451,8 @@ def require_logits(classifier, image_size=IMAGE_SIZE):
         raise UserError(f"{classifier.arch} does not take {classifier.input_size}x{classifier.input_size} images: {first_line(error)}; another size is --teacher-size") from None
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, len(classifier.classes)):
         raise UserError(f"{classifier.arch} gives {_shape(logits)} for two images of {len(classifier.classes)} classes, not (2, {len(classifier.classes)})")
+    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-4):
+        raise UserError(f"{classifier.arch} gives probabilities, which add up to 1, not logits: leave its softmax out")
     return classifier.train(training)
 
 
@@ -414,7 +471,12 @@ def unavailable(choices, image_size=IMAGE_SIZE):
         require_fits(arch, image_size, input_size)
         if weights == "imagenet" and is_own(arch):
             lines.append(f"there are no ImageNet weights for {arch}: give --{role}-weights none")
-        elif weights == "imagenet" and not arch.startswith(TIMM):
+        elif weights == "imagenet" and arch.startswith(TIMM):
+            try:
+                build(arch, ["a", "b"], "imagenet")     # its hub's client knows where they are, and fetches them
+            except UserError as error:
+                lines.append(f"{error}: give --{role}-weights none")
+        elif weights == "imagenet":
             url, path = _imagenet(arch)
             reason = None if path.exists() else reachable((url,))
             if reason:
@@ -435,6 +497,19 @@ def imagenet_weights(arch):
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
 # --------------------------------------------------------------------------------------------------
+
+def files_of(arch, *files):
+    """{path: digest} of the files that a network is made from: that of its architecture, where it is the user's own, and its weights."""
+    paths = [arch.rpartition(":")[0]] if is_own(arch) else []
+    return {path: file_digest(path) for path in (*paths, *files) if path not in (None, "none", "imagenet")}
+
+
+def require_same_files(made, then):
+    """Raises UserError where one of the files {path: digest} that `made`, a path, comes from is there with another content."""
+    for path, digest in then.items():
+        if Path(path).is_file() and file_digest(path) != digest:
+            raise UserError(f"{made} was made from another version of {path}: use another --run-dir, or --restart")
+
 
 def save(path, classifier, **figures):
     """Writes a checkpoint of plain types and tensors. `figures` (accuracy, ...) go beside the weights."""
@@ -475,28 +550,32 @@ def read(path):
     return content
 
 
-def load(path):
-    """The Classifier of a checkpoint, in eval mode."""
-    return _load_ours(read(path), path)
+def load(path, arch=None):
+    """The Classifier of a checkpoint, in eval mode. arch: FILE.py:FACTORY where the file of such a network lies somewhere else now."""
+    return _load_ours(read(path), path, arch)
 
 
-def _load_ours(content, path):
+def _load_ours(content, path, arch=None):
+    if arch and is_own(arch) and is_own(content["arch"]):
+        content = content | {"arch": arch}
     classifier = build(content["arch"], content["classes"], input_size=content["input_size"], mean=content["mean"], std=content["std"])
     _fit(classifier.network, content["state_dict"], path, content["arch"])
     return classifier.eval()
 
 
-def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, image_size=IMAGE_SIZE):
+def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, image_size=IMAGE_SIZE, default_arch=None):
     """The Classifier of any checkpoint, in eval mode: one of this project, which says itself what it is, or a state dict
     for `arch`, with or without a key around it and a prefix before its keys.
 
     classes: names; None takes them from the checkpoint. input_size, mean, std: where given, they hold instead of the
-    checkpoint's or the defaults.
+    checkpoint's or the defaults. default_arch: the `arch` that says nothing, as nobody chose it.
     """
     content = read_tensors(path)
     if _is_ours(content):
+        if arch not in (content["arch"], default_arch) and not (is_own(arch) and is_own(content["arch"])):
+            raise UserError(f"{path} holds a {content['arch']}, not a {arch}: leave --teacher-arch out")
         classifier = _load_ours(content | {"input_size": input_size or content["input_size"], "mean": mean or content["mean"],
-                                           "std": std or content["std"]}, path)
+                                           "std": std or content["std"]}, path, arch)
         if classes is not None and classifier.classes != list(classes):
             raise UserError(f"{path} knows {len(classifier.classes)} classes ({', '.join(classifier.classes[:3])}, ...), "
                             f"the target has {len(classes)} ({', '.join(classes[:3])}, ...)")
@@ -512,7 +591,7 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
 def _unwrapped(content, path):
     """The state dict in what was saved: itself, or under a key of its own beside figures, an optimizer, ..."""
     def is_state_dict(value):
-        return isinstance(value, dict) and bool(value) and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
+        return isinstance(value, dict) and bool(value) and all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items())
 
     if is_state_dict(content):
         return content
@@ -533,6 +612,14 @@ def _fit(network, state, path, arch, remedy=None):
         if len(prefixes) > 1 or "" in (key.partition(".")[2] for key in state):
             break
         state, versions = collections.OrderedDict((key.partition(".")[2], value) for key, value in state.items()), expected._metadata
+    # Auxiliary heads have no part in an answer: a network and its state dict need not agree about them.
+    for name in [name for name, child in network.named_children() if "aux" in name.lower() and child is not None] if hasattr(network, "aux_logits") else ():
+        if not any(key.startswith(name + ".") for key in state):
+            setattr(network, name, None)
+            network.aux_logits = False
+    if hasattr(network, "aux_logits"):
+        expected = network.state_dict()
+        state = collections.OrderedDict((key, value) for key, value in state.items() if key in expected or "aux" not in key.partition(".")[0].lower())
     counters = {key for key in expected if key.endswith("num_batches_tracked")}    # which old checkpoints lack
     wrong = {"it lacks": sorted(expected.keys() - state.keys() - counters), "it has beyond that": sorted(state.keys() - expected.keys()),
              "of another shape are": [f"{key} ({'x'.join(map(str, state[key].shape))} for {'x'.join(map(str, expected[key].shape))})"

@@ -6,6 +6,7 @@ declared here, once, and therefore mean the same everywhere.
 """
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -87,6 +88,8 @@ FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from
 
 APPROACHES = ("supervised", "eats", "balanced", "random", "mms", "entropy")
 MORE_CRITERIA = ("confidence", "energy", "cross_entropy")       # approaches that run when they are asked for
+# what else has a name in scores/*.npz, thresholds.json or a summary.json
+TAKEN = ("predicted", "index", "shard_images", "seconds", "made_from", "digests", "teacher", "sources", "classes", "scale", "quantile", "calibrated_on")
 EATS_SOURCES = ("svhn", "tinyimagenet")     # arXiv 2011.09113
 PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "caltech101", "caltech256")
 BUILT_IN_SOURCES = ("glyphs", "photos", "noise")
@@ -131,7 +134,7 @@ class Settings:
     teacher_size: int | None = None
     teacher_mean: tuple | None = None
     teacher_std: tuple | None = None
-    classes: tuple | None = None
+    classes: tuple | int | None = None
     data_free: bool = False
     mms_plain: bool = False
     criteria: dict = dataclasses.field(default_factory=dict)
@@ -233,8 +236,8 @@ def _quantile(text):
 
 def _three(text):
     values = tuple(float(value) for value in text.split(","))
-    if len(values) != 3:
-        raise argparse.ArgumentTypeError(f"'{text}' is not three numbers, one a colour")
+    if len(values) != 3 or not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"'{text}' is not three numbers in 0 ... 1, one a colour")
     return values
 
 
@@ -245,16 +248,16 @@ def _three_positive(text):
 
 
 def _classes(text):
-    """Names of classes: the lines of a file, or numbers where a count is given."""
+    """Names of classes, the lines of a file; or their number."""
     if text.isdigit():
-        names = tuple(str(number) for number in range(int(text)))
+        names = tuple(range(int(text)))
     elif Path(text).is_file():
         names = tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
     else:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor a file with a class a line")
     if len(set(names)) < max(2, len(names)):
         raise argparse.ArgumentTypeError(f"'{text}' gives fewer than two classes, or one twice")
-    return names
+    return len(names) if text.isdigit() else names
 
 
 # name -> keywords of argparse. A default in the text is what `resolve` puts where the flag is not given.
@@ -346,17 +349,17 @@ DECIDES = {
     "target": "teacher", "recipe": "teacher", "seed": "teacher", "teacher_arch": "teacher",
     "teacher_weights": "teacher", "teacher_checkpoint": "teacher", "teacher_epochs": "teacher", "teacher_lr": "teacher", "limit": "teacher",
     "image_size": "teacher", "teacher_size": "teacher", "teacher_mean": "teacher", "teacher_std": "teacher", "classes": "teacher",
-    "data_free": "teacher", "mms_plain": "scores", "threshold_scale": "transfer", "threshold_quantile": "transfer",
+    "data_free": "teacher", "threshold_scale": "transfer", "threshold_quantile": "transfer",
     "no_balance": "transfer", "shortfall": "transfer",
     "sources": "transfer", "calibrate": "transfer", "fill": "transfer", "transfer_size": "transfer",
     "student_arch": "students", "student_weights": "students", "supervised_weights": "students",
     "temperature": "students", "epochs": "students", "batch_size": "students", "lr": "students",
 }
 MADE_BY = {
-    "teacher": ("split.npz", "teacher.*"),
+    "teacher": ("split.npz", "teacher.pt", "teacher.json", "teacher.part"),
     "scores": ("scores/*", "thresholds.json"),
     "transfer": ("transfer/*",),
-    "students": ("students/*", "results.*"),
+    "students": ("students/*", "results.json", "results.md"),
 }
 
 
@@ -403,7 +406,7 @@ def resolve(given):
     seeds = given.get("seeds") or (given.get("seed", 0),)
     if "seeds" in given and "seed" in given:
         raise UserError("--seed and --seeds contradict each other: give one of them")
-    teacher_arch, student_arch = given.get("teacher_arch", "inception_v3" if name == "cifar100" else "resnet34"), given.get("student_arch", "resnet18")
+    teacher_arch, student_arch = given.get("teacher_arch", default_teacher(target)), given.get("student_arch", "resnet18")
     teacher_weights = given.get("teacher_weights", "none" if built_in or is_own(teacher_arch) else "imagenet")
     student_weights = given.get("student_weights", "none")
     return Settings(
@@ -424,14 +427,18 @@ def resolve(given):
         **{name: given.get(name, default) for name, default in LATER_DEFAULTS.items() if name != "criteria"})
 
 
+def default_teacher(target):
+    return "inception_v3" if name_of(target) == "cifar100" else "resnet34"
+
+
 def _with_criteria(given, approaches):
     """(names of the approaches, {name: file} of the criteria that are the user's own)."""
     files = [approach for approach in (*approaches, given.get("approach", "")) if approach.endswith(".py")]
     criteria = given.get("criteria", {}) | {Path(file).stem: file for file in files}
     known = APPROACHES + MORE_CRITERIA
     for name, file in criteria.items():
-        if name in known or name in ("predicted", "index", "seconds", "made_from", "teacher", "sources"):
-            raise UserError(f"{file} has the name of a criterion that is there already: rename it")
+        if name in known or name in TAKEN:
+            raise UserError(f"{file}: {name} is the name of something else in a run folder: rename the file")
     names = tuple(name_of_approach(approach) for approach in approaches)
     for name in (*names, name_of_approach(given.get("approach", "mms"))):
         if name not in known and name not in criteria:
@@ -530,20 +537,56 @@ def one_field(text):
     return re.sub("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
+def file_digest(path):
+    """16 hexadecimal digits that tell a file from every other version of it."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({first_line(error)})") from None
+
+
+_beside = {}        # {folder of the user's: {name: module} that its files have imported and that a module of ours has the name of}
+
+
+@contextmanager
+def running_own(path):
+    """While code of the user's file runs: what it imports is looked for beside it first, also where a module of this project has that name."""
+    folder, here = Path(path).resolve().parent, Path(__file__).resolve().parent
+    ours = {file.stem for file in here.glob("*.py")}
+    both = {name for name in ours if (folder / f"{name}.py").exists() or (folder / name).is_dir()} if folder != here else set()
+
+    def take_out():
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in both}
+    kept = take_out()
+    sys.modules.update(_beside.get(folder, {}))
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))        # for what a function imports when it is called
+        _beside[folder] = take_out()
+        sys.modules.update(kept)
+
+
 def import_file(path):
     """The module in a Python file of the user's, which may import what lies beside it."""
     path = Path(path).resolve()
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(f"user_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
+    name = f"{path.stem}_{file_digest(path)}"       # one of the same name may lie elsewhere, or be changed
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with running_own(path):
+            spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name]
         raise UserError(f"{path} can't be imported ({type(error).__name__}: {first_line(error)})") from None
-    finally:
-        sys.path.remove(str(path.parent))
     return module
 
 
@@ -617,10 +660,16 @@ class Run:
         return any(next(self.path.glob(pattern), None) for name in later for pattern in MADE_BY[name])
 
     def clear(self):
-        """Deletes what the stages made, and nothing else that may lie in the folder."""
-        for pattern in ("config.json", *(pattern for stage in STAGES for pattern in MADE_BY[stage])):
-            for path in self.path.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        """Deletes what the stages made, and nothing else that may lie in the folder. Raises UserError where that has been given as an input."""
+        made = [path for pattern in ("config.json", *(pattern for stage in STAGES for pattern in MADE_BY[stage])) for path in self.path.glob(pattern)]
+        settings = self.settings
+        for given in (settings.teacher_checkpoint, settings.teacher_weights, settings.student_weights, *settings.criteria.values(),
+                      *(spec.partition("=")[2] for spec in (settings.target, *settings.sources))):
+            inside = given and [path for path in made if Path(given).resolve().is_relative_to(path.resolve())]
+            if inside:
+                raise UserError(f"--restart would delete {given}, which is given as an input: copy it to another folder first")
+        for path in made:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def check(self):
         """Raises UserError when a setting differs from the folder's `config.json` on which a file depends that is there."""
@@ -629,10 +678,12 @@ class Run:
             made_with = read_json(self.path / "config.json")
             for name, stage in DECIDES.items():
                 now, then = json.loads(json.dumps(config[name])), made_with.get(name, LATER_DEFAULTS.get(name))
+                if name.endswith("_arch") and is_own(str(now)) and is_own(str(then)):
+                    now, then = name_of_arch(now), name_of_arch(then)       # the file may have been moved
                 if now != then and self.holds(stage):
                     flag = "student-weights" if name == "supervised_weights" else name.replace("_", "-")
-                    raise UserError(f"{self.path} was made with --{flag} {_as_flag(then)}, not {_as_flag(now)}: "
-                                    "use that, another --run-dir, or --restart")
+                    what = (f"{'with' if then else 'without'} --{flag}" if isinstance(now, bool) else f"with --{flag} {_as_flag(then)}, not {_as_flag(now)}")
+                    raise UserError(f"{self.path} was made {what}: use that, another --run-dir, or --restart")
         if not os.access(nearest_existing(self.path), os.W_OK):
             raise UserError(f"{self.path} can't be written: choose another --run-dir")
 
@@ -641,7 +692,9 @@ class Run:
         if self.settings.restart and is_first():
             self.clear()
         self.check()
-        write_json(self.path / "config.json", dataclasses.asdict(self.settings) | {"device": device.type} | environment())
+        earlier = read_json(self.path / "config.json").get("criteria", {}) if (self.path / "config.json").exists() else {}
+        criteria = {name: file for name, file in earlier.items() if Path(file).is_file()} | self.settings.criteria
+        write_json(self.path / "config.json", dataclasses.asdict(self.settings) | {"criteria": criteria, "device": device.type} | environment())
         return self
 
 

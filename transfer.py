@@ -15,7 +15,6 @@ sorts numbers. With t the threshold of a class,
     python transfer.py --approach ./my_metric.py    # a criterion of your own: KEEP, score, threshold
 """
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -36,8 +35,8 @@ import mms_threshold
 import models
 from data import source_of, specs_of, target_of, unavailable
 from packing import release_pages
-from run import (DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, UserError, command, first_line, import_file, listed, name_of, name_of_approach, name_of_arch, one_field,
-                 open_stage, read_json, say, stop_on, write_atomically, write_json, write_text)
+from run import (DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, UserError, command, file_digest, first_line, import_file, listed, name_of, name_of_approach, name_of_arch,
+                 one_field, open_stage, read_json, running_own, say, stop_on, write_atomically, write_json, write_text)
 from shards import Shards
 from TeacherTrain import saved_split
 
@@ -57,9 +56,7 @@ class OwnCriterion:
     """
 
     def __init__(self, path):
-        self.path, self._module = path, import_file(path)
-        with open(path, "rb") as file:
-            self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        self.path, self._module, self.digest = path, import_file(path), file_digest(path)
         self.KEEP = getattr(self._module, "KEEP", None)
         lacking = [name for name in ("score", "threshold") if not callable(getattr(self._module, name, None))]
         if self.KEEP not in (">=", "<="):
@@ -71,17 +68,22 @@ class OwnCriterion:
         scores = self._called("score", logits, weight)
         if not isinstance(scores, torch.Tensor) or scores.shape != logits.shape[:1]:
             raise UserError(f"{self.path}: score gives {_shape(scores)} for logits of {tuple(logits.shape)}, not one number an image, ({len(logits)},)")
-        return scores
+        return scores.float()
 
     def threshold(self, scores, predicted, classes):
         thresholds = self._called("threshold", scores, predicted, classes)
-        if np.shape(thresholds) != (classes,):
+        try:
+            numbers = np.asarray(thresholds, np.float64)
+        except (TypeError, ValueError):
+            numbers = None
+        if np.shape(numbers) != (classes,):
             raise UserError(f"{self.path}: threshold gives {_shape(thresholds)}, not one number for each of {classes} classes")
-        return np.asarray(thresholds, np.float64)
+        return numbers
 
     def _called(self, name, *args):
         try:
-            return getattr(self._module, name)(*args)
+            with running_own(self.path):
+                return getattr(self._module, name)(*args)
         except Exception as error:
             raise UserError(f"{self.path}: {name} raised {type(error).__name__}: {first_line(error)}") from None
 
@@ -175,13 +177,13 @@ def saved_scores(path, made_from, index, criteria, compute):
 # --------------------------------------------------------------------------------------------------
 
 def quantile_threshold(scores, predicted, classes, keep, passing):
-    """The threshold that the best share `passing` of the images of each class reach, at least one of them.
+    """The threshold that the best share `passing` of the images of each class reach, at least one of them. Scores that are NaN are left out.
 
     Shapes as in `mms_threshold.threshold`. keep: ">=" or "<=".
     """
-    thresholds = np.full(classes, np.nan)
-    for label in np.unique(predicted):
-        ordered = np.sort(scores[predicted == label])
+    thresholds, scored = np.full(classes, np.nan), ~np.isnan(scores)
+    for label in np.unique(predicted[scored]):
+        ordered = np.sort(scores[scored & (predicted == label)])
         count = math.ceil(passing * len(ordered))
         thresholds[label] = ordered[-count] if keep == ">=" else ordered[count - 1]
     return thresholds
@@ -309,20 +311,21 @@ class Scoring:
         run.require("teacher.json", "python TeacherTrain.py")
         self.path = run.require("teacher.pt", "python TeacherTrain.py")
         self.classes = models.read(self.path)["classes"]
-        with open(self.path, "rb") as file:
-            self.teacher_digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        self.teacher_digest = file_digest(self.path)
         self._teacher = self._candidates = None
         self._target, self._sources = target, dict(sources)
         self.criteria = criteria_of(run.settings)
+        figures = read_json(run / "teacher.json")
+        models.require_same_files(self.path, figures.get("files", {}))
         # Without a linear layer there is no MMS.
-        self.has_mms = read_json(run / "teacher.json").get("linear_head", True) or run.settings.mms_plain
+        self.has_mms = figures.get("linear_head", True) or run.settings.mms_plain
         if not self.has_mms:
             del self.criteria["mms"]
 
     @property
     def teacher(self):
         if self._teacher is None:
-            self._teacher = models.folded(models.load(self.path).to(self.device))
+            self._teacher = models.folded(models.load(self.path, self.run.settings.teacher_arch).to(self.device))
         return self._teacher
 
     @property
@@ -410,6 +413,9 @@ def make_thresholds(run, scoring):
         for name, criterion in criteria.items():
             values = (criterion.threshold(scores[name], scores["predicted"], count) if passing is None else
                       quantile_threshold(scores[name], scores["predicted"], count, criterion.KEEP, passing))
+            if np.isinf(values).any():
+                label = int(np.flatnonzero(np.isinf(values))[0])
+                raise UserError(f"{getattr(criterion, 'path', name)}: the threshold of {scoring.classes[label]} is {values[label]}, which no image or every image passes")
             thresholds[name] = [value * settings.threshold_scale if math.isfinite(value) else None for value in values.tolist()]
         saved = thresholds | basis | {"classes": scoring.classes}
         write_json(path, saved)

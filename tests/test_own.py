@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import compile
+import data
 import distill
 import engine
 import mms_threshold
@@ -22,6 +23,7 @@ from run import UserError
 
 RUN = Path("runs/colours")
 NETWORKS = """
+import torch
 from torch import nn
 
 def body():
@@ -52,6 +54,69 @@ def five():
 
 def three():
     return make(3)
+
+class Then(nn.Module):
+    def __init__(self, first, then):
+        super().__init__()
+        self.first, self.then = first, then
+
+    def forward(self, images):
+        return self.then(self.first(images))
+
+def scaled(num_classes):
+    return Then(make(num_classes), lambda logits: 5 * logits + 1)
+
+def normed(num_classes):
+    norm = nn.BatchNorm1d(num_classes)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    return Then(make(num_classes), norm)
+
+def log_softmax(num_classes):
+    return Then(make(num_classes), nn.LogSoftmax(1))
+
+def probabilities(num_classes):
+    return Then(make(num_classes), nn.Softmax(1))
+
+def rectified(num_classes):
+    return Then(make(num_classes), nn.ReLU())
+
+def grouped(num_classes):
+    return nn.Sequential(*body()[:-2], nn.Conv2d(8, 2 * num_classes, 1), nn.Conv2d(2 * num_classes, num_classes, 1, groups=num_classes), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def tokens(num_classes):
+    return Then(nn.Sequential(*body()[:-2], nn.Flatten(2)), Tokens(num_classes))
+
+class Tokens(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, maps):
+        return self.fc(maps.transpose(1, 2)).mean(1)
+
+def turned(num_classes):
+    return Turned(num_classes)
+
+class Turned(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(num_classes, 3 * 32 * 32))
+
+    def forward(self, images):
+        return torch.tanh((self.rows @ images.flatten(1).T).T)
+
+def lazy(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Flatten(), nn.LazyLinear(num_classes))
+
+def on_the_cpu(num_classes):
+    network = make(num_classes)
+    network[0].weight.data.mul_(1 + network[0].weight.abs().max().item())       # no such number without data
+    return network
+
+def weight_norm(num_classes):
+    network = make(num_classes)
+    network[0] = nn.utils.parametrizations.weight_norm(network[0])
+    return network
 
 def broken(num_classes):
     raise RuntimeError("no such\\nlayer")
@@ -242,10 +307,171 @@ def test_rows_are_found_by_what_is_computed_not_by_names(networks):
         assert models.head_weight(squashed) is None
         with pytest.raises(UserError, match="has no linear layer that makes its logits"):
             models.heads(squashed)
+    with pytest.raises(UserError, match="probabilities, which add up to 1, not logits"):
+        models.require_logits(models.build(f"{networks}:probabilities", ["a", "b", "c"]))
     diverged = models.build(f"{networks}:make", ["a", "b", "c"])
     with torch.no_grad():
         diverged.network[-1].weight.fill_(float("nan"))
     assert models.head_weight(diverged).shape == (3, 32)
+
+
+@pytest.mark.parametrize("factory", ["scaled", "normed", "log_softmax", "tokens", "weight_norm", "lazy", "on_the_cpu"])
+@pytest.mark.parametrize("count", [3, 8])
+def test_rows_of_a_head_that_something_linear_follows_give_the_distances_to_the_boundaries(networks, factory, count):
+    classifier = models.build(f"{networks}:{factory}", list("abcdefgh")[:count]).eval()
+    models.require_fits(f"{networks}:{factory}")
+    images = torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8)
+    inputs = []
+    head = next(module for module in reversed(list(classifier.modules())) if isinstance(module, nn.Linear))
+    head.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    with torch.no_grad():
+        logits, rows = classifier(images), models.head_weight(classifier)
+    features = inputs[0].detach()
+    features = features.mean(1) if factory == "tokens" else features
+    margins, made = (values - values[:, :1] for values in (logits, features @ rows.T))
+    torch.testing.assert_close(margins - margins[0], made - made[0], rtol=1e-3, atol=1e-4)      # but for a constant a class
+    torch.testing.assert_close(models.folded(classifier)(images), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factory", ["rectified", "grouped", "turned"])
+@pytest.mark.parametrize("count", [3, 8, 9])
+def test_what_is_no_linear_head_is_not_taken_for_one(networks, factory, count):
+    assert models.head_weight(models.build(f"{networks}:{factory}", list("abcdefghi")[:count])) is None
+
+
+def test_files_of_ones_own_may_have_the_names_of_ours_beside_them(networks, tmp_path):
+    (tmp_path / "models.py").write_text("WIDTH = 5\n")
+    (tmp_path / "data.py").write_text("WIDTH = 7\n")
+    (tmp_path / "clash.py").write_text("""
+from __future__ import annotations
+from dataclasses import dataclass
+from torch import nn
+import models
+
+@dataclass
+class Options:
+    width: int = models.WIDTH
+
+def make(num_classes):
+    from data import WIDTH
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, WIDTH * Options().width), nn.Linear(WIDTH * Options().width, num_classes))
+""")
+    ours = dict(sys.modules)
+    for _ in range(2):
+        assert models.build(f"{tmp_path}/clash.py:make", ["a", "b"]).network[1].out_features == 35
+    assert all(sys.modules[name] is ours[name] for name in ("models", "data", "run"))
+
+
+def test_the_file_of_a_network_may_be_moved(networks, teacher, flags, execute, tmp_path):
+    own = [*without(flags, "--teacher-arch", "--teacher-weights"), *teacher[2:], "--approaches", "mms", "--student-arch", "resnet18"]
+    assert execute(compile.main, [*own, *teacher[:2]])[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    os.replace(networks, tmp_path / "elsewhere/networks.py")
+    for made in ("students", "transfer", "scores"):
+        shutil.rmtree(RUN / made)
+    status, out, err = execute(compile.main, [*own, "--teacher-arch", f"{tmp_path}/elsewhere/networks.py:make"])
+    assert (status, err) == (0, "") and "scores: pool" in out
+
+
+@pytest.mark.parametrize("changed", ["weights.pth", "networks.py"])
+def test_a_run_whose_network_comes_from_files_that_changed_since_stops(networks, teacher, flags, execute, changed):
+    own = [*without(flags, "--teacher-arch", "--teacher-weights"), *teacher, "--approaches", "balanced", "--student-arch", f"{networks}:make"]
+    assert execute(compile.main, own)[0] == 0
+    if changed == "networks.py":
+        networks.write_text(NETWORKS + "# another version\n")
+    else:
+        torch.save(colour_teacher(networks)[0].state_dict() | {"0.bias": torch.zeros(8)}, networks.with_name(changed))
+    status, out, err = execute(compile.main, own)
+    assert status == 2 and f"was made from another version of {networks.with_name(changed)}: use another --run-dir, or --restart" in err
+    assert execute(compile.main, [*own, "--restart"])[0] == 0
+
+
+def test_restart_does_not_delete_what_is_given_as_an_input(finished, flags, execute):
+    for given in (["--teacher-checkpoint", "runs/colours/teacher.pt"], ["--student-weights", "runs/colours/students/mms.pt"]):
+        status, out, err = execute(compile.main, [*flags, *given, "--restart"])
+        assert status == 2 and f"--restart would delete {given[1]}, which is given as an input" in err and len(err.splitlines()) == 1
+    assert (RUN / "results.json").exists() and (RUN / "students/mms.pt").exists()
+    (RUN / "teacher.py").write_text("")
+    (RUN / "results.xlsx").write_text("")
+    assert execute(compile.main, [*flags, "--restart", "--approaches", "balanced"])[0] == 0
+    assert (RUN / "teacher.py").exists() and (RUN / "results.xlsx").exists()
+
+
+def test_weights_to_start_from_are_shown_what_the_flags_say(finished, flags, execute):
+    begun = [*without(flags, "--teacher-weights", "--teacher-epochs"), "--teacher-epochs", "1", "--teacher-weights", "runs/colours/teacher.pt", "--run-dir", "runs/again", "--approaches", "balanced"]
+    assert execute(compile.main, [*begun, "--teacher-size", "40", "--teacher-mean", "0.1,0.2,0.3"])[0] == 0
+    content = torch.load("runs/again/teacher.pt", weights_only=True)
+    assert (content["input_size"], content["mean"], content["std"]) == (40, [0.1, 0.2, 0.3], [0.5, 0.5, 0.5])
+    status, out, err = execute(compile.main, [*flags, "--teacher-arch", "resnet50", "--teacher-checkpoint", "runs/colours/teacher.pt", "--run-dir", "runs/other"])
+    assert status == 2 and "runs/colours/teacher.pt holds a resnet18, not a resnet50: leave --teacher-arch out" in err
+
+
+@pytest.mark.parametrize("arch, size, heads", [("inception_v3", 299, {"AuxLogits"}), ("googlenet", 32, {"aux1", "aux2"})])
+def test_a_state_dict_need_not_have_the_auxiliary_heads_of_the_network(arch, size, heads, tmp_path):
+    whole = models.build(arch, ["a", "b"], input_size=size)
+    state = whole.network.state_dict()
+    assert {key.partition(".")[0] for key in state if "aux" in key.lower()} == heads
+    torch.save({key: value for key, value in state.items() if key.partition(".")[0] not in heads}, tmp_path / "without.pth")
+    torch.save(state, tmp_path / "with.pth")
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = whole.eval()(images)
+        for name in ("without", "with"):
+            assert torch.equal(models.load_teacher(tmp_path / f"{name}.pth", arch, ["a", "b"], size)(images), expected)
+        if arch == "inception_v3":      # below 299 the network has none and the state dict does
+            assert models.load_teacher(tmp_path / "with.pth", arch, ["a", "b"], 75).network.AuxLogits is None
+
+
+def test_class_names_that_are_numbers_are_an_order_too(networks, painted, execute, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        for number, colour in enumerate(sorted(COLOURS)):
+            shutil.copytree(painted[0] / split / colour, tmp_path / "numbers" / split / str(number))
+    (tmp_path / "names.txt").write_text("2\n0\n1\n")
+    named = data.load_target("numbers=numbers", names=("2", "0", "1"))
+    counted = data.load_target("numbers=numbers", names=3)
+    assert named.classes == ["2", "0", "1"] and counted.classes == ["0", "1", "2"]
+    assert (named.train.labels == np.array([1, 2, 0])[counted.train.labels]).all()
+    with pytest.raises(UserError, match="--classes gives 4 classes, numbers=numbers has 3"):
+        data.load_target("numbers=numbers", names=4)
+
+
+def test_mms_plain_may_be_added_when_the_tool_asks_for_it(networks, flags, execute):
+    own = [*without(flags, "--teacher-arch"), "--teacher-arch", f"{networks}:squashed", "--approaches", "balanced"]
+    assert execute(compile.main, own)[0] == 0
+    status, _, err = execute(transfer.main, ["--target", flags[1], "--approach", "mms"])
+    assert status == 2 and "give --mms-plain" in err
+    status, out, err = execute(transfer.main, ["--target", flags[1], "--approach", "mms", "--mms-plain"])
+    assert (status, err) == (0, "") and "transfer: mms" in out
+
+
+def test_a_criterion_is_still_known_after_a_run_without_it(finished_flags, execute, tmp_path):
+    flags, _ = finished_flags
+    mine = criterion_file(tmp_path / "mine.py")
+    assert execute(compile.main, [*without(flags, "--approaches"), "--approaches", mine])[0] == 0
+    assert execute(compile.main, [*without(flags, "--approaches"), "--approaches", "mms"])[0] == 0
+    status, out, err = execute(transfer.main, ["--target", flags[1], "--approach", "mine"])
+    assert (status, err) == (0, "") and "transfer: mine" in out
+
+
+@pytest.mark.parametrize("flag, value", [("--teacher-mean", "nan,0,0"), ("--teacher-mean", "0,0,1.5"), ("--teacher-std", "0.5,0.5,0"), ("--teacher-std", "inf,1,1")])
+def test_a_normalisation_out_of_range_is_refused(flags, execute, flag, value):
+    status, _, err = execute(compile.main, [*flags, flag, value])
+    assert status == 2 and len(err.splitlines()) == 1 and flag in err
+
+
+def test_scores_may_be_nan_and_of_any_precision(finished_flags, execute, tmp_path):
+    flags, _ = finished_flags
+    mine = criterion_file(tmp_path / "mine.py", "import torch\nKEEP = '>='\ndef score(z, w): return torch.where(z[:, 0] > 0, z[:, 0], float('nan')).bfloat16()\n"
+                          "def threshold(s, p, c): return ['0.5'] * c\n")
+    status, out, err = execute(compile.main, [*without(flags, "--approaches"), "--approaches", mine, "--threshold-quantile", "0.5", *scored_only("half")])
+    assert (status, err) == (0, "")
+    thresholds = json.loads(Path("runs/half/thresholds.json").read_text())["mine"]
+    confidence = np.load("runs/half/scores/confidence.npz")
+    for label, value in enumerate(thresholds):
+        scores = confidence["mine"][confidence["predicted"] == label]
+        scores = np.sort(scores[~np.isnan(scores)])[::-1]
+        assert value == (scores[-(-len(scores) // 2) - 1] if len(scores) else None)
 
 
 def test_a_teacher_of_ones_own_runs_from_data_to_table(networks, teacher, flags, execute):
@@ -399,6 +625,8 @@ def test_a_criterion_that_has_changed_is_scored_anew_and_never_mixed_with_what_i
     ("KEEP = '>='\ndef score(z): return z[:, 0]\ndef threshold(s, p, c): return [0.0] * c\n", "score raised TypeError"),
     ("KEEP = '>='\ndef score(z, w): return z[:, 0]\ndef threshold(s, p, c): return [0.0]\n", "threshold gives a list"),
     ("KEEP = '>='\ndef score(z, w): return z[:, 0]\ndef threshold(s, p, c): return 1 / 0\n", "threshold raised ZeroDivisionError"),
+    ("KEEP = '>='\ndef score(z, w): return z[:, 0]\ndef threshold(s, p, c): return ['high'] * c\n", "threshold gives a list"),
+    ("KEEP = '>='\ndef score(z, w): return z[:, 0]\ndef threshold(s, p, c): return [float('-inf')] * c\n", "the threshold of blue is -inf"),
 ])
 def test_a_criterion_that_is_wrong_is_named_in_one_line(finished_flags, execute, tmp_path, text, said):
     flags, _ = finished_flags
@@ -407,11 +635,11 @@ def test_a_criterion_that_is_wrong_is_named_in_one_line(finished_flags, execute,
     assert status == 2 and len(err.splitlines()) == 1 and "mine.py" in err and (said in err or said.replace("(120, 3)", "(24, 3)") in err), err
 
 
-@pytest.mark.parametrize("name", ["mms", "predicted", "confidence"])
+@pytest.mark.parametrize("name", ["mms", "predicted", "confidence", "scale", "quantile", "digests", "shard_images", "calibrated_on"])
 def test_a_criterion_can_not_take_a_name_that_is_there(flags, execute, tmp_path, name):
     (tmp_path / "mine").mkdir()
     status, out, err = execute(compile.main, [*flags, "--approaches", criterion_file(tmp_path / "mine" / f"{name}.py")])
-    assert status == 2 and "has the name of a criterion that is there already: rename it" in err
+    assert status == 2 and f"{name} is the name of something else in a run folder: rename the file" in err
     status, out, err = execute(compile.main, [*flags, "--approaches", "elsewhere.py"])
     assert status == 2 and "elsewhere.py: there is no such file" in err and len(err.splitlines()) == 1
 
