@@ -31,6 +31,10 @@ from shards import expanded, is_shards, open_shards
 # --------------------------------------------------------------------------------------------------
 
 
+MIXING = {"mixup", "cutmix"}        # which leave no image with one label
+AUGMENTATIONS = ("crop", "flip", *sorted(MIXING, reverse=True))
+
+
 def epoch_generator(seed, epoch):
     """A CPU generator that depends on the seed and the epoch alone, so that a resumed epoch repeats itself."""
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
@@ -45,11 +49,14 @@ def shuffled_batches(rows, batch_size, generator):
 
 
 def augment(images, steps, generator, padding=4, batch=None, part=slice(None)):
-    """Random crops and flips of a whole batch, on its device, without a loop over images.
+    """Random changes of a whole batch, on its device, without a loop over images.
 
-    images: (N, H, W, 3) uint8. steps: "none", or "crop" and "flip" joined by commas. A crop shifts by up to
-    `padding` pixels either way; what comes in from outside is the image reflected at its edge. batch, part: where `images` are
-    a part of a batch of that many, they are given what the whole batch would give them.
+    images: (N, H, W, 3) uint8; what is returned is as well. steps: "none", or some of AUGMENTATIONS joined by commas. A crop shifts by up to
+    `padding` pixels either way; what comes in from outside is the image reflected at its edge. mixup (Zhang et al., arXiv 1710.09412) averages
+    each image with another one of the batch, with a weight drawn evenly from 0 to 1, as Beyer et al. (arXiv 2106.05237) do for distillation;
+    cutmix (Yun et al., arXiv 1905.04899) puts a rectangle of the other one there whose share of the area is as even; with both, each image
+    has one of the two. batch, part: where `images` are a part of a batch of that many, crops and flips are those that
+    the whole batch would be given, and partners are found in the part.
     """
     steps = [] if steps == "none" else steps.split(",")
     count, height, width, _ = images.shape
@@ -62,10 +69,27 @@ def augment(images, steps, generator, padding=4, batch=None, part=slice(None)):
     if "flip" in steps:
         flip = _moved(torch.rand((batch or count, 1), generator=generator)[part] < 0.5, images.device)
         x = torch.where(flip, x.flip(1), x)
-    if not steps:
+    if "crop" in steps or "flip" in steps:
+        image = torch.arange(count, device=images.device)[:, None, None]
+        images = images[image, y[:, :, None], x[:, None, :]]
+    if not MIXING & set(steps):
         return images
-    image = torch.arange(count, device=images.device)[:, None, None]
-    return images[image, y[:, :, None], x[:, None, :]]
+    weight, way, corner_y, corner_x = (_moved(drawn[part], images.device) for drawn in torch.rand((4, batch or count, 1, 1, 1), generator=generator))
+    partner = images.roll(1, 0)         # the batch is in random order already
+    if "cutmix" in steps:
+        edge = (1 - weight).sqrt()      # of the rectangle, as a share of the image's
+        top, left = ((corner * (1 - edge) * size).round() for corner, size in ((corner_y, height), (corner_x, width)))
+        rows, columns = torch.arange(height, device=images.device).view(1, -1, 1, 1), torch.arange(width, device=images.device).view(1, 1, -1, 1)
+        inside = (rows >= top) & (rows < top + (edge * height).round()) & (columns >= left) & (columns < left + (edge * width).round())
+        if "mixup" in steps:
+            inside = inside & (way < 0.5)
+            weight = torch.where(way < 0.5, 1.0, weight)
+        cut = torch.where(inside, partner, images)
+    else:
+        cut = images
+    if "mixup" not in steps:
+        return cut
+    return torch.lerp(partner.float(), cut.float(), weight).round_().to(torch.uint8)
 
 
 def _moved(drawn, device):

@@ -13,13 +13,15 @@ the whole transfer set, with augmentation it sees the very views that the studen
     python distill.py --approach mms
     python distill.py --approach mms --export onnx      # or torch, state_dict: the student for use elsewhere
 """
+import dataclasses
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 import engine
 import models
-from data import specs_of, target_of, unavailable
+from data import MIXING, specs_of, target_of, unavailable
 from export import export, require_packages
 from run import STAGE_FLAGS, UserError, command, is_first, name_of, name_of_approach, name_of_arch, open_stage, read_json, say, stop_on, write_json
 from TeacherTrain import saved_split, watch
@@ -98,6 +100,7 @@ def train_student(run, approach, target, device):
         settings.student_arch, classes, figures["weights"], models.input_size_of(settings.student_arch, settings.image_size))), settings.image_size)
     if supervised:
         objective = engine.cross_entropy(labels, device)
+        recipe = dataclasses.replace(recipe, augment=",".join(step for step in recipe.augment.split(",") if step not in MIXING) or "none")
     else:
         teacher = models.folded(models.load(teacher_path, settings.teacher_arch).to(device))
         objective = (fixed_objective(teacher, images, recipe.temperature, device) if recipe.augment == "none"

@@ -28,6 +28,8 @@ AUXILIARY_WEIGHT = 0.4      # of an auxiliary head's loss, as in Inception (Szeg
 EVALUATION_BATCH = 512      # images, of up to 96 pixels; fewer where they are larger
 READ_AT_ONCE = 100_000_000  # bytes of a memory-mapped array that may lie in memory
 PREFETCHED = 2              # batches that wait on the device, where the images stay on the CPU
+COMPILING_PAYS = 300.0      # seconds of training left, on CUDA, from which torch.compile earns back the minute that it takes
+COMPILER = "inductor"
 SAVE_INTERVAL = 20.0        # seconds of training after which the end of an epoch is worth a checkpoint
 
 
@@ -116,6 +118,17 @@ def share_of(count):
     """The part of `count` things, one after the other, that is this process's: (start, stop)."""
     number, processes = process()
     return number * count // processes, (number + 1) * count // processes
+
+
+def compiling_pays(device, seconds):
+    """Whether the steps of the `seconds` that a training will still take should be compiled."""
+    return device.type == "cuda" and seconds > COMPILING_PAYS
+
+
+def compiled(network):
+    """The same network for the steps to come; where the compiler fails, as it came."""
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(network, backend=COMPILER)
 
 
 def autocast(device):
@@ -299,7 +312,8 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
         if processes > 1:
             distributed.all_reduce(total)
         mean_loss = total.item() / len(batches) / processes     # waits for the device, so the clock is right
-        training.seconds += time.monotonic() - began
+        elapsed = time.monotonic() - began
+        training.seconds += elapsed
         training.images += sum(map(len, batches))
         if not math.isfinite(mean_loss):
             checkpoint.unlink(missing_ok=True)
@@ -307,6 +321,8 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
                             f"{optimizer.param_groups[0]['lr']:.3g}: give {remedy}")
         training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"],
                                  "confidence_accuracy": evaluate() if evaluate else None})
+        if epoch == start and compiling_pays(device, elapsed * (recipe.epochs - epoch - 1)):
+            network = compiled(network)
         if epoch + 1 < recipe.epochs and training.seconds - saved_at >= SAVE_INTERVAL:
             _save_progress(checkpoint, classifier, optimizer, scheduler, training)
             saved_at = training.seconds

@@ -37,7 +37,7 @@ def of(script, *arguments):
 def main():
     began = time.monotonic()
     found = {"stages": of("speed.py"), "usual way, batch 64": of("usual.py", "--batch-size", "64"), "usual way, batch 256": of("usual.py", "--batch-size", "256"),
-             "scale": of("scale.py"), "start-up": start_up()}
+             "scale": of("scale.py"), "processes": of("processes.py"), "start-up": start_up()}
     print(json.dumps(found | {"seconds": round(time.monotonic() - began)}, indent=2))
 
 

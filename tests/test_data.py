@@ -479,8 +479,44 @@ def test_augment_none_returns_the_same_pixels():
 def test_augment_does_not_change_what_it_is_given():
     pixels = random_pixels(4, 32, 32, 3)
     images = torch.from_numpy(pixels.copy())
-    data.augment(images, "crop,flip", generator())
+    data.augment(images, "crop,flip,mixup,cutmix", generator())
     np.testing.assert_array_equal(images.numpy(), pixels)
+
+
+def test_mixup_averages_an_image_with_another_by_weights_from_0_to_1():
+    images = torch.from_numpy(random_pixels(200, 20, 24, 3))
+    mixed, own, other = (values.double() for values in (data.augment(images, "mixup", generator()), images, images.roll(1, 0)))
+    weight = ((mixed - other) * (own - other)).sum((1, 2, 3)) / (own - other).square().sum((1, 2, 3))
+    expected = torch.lerp(other, own, weight.view(-1, 1, 1, 1))
+    assert (mixed - expected).abs().max() <= 0.7            # half a grey level of rounding, and the error of the weight
+    assert weight.min() < 0.02 and weight.max() > 0.98 and abs(weight.mean() - 0.5) < 0.06 and abs(weight.std() - 12 ** -0.5) < 0.04
+
+
+def test_cutmix_puts_a_rectangle_of_another_image_there():
+    images = torch.from_numpy(random_pixels(200, 20, 24, 3))
+    images[..., 0] = torch.arange(200, dtype=torch.uint8)[:, None, None]       # so that no pixel of two images is the same
+    cut = data.augment(images, "cutmix", generator())
+    theirs = (cut != images).any(3)
+    assert torch.equal(cut, torch.where(theirs[..., None], images.roll(1, 0), images))
+    assert torch.equal(theirs, theirs.any(2, keepdim=True) & theirs.any(1, keepdim=True))      # it has the area of a rectangle
+    assert all((side.long().diff(dim=1) == 1).sum(1).max() <= 1 for side in (theirs.any(2), theirs.any(1)))     # and is in one piece
+    share = theirs.double().mean((1, 2))
+    assert share.min() < 0.02 and share.max() > 0.98 and abs(share.mean() - 0.5) < 0.06
+
+
+def test_with_mixup_and_cutmix_each_image_has_one_of_the_two():
+    images = torch.from_numpy(random_pixels(200, 20, 24, 3))
+    images[..., 0] = torch.arange(200, dtype=torch.uint8)[:, None, None]
+    both = data.augment(images, "mixup,cutmix", generator())
+    unmixed = ((both == images) | (both == images.roll(1, 0))).flatten(1).all(1)
+    assert 80 < unmixed.sum() < 120
+    whole, part = (data.augment(images, "crop,flip", generator(), batch=200, part=each) for each in (slice(None), slice(0, 200)))
+    assert torch.equal(whole, part)
+
+
+def test_augmentations_repeat_themselves():
+    images = torch.from_numpy(random_pixels(50, 32, 32, 3))
+    assert torch.equal(*(data.augment(images, "crop,flip,mixup,cutmix", generator(3)) for _ in range(2)))
 
 
 def test_shuffled_batches_are_full_and_take_a_row_at_most_once():

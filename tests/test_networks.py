@@ -279,6 +279,24 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
                      seed=0, device=torch.device("cpu"), checkpoint=tmp_path / "part", label="test")
 
 
+def test_steps_that_are_compiled_end_where_the_others_do(tmp_path, monkeypatch):
+    """On CUDA that is done where much is left to train; here the compiler is the one that needs no other program."""
+    images, labels, cpu = random_images(40), np.random.default_rng(1).integers(0, 3, 40), torch.device("cpu")
+    monkeypatch.setattr(engine, "COMPILER", "aot_eager")
+    assert engine.compiling_pays(torch.device("cuda"), 1e4) and not engine.compiling_pays(torch.device("cuda"), 10) and not engine.compiling_pays(cpu, 1e4)
+    compiled, calls, ended = engine.compiled, [], []
+    monkeypatch.setattr(engine, "compiled", lambda network: calls.append(network) or compiled(network))
+    for pays in (False, True):
+        monkeypatch.setattr(engine, "compiling_pays", lambda device, seconds: pays)
+        network = tiny()
+        training = engine.train(network, images, np.arange(40), engine.cross_entropy(labels, cpu), RECIPE, seed=7, device=cpu, checkpoint=tmp_path / "part", label="test")
+        ended.append((network.network.state_dict(), training))
+    assert len(calls) == 1 and set(ended[0][0]) == set(ended[1][0])
+    for name, value in ended[0][0].items():
+        torch.testing.assert_close(ended[1][0][name], value, rtol=1e-3, atol=1e-4)
+    assert [epoch["loss"] for epoch in ended[1][1].history] == pytest.approx([epoch["loss"] for epoch in ended[0][1].history], rel=1e-4)
+
+
 class Waiting(TorchDispatchMode):
     """Counts what makes the host wait for the device: reading a number, and shapes that depend on values."""
     CALLS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "_unique2", "equal")
