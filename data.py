@@ -31,8 +31,7 @@ from shards import expanded, is_shards, open_shards
 # --------------------------------------------------------------------------------------------------
 
 
-MIXING = {"mixup", "cutmix"}        # which leave no image with one label
-AUGMENTATIONS = ("crop", "flip", *sorted(MIXING, reverse=True))
+MIXING = {"mixup", "cutmix"}        # augmentations that leave no image with one label
 
 
 def epoch_generator(seed, epoch):

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data import augment, epoch_generator, shuffled_batches
 from packing import release_pages
@@ -268,11 +269,14 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
     batch_size = min(recipe.batch_size, len(rows))
     if batch_size < 2 * processes:
         raise UserError(f"{label}: a batch of {batch_size} images is too small" + (f" for {processes} processes" if processes > 1 else " to train on"))
-    steps = max(1, len(rows) // recipe.batch_size)
+    per_epoch = max(1, len(rows) // recipe.batch_size)
+    steps = recipe.steps or recipe.epochs * per_epoch
+    epochs = -(-steps // per_epoch)
     optimizer = torch.optim.SGD(classifier.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
                                 nesterov=recipe.momentum > 0, fused=True)
-    scheduler = (torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.epochs * steps, cycle_momentum=False)
+    scheduler = (torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, steps, cycle_momentum=False)
                  if recipe.schedule == "onecycle" else torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
+    average = AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
     training = Training()
     start = 0
     if checkpoint.exists():
@@ -280,23 +284,25 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
         classifier.network.load_state_dict(saved["state_dict"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
+        if average is not None:
+            average.load_state_dict(saved["average"])
         training = Training(saved["history"], saved["seconds"], saved["images"])
         start = len(training.history)
     saved_at = training.seconds
-    progress = Progress(label, recipe.epochs * steps * batch_size)
-    progress.skip(start * steps * batch_size)
+    progress = Progress(label, steps * batch_size)
+    progress.skip(start * per_epoch * batch_size)
     # Each process has its share of every batch, whose gradient, the mean over all images, is that of one process; batch norm sees the share.
-    network = classifier if processes == 1 else DistributedDataParallel(classifier, [device] if device.type == "cuda" else None)
+    network = classifier if processes == 1 else DistributedDataParallel(classifier, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     mine = slice(*share_of(batch_size))
     weight = (mine.stop - mine.start) * processes / batch_size
 
-    for epoch in range(start, recipe.epochs):
+    for epoch in range(start, epochs):
         classifier.train()
         generator = epoch_generator(seed, epoch)
         torch.manual_seed(seed + epoch + 1_000_003 * number)        # dropout
         total = torch.zeros((), device=device)
         began = time.monotonic()
-        batches = [batch.to(tensor.device) for batch in shuffled_batches(rows, recipe.batch_size, generator)]
+        batches = [batch.to(tensor.device) for batch in shuffled_batches(rows, recipe.batch_size, generator)[:steps - epoch * per_epoch]]
         pixels = batches_of(tensor, [batch[mine] for batch in batches], device)
         for step, (batch, images_of_it) in enumerate(zip(batches, pixels)):
             views = augment(images_of_it, recipe.augment, generator, tensor.shape[1] // 8, len(batch), mine)
@@ -307,8 +313,10 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
             loss.backward()
             optimizer.step()
             scheduler.step()
+            if average is not None:
+                average.update_parameters(classifier)
             total += loss.detach()
-            progress.update(len(batch), lambda: f"epoch {epoch + 1}/{recipe.epochs}, loss {total.item() / (step + 1):.4f}")
+            progress.update(len(batch), lambda: f"epoch {epoch + 1}/{epochs}, loss {total.item() / (step + 1):.4f}")
         if processes > 1:
             distributed.all_reduce(total)
         mean_loss = total.item() / len(batches) / processes     # waits for the device, so the clock is right
@@ -319,15 +327,32 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
             checkpoint.unlink(missing_ok=True)
             raise UserError(f"{label}: the loss is {mean_loss} in epoch {epoch + 1} at a learning rate of "
                             f"{optimizer.param_groups[0]['lr']:.3g}: give {remedy}")
-        training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"],
-                                 "confidence_accuracy": evaluate() if evaluate else None})
-        if epoch == start and compiling_pays(device, elapsed * (recipe.epochs - epoch - 1)):
+        with _averaged(classifier, average):
+            training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"],
+                                     "confidence_accuracy": evaluate() if evaluate else None})
+        if epoch == start and compiling_pays(device, elapsed * (epochs - epoch - 1)):
             network = compiled(network)
-        if epoch + 1 < recipe.epochs and training.seconds - saved_at >= SAVE_INTERVAL:
-            _save_progress(checkpoint, classifier, optimizer, scheduler, training)
+        if epoch + 1 < epochs and training.seconds - saved_at >= SAVE_INTERVAL:
+            _save_progress(checkpoint, classifier, optimizer, scheduler, average, training)
             saved_at = training.seconds
     progress.close()
+    if average is not None:
+        classifier.load_state_dict(average.module.state_dict())
     return training
+
+
+@contextlib.contextmanager
+def _averaged(classifier, average):
+    """The classifier with the averaged weights; with its own where there is no average."""
+    if average is None:
+        yield
+        return
+    own = {name: value.clone() for name, value in classifier.state_dict().items()}
+    classifier.load_state_dict(average.module.state_dict())
+    try:
+        yield
+    finally:
+        classifier.load_state_dict(own)
 
 
 def _loss(objective, logits, views, rows):
@@ -337,11 +362,11 @@ def _loss(objective, logits, views, rows):
     return objective(logits, views, rows)
 
 
-def _save_progress(path, classifier, optimizer, scheduler, training):
+def _save_progress(path, classifier, optimizer, scheduler, average, training):
     buffer = io.BytesIO()
     torch.save({"state_dict": classifier.network.state_dict(), "optimizer": optimizer.state_dict(),
                 "scheduler": {name: value for name, value in scheduler.state_dict().items() if isinstance(value, (int, float, list, bool))},
-                "history": training.history, "seconds": training.seconds, "images": training.images}, buffer)
+                "average": None if average is None else average.state_dict(), "history": training.history, "seconds": training.seconds, "images": training.images}, buffer)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 

@@ -37,7 +37,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is trained: SGD on batches of `batch_size` for `epochs` passes."""
+    """How one network is trained: SGD on batches of `batch_size` for `epochs` passes, or for `steps` batches."""
 
     epochs: int
     batch_size: int
@@ -45,8 +45,10 @@ class Recipe:
     momentum: float = 0.0           # Nesterov momentum when it is not 0
     weight_decay: float = 0.0
     schedule: str = "constant"      # or "onecycle": warm up to `lr`, then anneal to nearly 0 (cosine)
-    augment: str = "none"           # or "crop" (4 pixels, reflected), or "crop,flip"
+    augment: str = "none"           # or some of AUGMENTATIONS, joined by commas
     temperature: float = 1.0        # of the KD loss; a network that learns from labels ignores it
+    steps: int = 0                  # where it is not 0, in place of epochs: that many batches, however large the transfer set is
+    ema: float = 0.0                # what the network ends as is the moving average of its weights with this decay, where it is not 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ RECIPES = {
                        schedule="onecycle", temperature=4.0)),
 }
 
+AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
 MAX_BAD = 0.01              # share of unreadable images in a folder above which something else is wrong
 SPARE = 200_000_000         # bytes of disk that stay free
 DATA_FREE_SIZE = 50_000     # images of a transfer set where no training split says how many
@@ -87,7 +90,8 @@ FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from
 # --------------------------------------------------------------------------------------------------
 
 APPROACHES = ("supervised", "eats", "balanced", "random", "mms", "entropy")
-MORE_CRITERIA = ("confidence", "energy", "cross_entropy")       # approaches that run when they are asked for
+MORE_CRITERIA = ("confidence", "energy", "cross_entropy")
+MORE_APPROACHES = ("all", *MORE_CRITERIA)       # which run when they are asked for
 # what else has a name in scores/*.npz, thresholds.json or a summary.json
 TAKEN = ("predicted", "index", "shard_images", "seconds", "made_from", "digests", "teacher", "sources", "classes", "scale", "quantile", "calibrated_on")
 EATS_SOURCES = ("svhn", "tinyimagenet")     # arXiv 2011.09113
@@ -143,6 +147,12 @@ class Settings:
     no_balance: bool = False
     shortfall: str = "keep"
     teacher_lr: float | None = None
+    steps: int = 0
+    augment: str | None = None
+    schedule: str | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    ema: float | None = None
 
     @property
     def teacher_recipe(self):
@@ -152,12 +162,17 @@ class Settings:
 
     @property
     def student_recipe(self):
+        """Of every student: the named recipe, and what the flags change of it."""
+        changed = {name: getattr(self, name) for name in CHANGEABLE if getattr(self, name) is not None}
         return dataclasses.replace(RECIPES[self.recipe].student, epochs=self.epochs, lr=self.lr,
-                                   batch_size=self.batch_size, temperature=self.temperature)
+                                   batch_size=self.batch_size, temperature=self.temperature, steps=self.steps, **changed)
 
 
 LATER_DEFAULTS = {field.name: {} if field.name == "criteria" else field.default for field in dataclasses.fields(Settings)
                   if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING}
+
+
+CHANGEABLE = ("augment", "schedule", "momentum", "weight_decay", "ema")     # parts of a student's recipe: None is the recipe's own
 
 
 def name_of(spec):
@@ -228,6 +243,20 @@ def _arch(text):
     return f"{Path(path).resolve()}:{factory}" if path.endswith(".py") else text
 
 
+def _augment(text):
+    steps = text.split(",")
+    if text != "none" and (len(set(steps)) < len(steps) or not set(steps) <= set(AUGMENTATIONS)):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither none nor some of {','.join(AUGMENTATIONS)}")
+    return text
+
+
+def _below_one(text):
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 ... 1, without 1")
+    return value
+
+
 def _quantile(text):
     if not 0 < share(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to 1")
@@ -272,10 +301,10 @@ FLAGS = {
                          f"for digits {','.join(BUILT_IN_SOURCES)})"),
     "approaches": dict(type=_list_of(_approach, "approach"), metavar="A,B,...",
                        help=f"rows of the table, of {','.join(APPROACHES)} (default: all of these; eats only where "
-                            f"{' or '.join(EATS_SOURCES)} is among the sources), {','.join(MORE_CRITERIA)}, or a Python file "
+                            f"{' or '.join(EATS_SOURCES)} is among the sources), {','.join(MORE_APPROACHES)}, or a Python file "
                             "with a criterion of your own: KEEP, score and threshold as in mms_threshold.py"),
     "approach": dict(type=_approach, metavar="A",
-                     help=f"which approach, of {','.join(APPROACHES + MORE_CRITERIA)}, or a Python file with a criterion (default: mms)"),
+                     help=f"which approach, of {','.join(APPROACHES + MORE_APPROACHES)}, or a Python file with a criterion (default: mms)"),
     "recipe": dict(choices=tuple(RECIPES), help="how the networks are trained: reference (the published protocol), "
                                                 "best, quick (default: reference; quick for digits)"),
     "data_dir": dict(metavar="DIR", help="where data sets are looked for, fetched to and packed (default: data)"),
@@ -333,6 +362,13 @@ FLAGS = {
     "teacher_lr": dict(type=_positive_float, metavar="RATE", help="learning rate of the teacher (default: the recipe's, a tenth of it from trained weights)"),
     "batch_size": dict(type=_batch, metavar="N", help="of every student (default: the recipe's)"),
     "lr": dict(type=_positive_float, metavar="RATE", help="learning rate of every student (default: the recipe's)"),
+    "steps": dict(type=_positive_int, metavar="N", help="train every student for N batches, however large its transfer set is, in place of --epochs"),
+    "augment": dict(type=_augment, metavar="none|A,B,...",
+                    help=f"what changes the images of every student, of {','.join(AUGMENTATIONS)}; teacher and student see the same (default: the recipe's)"),
+    "schedule": dict(choices=("constant", "onecycle"), help="of every student's learning rate (default: the recipe's)"),
+    "momentum": dict(type=_below_one, metavar="M", help="of every student, Nesterov's (default: the recipe's)"),
+    "weight_decay": dict(type=_below_one, metavar="W", help="of every student (default: the recipe's)"),
+    "ema": dict(type=_below_one, metavar="D", help="every student ends as the moving average of its weights with decay D; 0 is none (default: the recipe's)"),
     "limit": dict(type=_positive_int, metavar="N",
                   help="use at most N images of every data set and split, evenly spaced, for a trial run"),
     "max_bad": dict(type=share, metavar="SHARE",
@@ -354,6 +390,7 @@ DECIDES = {
     "sources": "transfer", "calibrate": "transfer", "fill": "transfer", "transfer_size": "transfer",
     "student_arch": "students", "student_weights": "students", "supervised_weights": "students",
     "temperature": "students", "epochs": "students", "batch_size": "students", "lr": "students",
+    "steps": "students", **dict.fromkeys(CHANGEABLE, "students"),
 }
 MADE_BY = {
     "teacher": ("split.npz", "teacher.pt", "teacher.json", "teacher.part"),
@@ -374,7 +411,10 @@ def parse(argv, description, flags):
                      allow_abbrev=False)
     for name in flags:
         parser.add_argument("--" + name.replace("_", "-"), dest=name, **FLAGS[name])
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    if "steps" in given and "epochs" in given:
+        parser.error("--steps and --epochs contradict each other: give one of them")
+    return given
 
 
 def resolve(given):
@@ -424,7 +464,8 @@ def resolve(given):
         batch_size=given.get("batch_size", RECIPES[recipe].student.batch_size),
         lr=given.get("lr", RECIPES[recipe].student.lr), limit=given.get("limit"),
         max_bad=given.get("max_bad", MAX_BAD), restart=given.get("restart", False), criteria=criteria,
-        **{name: given.get(name, default) for name, default in LATER_DEFAULTS.items() if name != "criteria"})
+        steps=given.get("steps", 0 if "epochs" in given else RECIPES[recipe].student.steps),
+        **{name: given.get(name, default) for name, default in LATER_DEFAULTS.items() if name not in ("criteria", "steps")})
 
 
 def default_teacher(target):
@@ -435,7 +476,7 @@ def _with_criteria(given, approaches):
     """(names of the approaches, {name: file} of the criteria that are the user's own)."""
     files = [approach for approach in (*approaches, given.get("approach", "")) if approach.endswith(".py")]
     criteria = given.get("criteria", {}) | {Path(file).stem: file for file in files}
-    known = APPROACHES + MORE_CRITERIA
+    known = APPROACHES + MORE_APPROACHES
     for name, file in criteria.items():
         if name in known or name in TAKEN:
             raise UserError(f"{file}: {name} is the name of something else in a run folder: rename the file")
@@ -714,6 +755,8 @@ def open_stage(argv, description, flags=STAGE_FLAGS):
     merged = stored | given
     if "eats" in merged.get("approaches", ()) and "sources" in given:
         del merged["approaches"]        # the stored rows belong to the stored sources
+    if "epochs" in given:
+        merged.pop("steps", None)
     settings = resolve({name: value for name, value in merged.items() if value is not None})
     if "supervised_weights" in stored and "student_weights" not in given and settings.teacher_weights == stored["teacher_weights"]:
         settings = dataclasses.replace(settings, supervised_weights=stored["supervised_weights"])

@@ -9,6 +9,7 @@ sorts numbers. With t the threshold of a class,
 
     mms, entropy, ...  of the images whose score passes t[predicted], a bucket for each class
     balanced, eats     the same without a threshold (eats: from SVHN and TinyImageNet alone)
+    all                every image of every source
     random             as many images as mms has, without threshold or balance
 
     python transfer.py --approach mms
@@ -255,13 +256,16 @@ def join(scores):
 
 
 def select(approach, candidates, thresholds, bucket, fill="first", seed=0, balance=True, shortfall="keep", criteria=CRITERIA):
-    """The transfer set of an approach: positions in `candidates`, (n,) int64, ascending, some twice where shortfall is "repeat".
+    """The transfer set of an approach: positions in `candidates`, (n,) int64, ascending, some twice where shortfall is "repeat". That of
+    "all" is everything, whatever the other rules say.
 
     thresholds: {criterion: (C,) float64}. bucket: images a class. balance=False: one bucket, as large as all together.
     shortfall, where a bucket is not full: "keep" it so, "relax" (the next best below the threshold; a class without threshold has all of
     its images there), or "repeat" the images it has, in their order.
     """
     rules = dict(fill=fill, seed=seed, balance=balance, shortfall=shortfall, criteria=criteria)
+    if approach == "all":
+        return np.arange(len(candidates))
     if approach == "random":
         size = min(len(candidates), len(select("mms", candidates, thresholds, bucket, **rules)))
         return np.sort(np.random.default_rng(engine.seed_for(seed, "random")).choice(len(candidates), size, replace=False))
@@ -461,8 +465,8 @@ def make_transfer_set(run, approach, scoring, target_size):
         "per_source": {name: int((source == i).sum()) for i, name in enumerate(candidates.names)},
         "unreadable": {name: scoring.bad(name) for name in candidates.names if scoring.bad(name)},
         "added": {classes[c]: int(n) for c, n in enumerate(added) if n and approach != "random"},
-        # random doesn't fill buckets, so none of its classes can be short
-        "shortfall": {} if approach == "random" or settings.no_balance else {classes[c]: int(bucket - n) for c, n in enumerate(per_class) if n < bucket},
+        # these two don't fill buckets, so none of their classes can be short
+        "shortfall": {} if approach in ("random", "all") or settings.no_balance else {classes[c]: int(bucket - n) for c, n in enumerate(per_class) if n < bucket},
         "no_threshold": [classes[c] for c in np.flatnonzero(np.isnan(thresholds[approach]))] if approach in scoring.criteria else [],
         "calibrated_on": settings.calibrate if approach in (*scoring.criteria, "random") else None,
     }

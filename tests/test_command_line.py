@@ -101,6 +101,17 @@ def test_defaults_follow_the_target():
     assert run.resolve({"teacher_weights": "none"}).supervised_weights == "none"
 
 
+@pytest.mark.parametrize("argv, said", [
+    (["--augment", "crop,spin"], "'crop,spin' is neither none nor some of crop,flip,mixup,cutmix"), (["--augment", "crop,crop"], "neither none nor"),
+    (["--ema", "1"], "1 is not in 0 ... 1, without 1"), (["--momentum", "-0.1"], "not in 0 ... 1"), (["--weight-decay", "nan"], "not in 0 ... 1"),
+    (["--steps", "0"], "0 is not a positive whole number"), (["--steps", "5", "--epochs", "5"], "--steps and --epochs contradict each other"),
+    (["--schedule", "cosine"], "invalid choice"),
+])
+def test_a_recipe_that_can_not_be_is_refused(execute, argv, said):
+    status, out, err = execute(compile.main, ["--target", "digits", *argv])
+    assert status == 2 and said in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("script", ["compile.py", "data.py", "TeacherTrain.py", "mms_threshold.py", "entropy.py", "transfer.py", "distill.py", "report.py"])
 def test_help_explains_every_flag(script):
     done = subprocess.run([sys.executable, str(REPOSITORY / script), "--help"], capture_output=True, text=True)

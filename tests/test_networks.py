@@ -1,4 +1,5 @@
 """Networks, their heads and checkpoints; the training loop and the evaluation."""
+import dataclasses
 import pickle
 
 import numpy as np
@@ -244,7 +245,9 @@ def test_imagenet_weights_are_loaded_and_the_head_is_new(tmp_path, monkeypatch):
     assert network.fc.out_features == 3
 
 
-def test_training_is_repeatable_and_an_interrupted_one_ends_in_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"steps": 10, "augment": "crop,flip,mixup,cutmix"}])
+def test_training_is_repeatable_and_an_interrupted_one_ends_in_the_same_bits(tmp_path, monkeypatch, changes):
+    recipe = dataclasses.replace(RECIPE, **changes)
     monkeypatch.setattr(engine, "SAVE_INTERVAL", 0.0)
     images, rows = random_images(40), np.arange(2, 38)
     labels = np.random.default_rng(1).integers(0, 3, 40)
@@ -257,7 +260,7 @@ def test_training_is_repeatable_and_an_interrupted_one_ends_in_the_same_bits(tmp
             if stop_after is not None and next(stopping) == stop_after:
                 raise KeyboardInterrupt
             return 0.0
-        training = engine.train(network, images, rows, engine.cross_entropy(labels, torch.device("cpu")), RECIPE, seed=7,
+        training = engine.train(network, images, rows, engine.cross_entropy(labels, torch.device("cpu")), recipe, seed=7,
                                 device=torch.device("cpu"), checkpoint=path, label="test", evaluate=evaluate)
         return network.state_dict(), training
 
@@ -268,9 +271,27 @@ def test_training_is_repeatable_and_an_interrupted_one_ends_in_the_same_bits(tmp
     resumed, resumed_training = trained(tmp_path / "b")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert [epoch["loss"] for epoch in training.history] == [epoch["loss"] for epoch in resumed_training.history]
-    assert training.images == resumed_training.images == 3 * 32
+    assert training.images == resumed_training.images == 8 * changes.get("steps", 3 * 4)
     other = tiny(seed=1).state_dict()
     assert not all(torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_ema_is_the_moving_average_of_the_weights_of_every_step(tmp_path):
+    images, labels, cpu = random_images(8), np.array([0, 1, 2, 0, 1, 2, 0, 1]), torch.device("cpu")
+    ended = {}
+    for decay in (0.0, 0.8):        # one step an epoch, so that each is seen
+        network, seen = tiny(), []
+        engine.train(network, images, np.arange(8), engine.cross_entropy(labels, cpu), dataclasses.replace(RECIPE, epochs=5, ema=decay), seed=7, device=cpu,
+                     checkpoint=tmp_path / "part", label="test", evaluate=lambda: seen.append({name: value.clone() for name, value in network.state_dict().items()}))
+        ended[decay] = (network.state_dict(), seen)
+    expected = ended[0.0][1][0]
+    for weights, averaged in zip(ended[0.0][1], ended[0.8][1]):
+        expected = {name: 0.8 * value.double() + 0.2 * weights[name].double() for name, value in expected.items()}
+        for name, value in averaged.items():
+            if value.is_floating_point():
+                torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(value, ended[0.8][1][-1][name]) for name, value in ended[0.8][0].items())
+    assert all(torch.equal(value, ended[0.0][1][-1][name]) for name, value in ended[0.0][0].items())
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):

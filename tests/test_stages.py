@@ -55,6 +55,28 @@ def test_stages_by_hand_give_the_numbers_of_compile(flags, finished, execute):
         assert by_hand["accuracy"] == by_compile["accuracy"]
 
 
+def test_all_takes_every_image_and_the_flags_of_the_recipe_reach_the_student(flags, finished, execute, monkeypatch):
+    recipes, train = [], engine.train
+    monkeypatch.setattr(engine, "train", lambda *args, **kwargs: recipes.append(args[4]) or train(*args, **kwargs))
+    at = flags.index("--epochs")
+    changed = [*flags[:at], *flags[at + 2:], "--steps", "5", "--augment", "crop,mixup", "--schedule", "constant", "--momentum", "0.5", "--weight-decay", "0.001", "--ema", "0.9"]
+    for name in ("transfer", "students"):
+        shutil.rmtree(RUN / name)
+    status, out, err = execute(compile.main, [*changed, "--approaches", "supervised,all", "--transfer-size", "30"])
+    assert (status, err) == (0, "") and "transfer: all, 180 images" in out and "from pool 120, more 60" in out
+    supervised, distilled = recipes
+    assert (distilled.steps, distilled.augment, distilled.schedule, distilled.momentum, distilled.weight_decay, distilled.ema) == (5, "crop,mixup", "constant", 0.5, 0.001, 0.9)
+    assert supervised.augment == "crop"         # a mixture has no label
+    summary = json.loads((RUN / "transfer/all/summary.json").read_text())
+    assert summary["shortfall"] == {} and np.load(RUN / "transfer/all/images.npy").shape == (180, 32, 32, 3)
+    history = json.loads((RUN / "students/all.json").read_text())["history"]
+    assert len(history) == 1 and history[0]["lr"] == 0.1       # 5 of 11 batches
+    status, _, err = execute(compile.main, [*changed, "--approaches", "all", "--transfer-size", "30", "--ema", "0.99"])
+    assert status == 2 and "--ema 0.9, not 0.99" in err
+    (RUN / "students/all.json").unlink()
+    assert execute(distill.main, ["--target", flags[1], "--approach", "all"])[0] == 0 and recipes[-1] == distilled     # what is not given comes from the run folder
+
+
 def test_the_run_folder_and_the_table_are_as_documented(finished):
     for name in ("config.json", "split.npz", "teacher.pt", "teacher.json", "scores/pool.npz", "scores/more.npz", "scores/confidence.npz",
                  "thresholds.json", "transfer/mms/images.npy", "transfer/mms/manifest.csv", "transfer/mms/summary.json",
