@@ -204,7 +204,7 @@ def main(argv):
     parser.add_argument("--run-dir", default="runs/cifar10", help="a run folder with a teacher (default: runs/cifar10)")
     parser.add_argument("--grid", choices=tuple(GRIDS), default="selection", help="(default: selection)")
     parser.add_argument("--seeds", default="0", help="joined by commas (default: 0)")
-    parser.add_argument("--only", default="", help="run the cells alone whose key has one of these texts, joined by commas, in it")
+    parser.add_argument("--only", nargs="+", default=(), metavar="TEXT", help="run the cells alone whose key has one of these texts in it")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after that time")
     parser.add_argument("--table", action="store_true", help="print what is there")
     args = parser.parse_args(argv)
@@ -215,11 +215,10 @@ def main(argv):
     device = engine.pick_device(settings.device)
     os.makedirs(run / "ablation", exist_ok=True)
     target, pool = data.target_of(settings), Pool(run, device)
-    wanted = [text for text in args.only.split(",") if text]
     began = time.monotonic()
     for cell in GRIDS[args.grid]([int(seed) for seed in args.seeds.split(",")]):
         there = {line["key"]: line["teacher"] for line in lines_of(path)}
-        if cell.key in there or wanted and not any(text in cell.key for text in wanted):
+        if cell.key in there or args.only and not any(text in cell.key for text in args.only):
             continue
         if time.monotonic() - began > 60 * args.minutes:
             break
