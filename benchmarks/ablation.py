@@ -9,6 +9,7 @@ the teacher's class, a choice that needs no image of the target. `confidence` is
 """
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.decomposition import PCA
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -29,7 +32,7 @@ import distill
 import engine
 import models
 import transfer
-from run import RECIPES, UserError, command, open_stage, say, write_text
+from run import RECIPES, UserError, command, open_stage, say, write_atomically, write_text
 from TeacherTrain import saved_split
 
 HELD_OUT = 4_000
@@ -62,7 +65,7 @@ def cells_of_selection(seeds):
     """At equal size and equal steps: does the choice of images matter?"""
     for seed, size in itertools.product(seeds, (15_000, 5_000, 50_000)):
         yield from (Cell(name, size, seed) for name in SELECTIONS if name != "all")
-    yield from (Cell("all", None, seed) for seed in seeds)
+    yield from (Cell(name, None, seed) for name in ("all", *SAMPLINGS) for seed in seeds)
 
 
 def cells_of_recipe(seeds):
@@ -90,7 +93,7 @@ class Pool:
     """
 
     def __init__(self, run, device):
-        self.scoring = transfer.Scoring(run, device)
+        self.run, self.scoring = run, transfer.Scoring(run, device)
         self.candidates = self.scoring.candidates()
         self.images = np.concatenate([self.scoring.source(name).images for name in self.candidates.names])
         rng = np.random.default_rng(engine.seed_for(0, "held out"))
@@ -98,6 +101,21 @@ class Pool:
         self.usable = np.setdiff1d(np.arange(len(self.candidates)), self.held_out)
         self.thresholds = transfer.make_thresholds(run, self.scoring)
         self.classes = len(self.scoring.classes)
+
+    @functools.cached_property
+    def features(self):
+        """What the teacher's last linear layer is given, (N, D) float32, and for each image how far the channels of each batch norm lie from
+        its running mean, in standard deviations, (N, channels of all of them) float16. Kept in the run folder."""
+        path = self.run / "ablation" / f"features-{self.scoring.teacher_digest}.npz"
+        if not path.exists():
+            found = activations(models.load(self.scoring.path, self.run.settings.teacher_arch), self.images)
+            write_atomically(path, lambda file: np.savez(file, last=found[0], norms=found[1]))
+        saved = np.load(path)
+        return saved["last"], saved["norms"]
+
+    @functools.cached_property
+    def weights(self):
+        return tilting(self.features[1])
 
     def best(self, badness, size):
         """The `size` images with the least badness (N,): an equal share of each predicted class, and what short classes leave, from all of them."""
@@ -115,6 +133,92 @@ class Pool:
     def order(self, seed):
         """A random place (N,) for every image."""
         return np.random.default_rng(engine.seed_for(seed, "order")).permutation(len(self.candidates))
+
+
+@torch.no_grad()
+def activations(teacher, images):
+    """(input of the head (N, D) float32, mean of each channel before each batch norm, normalised as that one does it (N, C) float16)."""
+    last, norms = [], []
+    parent, name = models.heads(teacher)[-1]
+    getattr(parent, name).register_forward_pre_hook(lambda module, given: last.append(given[0].flatten(1)))
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda module, given: norms.append(
+                ((given[0].mean((2, 3)) - module.running_mean) / (module.running_var + module.eps).sqrt()).half()))
+    rows = []
+    for batch in torch.from_numpy(images).split(engine.EVALUATION_BATCH):
+        teacher.eval()(batch)
+        rows.append(torch.cat(norms, 1))
+        norms.clear()
+    return torch.cat(last).numpy(), torch.cat(rows).numpy()
+
+
+def tilting(values, directions=200, strength=0.01, steps=300):
+    """Weights (N,), of mean 1, under which the mean of `values` (N, C) is 0: exp(values @ t), of all such weights the most even ones.
+
+    That is the maximum-entropy way to make the pool look like the data that batch norms have averaged, whose mean in these units is 0 by
+    definition. Solved by Newton's method in the `directions` in which the pool varies most; strength: of the ridge on t.
+    """
+    sample = values[np.random.default_rng(0).choice(len(values), 10_000, replace=False)].astype(np.float32)
+    found = PCA(directions, svd_solver="randomized", random_state=0).fit(sample)
+    axes = (found.components_ / found.explained_variance_[:, None] ** 0.5).T.astype(np.float32)
+    reduced = np.concatenate([part.astype(np.float32) @ axes for part in np.array_split(values, 50)]).astype(np.float64)     # of about unit variance
+    tilt = np.zeros(directions)
+
+    def objective(tilt):
+        exponent = reduced @ tilt
+        highest = exponent.max()
+        return highest + np.log(np.exp(exponent - highest).mean()) + strength / 2 * tilt @ tilt
+    for _ in range(steps):
+        exponent = reduced @ tilt
+        weight = np.exp(exponent - exponent.max())
+        weight /= weight.sum()
+        gradient = weight @ reduced
+        hessian = (reduced * weight[:, None]).T @ reduced - np.outer(gradient, gradient) + strength * np.eye(directions)
+        step = np.linalg.solve(hessian, gradient + strength * tilt)
+        scale = 1.0
+        while objective(tilt - scale * step) > objective(tilt) and scale > 1e-4:
+            scale /= 2
+        tilt -= scale * step
+        if np.abs(scale * step).max() < 1e-6:
+            break
+    exponent = reduced @ tilt
+    weight = np.exp(exponent - exponent.max())
+    return weight / weight.mean()
+
+
+def _drawn(weight, usable, size, seed):
+    """`size` of the usable images, each as likely as its weight (N,): without replacement, by exponential races."""
+    races = np.random.default_rng(engine.seed_for(seed, "races")).exponential(size=len(weight)) / np.maximum(weight, 1e-12)
+    return np.sort(usable[np.argpartition(races[usable], size - 1)[:size]])
+
+
+def _tilted(power):
+    """As if the sources had the teacher's batch-norm statistics: each image as likely as that power of its weight."""
+    return lambda pool, size, seed: _drawn(pool.weights ** power, pool.usable, size, seed)
+
+
+def _weighted(power):
+    """The same with replacement: what is likely comes often."""
+    def chosen(pool, size, seed):
+        share = pool.weights[pool.usable] ** power
+        return np.sort(np.random.default_rng(engine.seed_for(seed, "weighted")).choice(pool.usable, size, p=share / share.sum()))
+    return chosen
+
+
+def _coverage(pool, size, seed):
+    """An equal share of each of size / 10 clusters of the teacher's features, drawn at random; what small clusters leave, from the others."""
+    last = pool.features[0]
+    clusters = MiniBatchKMeans(size // 10, random_state=seed, batch_size=4096, n_init=1, max_iter=20).fit(last[pool.usable]).predict(last)
+    eligible, order = np.zeros(len(last), bool), pool.order(seed)
+    eligible[pool.usable] = True
+    chosen = np.empty(0, np.int64)
+    while len(chosen) < size:       # a round fills every cluster that has more by its share of what is lacking
+        left = np.unique(clusters[eligible])
+        more = transfer.fill_buckets(clusters, eligible, max(1, (size - len(chosen)) // len(left)), order)[:size - len(chosen)]
+        eligible[more] = False
+        chosen = np.r_[chosen, more]
+    return np.sort(chosen)
 
 
 def _random(pool, size, seed):
@@ -140,24 +244,28 @@ SELECTIONS = {
     "mms, first": _first("mms"),
     "entropy": lambda pool, size, seed: pool.best(pool.badness("entropy"), size),
     "confidence": lambda pool, size, seed: pool.best(pool.badness("confidence"), size),
+    "coverage": _coverage,
+    "tilted": _tilted(1.0),
+    "tilted, root": _tilted(0.5),
     "energy": lambda pool, size, seed: pool.best(pool.badness("energy"), size),
 }
+SAMPLINGS = {"weighted": _weighted(1.0), "weighted, root": _weighted(0.5)}      # of everything, an image for each place in a batch
 
 
 def run_cell(cell, pool, run, target, device):
     """What a student of that cell reached."""
     folder, seed = run / "ablation", engine.seed_for(cell.seed, "student")
-    chosen = SELECTIONS[cell.selection](pool, cell.size, cell.seed)
-    if cell.size is not None and len(chosen) != min(cell.size, len(pool.usable)):
+    size = cell.steps * cell.recipe.batch_size if cell.selection in SAMPLINGS else cell.size
+    chosen = (SELECTIONS | SAMPLINGS)[cell.selection](pool, size, cell.seed)
+    if cell.size is not None and len(chosen) != size:
         raise UserError(f"{cell.key}: {len(chosen):,} images are selected, not {cell.size:,}")
     teacher, recipe = pool.scoring.teacher, cell.recipe
     torch.manual_seed(seed)
     student = models.build(run.settings.student_arch, pool.scoring.classes)
-    images = pool.images[chosen]
-    objective = (distill.fixed_objective(teacher, images, recipe.temperature, device) if recipe.augment == "none"
+    objective = (distill.fixed_objective(teacher, pool.images, recipe.temperature, device) if recipe.augment == "none"
                  else distill.live_objective(teacher, recipe.temperature, device))
     part = folder / f"{cell.key.replace(' ', '_')}.part"
-    training = engine.train(student, images, np.arange(len(images)), objective, recipe, seed=seed, device=device, checkpoint=part, label=cell.key)
+    training = engine.train(student, pool.images, chosen, objective, recipe, seed=seed, device=device, checkpoint=part, label=cell.key)
     _, confidence = saved_split(run, len(target.train))
     answers = engine.predict(student, pool.images, pool.held_out, device).argmax(1).numpy()
     figures = {
