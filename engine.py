@@ -75,6 +75,12 @@ def start_processes():
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=30))
 
 
+def end_processes():
+    """Leaves the others once all have come here: an interpreter that ends with their threads at work may be aborted."""
+    wait()
+    distributed.destroy_process_group()
+
+
 def process():
     """(number of this process, how many there are)."""
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)

@@ -861,10 +861,13 @@ def command(main):
     """Runs a script's main(argv) and exits: 2 after one line for a UserError, 130 when interrupted."""
     program = Path(sys.argv[0]).name
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            main(sys.argv[1:])
+        else:
             import engine
             engine.start_processes()
-        main(sys.argv[1:])
+            main(sys.argv[1:])
+            engine.end_processes()
     except UserError as error:
         if not is_first():      # what every process runs into, the first one says, and torchrun ends the others meanwhile
             time.sleep(OTHERS_WAIT)

@@ -83,6 +83,8 @@ training = engine.train(classifier, images, np.arange(50), engine.cross_entropy(
 if engine.process()[0] == 0:
     torch.save({{"state": network.state_dict(), "loss": [e["loss"] for e in training.history], "images": training.images,
                 "logits": engine.predict(classifier, images, np.arange(3, 40)) if engine.process()[1] == 1 else None}}, sys.argv[1])
+if "RANK" in os.environ:
+    engine.end_processes()
 """)
     found = []
     for processes in (1, 2):
