@@ -39,8 +39,9 @@ def check_everything_is_there(settings):
     if "supervised" in settings.approaches and not is_made("students/supervised.json"):
         weights.append(("student", settings.student_arch, settings.supervised_weights, None))
     weights.append(("student", settings.student_arch, settings.student_weights, None))
-    if settings.teacher_checkpoint:
-        models.read_tensors(settings.teacher_checkpoint)
+    given = models.read_tensors(settings.teacher_checkpoint) if settings.teacher_checkpoint else None
+    if settings.student_weights == "teacher":
+        models.require_heir(settings.student_arch, given.get("arch", settings.teacher_arch) if isinstance(given, dict) else settings.teacher_arch)
     criteria_of(settings)
     if not settings.restart:
         for run in runs:

@@ -96,8 +96,14 @@ def train_student(run, approach, target, device):
         return figures
 
     torch.manual_seed(seed)
+    heir = figures["weights"] in ("teacher", "auto")
     student = models.require_logits(engine.first_alone(lambda: models.build(
-        settings.student_arch, classes, figures["weights"], models.input_size_of(settings.student_arch, settings.image_size))), settings.image_size)
+        settings.student_arch, classes, "none" if heir else figures["weights"], models.input_size_of(settings.student_arch, settings.image_size))), settings.image_size)
+    if heir:
+        teacher = models.load(teacher_path, settings.teacher_arch)
+        if figures["weights"] == "teacher":
+            models.require_heir(settings.student_arch, teacher.arch)
+        figures["weights"] = "teacher" if models.inherit(student, teacher) >= models.ENOUGH_SHARED else "none"
     if supervised:
         objective = engine.cross_entropy(labels, device)
         recipe = dataclasses.replace(recipe, augment=",".join(step for step in recipe.augment.split(",") if step not in MIXING) or "none")
@@ -125,9 +131,10 @@ def report_student(figures):
     if not figures["history"]:
         say(f"student: {figures['approach']}, none: a transfer set of {figures['transfer_size']} images is too small to learn from")
         return
+    start = ", from the teacher's weights" if figures["weights"] == "teacher" else ""
     retention = "unknown" if figures["retention"] is None else f"{figures['retention']:.3f}"
     accuracy = "no test split to measure its accuracy on" if figures["accuracy"] is None else f"{figures['accuracy']:.2%} on the test split, retention {retention}"
-    say(f"student: {figures['approach']}, {name_of_arch(figures['arch'])}, {accuracy}, {figures['seconds']:,.0f} s at {figures['images_per_second']:,.0f} img/s")
+    say(f"student: {figures['approach']}, {name_of_arch(figures['arch'])}{start}, {accuracy}, {figures['seconds']:,.0f} s at {figures['images_per_second']:,.0f} img/s")
 
 
 def export_student(run, approach, form, target):

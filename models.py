@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from download import RemoteFile, fetch, reachable
 from packing import IMAGE_SIZE
-from run import UserError, file_digest, first_line, import_file, is_own, running_own, write_atomically
+from run import UserError, file_digest, first_line, import_file, is_own, name_of_arch, running_own, write_atomically
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
 INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
@@ -29,6 +29,8 @@ INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the ot
 AT_LEAST = ("inception_v3", "alexnet")      # which take more as well
 TIMM = "timm:"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "teacher")     # keys that a state dict is saved under
+STARTS = ("none", "imagenet", "teacher", "auto")    # of a network's weights, if it is not a file
+ENOUGH_SHARED = 0.5     # of a student's parameters, for a start from the teacher's
 CENTERED = (0.5, 0.5, 0.5)      # as mean and as deviation: pixels in [-1, 1]
 
 
@@ -361,6 +363,32 @@ def replace_head(classifier, count, old_count=None):
         setattr(parent, name, new)
 
 
+@torch.no_grad()
+def inherit(student, teacher):
+    """Copies into a student every weight and statistic that its teacher has under the same name, of the same shape, if those are at least half of
+    the student's parameters. Returns what share of them that is, in [0, 1].
+
+    Of two networks of one family the shallower one gets the first blocks of each stage, and the head: a ResNet-18 all that it has
+    from a ResNet-34. A residual network that has lost blocks still answers much like the whole one (Veit et al., arXiv 1605.06431).
+    """
+    known, state = teacher.network.state_dict(), student.network.state_dict()
+    shared = [name for name, value in state.items() if name in known and known[name].shape == value.shape]
+    sizes = {name: parameter.numel() for name, parameter in student.network.named_parameters()}
+    share = sum(sizes.get(name, 0) for name in shared) / sum(sizes.values())
+    if share >= ENOUGH_SHARED:
+        for name in shared:
+            state[name].copy_(known[name])
+    return share
+
+
+def require_heir(student_arch, teacher_arch):
+    """Raises UserError unless a network of the one architecture can `inherit` from one of the other."""
+    share = inherit(build(student_arch, ["a", "b"]), build(teacher_arch, ["a", "b"]))
+    if share < ENOUGH_SHARED:
+        raise UserError(f"{name_of_arch(student_arch)} can't start from its teacher's weights: the layers that {name_of_arch(teacher_arch)} has under the same names hold "
+                        f"{share:.0%} of its own: give --student-weights none")
+
+
 # --------------------------------------------------------------------------------------------------
 # Answering faster
 # --------------------------------------------------------------------------------------------------
@@ -482,7 +510,7 @@ def unavailable(choices, image_size=IMAGE_SIZE):
             if reason:
                 lines.append(f"the ImageNet weights of {arch} are missing and {reason}: put that file at {path}, "
                              f"or give --{role}-weights none")
-        elif weights not in ("none", "imagenet"):
+        elif weights not in STARTS:
             read(weights)
     return lines
 
@@ -501,7 +529,7 @@ def imagenet_weights(arch):
 def files_of(arch, *files):
     """{path: digest} of the files that a network is made from: that of its architecture, where it is the user's own, and its weights."""
     paths = [arch.rpartition(":")[0]] if is_own(arch) else []
-    return {path: file_digest(path) for path in (*paths, *files) if path not in (None, "none", "imagenet")}
+    return {path: file_digest(path) for path in (*paths, *files) if path not in (None, *STARTS)}
 
 
 def require_same_files(made, then):

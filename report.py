@@ -7,6 +7,8 @@ from pathlib import Path
 
 from run import APPROACHES, EATS_SOURCES, Parser, UserError, command, listed, name_of, name_of_arch, read_json, say, write_json, write_text
 
+STARTS = {"none": "random weights", "teacher": "their teacher's weights", "auto": "their teacher's weights where the two share their layers, else from random ones"}
+
 # CIFAR10, ResNet-34 teacher, ResNet-18 student, ImageNet weights, all sources; in per cent.
 PUBLISHED = {"supervised": 79.65, "eats": 60.67, "mms": 68.02}
 
@@ -64,7 +66,7 @@ def notes(settings, folders):
         found.append(f"eats: without {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not among the sources.")
     if "supervised" in settings.approaches:
         found.append(f"supervised: labelled images of the target, from {'random' if settings.supervised_weights == 'none' else settings.supervised_weights} weights; "
-                     f"the other students start from {'random' if settings.student_weights == 'none' else settings.student_weights} weights.")
+                     f"the other students start from {STARTS.get(settings.student_weights, settings.student_weights + ' weights')}.")
     for approach in settings.approaches:
         students = [read_json(folder / "students" / f"{approach}.json") for folder in folders]
         without = sum(not student["history"] for student in students)

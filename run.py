@@ -57,6 +57,7 @@ class RecipePair:
 
     teacher: Recipe
     student: Recipe
+    student_weights: str = "none"
 
 
 RECIPES = {
@@ -70,7 +71,8 @@ RECIPES = {
         teacher=Recipe(epochs=24, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4,
                        schedule="onecycle", augment="crop,flip"),
         student=Recipe(epochs=40, batch_size=256, lr=0.2, momentum=0.9, weight_decay=5e-4,
-                       schedule="onecycle", augment="crop,flip", temperature=4.0)),
+                       schedule="onecycle", augment="crop,flip", temperature=4.0),
+        student_weights="auto"),
     "quick": RecipePair(
         teacher=Recipe(epochs=12, batch_size=64, lr=0.05, momentum=0.9, weight_decay=5e-4,
                        schedule="onecycle", augment="crop"),
@@ -327,8 +329,9 @@ FLAGS = {
     "student_arch": dict(type=_arch, metavar="ARCH", help="as --teacher-arch (default: resnet18)"),
     "teacher_weights": dict(metavar="imagenet|none|FILE",
                             help="what fine-tuning starts from (default: imagenet; none for digits and for FILE.py:FACTORY)"),
-    "student_weights": dict(metavar="imagenet|none|FILE",
-                            help="what students start from (default: none; the supervised student starts from "
+    "student_weights": dict(metavar="imagenet|none|teacher|auto|FILE",
+                            help="what students start from; teacher: the layers that it has under the same names; auto: those, where they are at least half of "
+                                 "the student, else none (default: none, with --recipe best auto; the supervised student, which has no teacher, starts from "
                                  "imagenet when the teacher does, as in the published table)"),
     "teacher_checkpoint": dict(metavar="FILE", help="a teacher to use instead of fine-tuning one: a teacher.pt, or a state dict for --teacher-arch"),
     "classes": dict(type=_classes, metavar="N|FILE", help="a file with the names of the teacher's classes, a line each, in the order of its logits, or "
@@ -448,14 +451,15 @@ def resolve(given):
         raise UserError("--seed and --seeds contradict each other: give one of them")
     teacher_arch, student_arch = given.get("teacher_arch", default_teacher(target)), given.get("student_arch", "resnet18")
     teacher_weights = given.get("teacher_weights", "none" if built_in or is_own(teacher_arch) else "imagenet")
-    student_weights = given.get("student_weights", "none")
+    student_weights = given.get("student_weights", RECIPES[recipe].student_weights)
+    supervised_weights = student_weights if "student_weights" in given and student_weights not in ("teacher", "auto") else (
+        "imagenet" if teacher_weights == "imagenet" and not is_own(student_arch) else "none")
     return Settings(
         target=target, sources=tuple(sources), approaches=tuple(approaches), recipe=recipe,
         data_dir=given.get("data_dir", "data"), run_dir=given.get("run_dir", f"runs/{name}"),
         device=given.get("device", "auto"), seed=seeds[0], seeds=tuple(seeds),
         teacher_arch=teacher_arch, student_arch=student_arch,
-        teacher_weights=teacher_weights, student_weights=student_weights,
-        supervised_weights=given.get("student_weights", "imagenet" if teacher_weights == "imagenet" and not is_own(student_arch) else "none"),
+        teacher_weights=teacher_weights, student_weights=student_weights, supervised_weights=supervised_weights,
         teacher_checkpoint=given.get("teacher_checkpoint"), calibrate=given.get("calibrate", "sources" if data_free else "target"),
         fill=given.get("fill", "first"), transfer_size=given.get("transfer_size", DATA_FREE_SIZE if data_free else None),
         temperature=given.get("temperature", RECIPES[recipe].student.temperature),

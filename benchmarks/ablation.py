@@ -43,7 +43,7 @@ BASE = dataclasses.replace(RECIPES["best"].student, augment="crop,flip", tempera
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One student. changes: what differs from BASE, ((field of Recipe, value), ...)."""
+    """One student. changes: what differs from BASE, ((field of Recipe, value), ...), and ("start", "teacher") where it begins with the teacher's weights."""
 
     selection: str
     size: int | None = None         # None: all that there are
@@ -53,7 +53,7 @@ class Cell:
 
     @property
     def recipe(self):
-        return dataclasses.replace(BASE, steps=self.steps, **dict(self.changes))
+        return dataclasses.replace(BASE, steps=self.steps, **{name: value for name, value in self.changes if name != "start"})
 
     @property
     def key(self):
@@ -74,7 +74,9 @@ def cells_of_recipe(seeds):
         yield Cell("all", None, seed)
         for changes in ({"augment": "none"}, {"augment": "flip"}, {"augment": "crop,flip,mixup"}, {"augment": "crop,flip,cutmix"}, {"augment": "crop,flip,mixup,cutmix"},
                         {"temperature": 1.0}, {"temperature": 2.0}, {"temperature": 10.0}, {"momentum": 0.0}, {"weight_decay": 0.0}, {"schedule": "constant", "lr": 0.05},
-                        {"ema": 0.999}, {"lr": 0.1}, {"lr": 0.4}, {"batch_size": 64, "lr": 0.05}, {"batch_size": 128, "lr": 0.1}):
+                        {"start": "teacher"}, {"start": "teacher", "lr": 0.05}, {"start": "teacher", "lr": 0.02}, {"start": "teacher", "lr": 0.05, "temperature": 1.0},
+                        {"start": "teacher", "lr": 0.05, "augment": "crop,flip,mixup"}, {"start": "teacher", "lr": 0.05, "augment": "crop,flip,cutmix"},
+                        {"start": "teacher", "lr": 0.05, "ema": 0.999}, {"ema": 0.999}, {"lr": 0.1}, {"lr": 0.4}, {"batch_size": 64, "lr": 0.05}, {"batch_size": 128, "lr": 0.1}):
             steps = STEPS * BASE.batch_size // changes.get("batch_size", BASE.batch_size)       # the same number of images
             yield Cell("all", None, seed, steps, tuple(changes.items()))
 
@@ -262,6 +264,8 @@ def run_cell(cell, pool, run, target, device):
     teacher, recipe = pool.scoring.teacher, cell.recipe
     torch.manual_seed(seed)
     student = models.build(run.settings.student_arch, pool.scoring.classes)
+    if ("start", "teacher") in cell.changes:
+        models.inherit(student, models.load(pool.scoring.path, run.settings.teacher_arch))      # that of the pool has its batch norms folded
     objective = (distill.fixed_objective(teacher, pool.images, recipe.temperature, device) if recipe.augment == "none"
                  else distill.live_objective(teacher, recipe.temperature, device))
     part = folder / f"{cell.key.replace(' ', '_')}.part"

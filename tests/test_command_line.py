@@ -99,6 +99,9 @@ def test_defaults_follow_the_target():
     assert cifar10.student_recipe.augment == "none" and cifar10.student_recipe.schedule == "constant"
     assert (cifar10.teacher_weights, cifar10.student_weights, cifar10.supervised_weights) == ("imagenet", "none", "imagenet")
     assert run.resolve({"teacher_weights": "none"}).supervised_weights == "none"
+    best = run.resolve({"recipe": "best", "teacher_weights": "none"})
+    assert (best.student_weights, best.supervised_weights) == ("auto", "none")
+    assert run.resolve({"recipe": "best", "student_weights": "none"}).student_weights == "none"
 
 
 @pytest.mark.parametrize("argv, said", [

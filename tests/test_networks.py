@@ -1,4 +1,5 @@
 """Networks, their heads and checkpoints; the training loop and the evaluation."""
+import copy
 import dataclasses
 import pickle
 
@@ -391,3 +392,22 @@ def test_the_teacher_answers_in_eval_mode_for_the_views_the_student_sees():
     assert live.item() == pytest.approx(fixed.item(), rel=1e-5)
     live.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_student_of_the_same_family_inherits_what_its_teacher_has():
+    torch.manual_seed(0)
+    teacher, student, stranger = (models.build(arch, ["a", "b", "c"]) for arch in ("resnet34", "resnet18", "mobilenet_v3_small"))
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+    assert models.inherit(student, teacher) == 1
+    for name, value in student.network.state_dict().items():
+        assert torch.equal(value, teacher.network.state_dict()[name]), name
+    shorter = copy.deepcopy(teacher)
+    for stage in (shorter.network.layer1, shorter.network.layer2, shorter.network.layer3, shorter.network.layer4):
+        del stage[2:]
+    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    torch.testing.assert_close(student.eval()(images), shorter.eval()(images))
+    before = copy.deepcopy(stranger.state_dict())
+    assert models.inherit(stranger, teacher) < 0.5
+    assert all(torch.equal(value, before[name]) for name, value in stranger.state_dict().items())

@@ -342,3 +342,35 @@ def test_too_many_images_that_can_not_be_read_stop_the_run_unless_they_may(paint
     assert status == 2 and "odd: 6 of 126 images can't be read, more than 0.01 of all" in err and "bad.txt" in err
     status, out, _ = execute(compile.main, [*argv, "--max-bad", "5%"])
     assert status == 0 and "- Images that can't be read are left out: odd 6." in out
+
+
+def test_students_start_from_the_teacher_where_they_are_asked_to_and_can(flags, finished, execute, monkeypatch):
+    starts, train = {}, engine.train
+
+    def noted(student, *args, **kwargs):
+        starts[kwargs["label"]] = {name: value.clone() for name, value in student.network.state_dict().items()}
+        return train(student, *args, **kwargs)
+    monkeypatch.setattr(engine, "train", noted)
+
+    def forget_students():
+        shutil.rmtree(RUN / "students")
+        for path in RUN.glob("results.*"):
+            path.unlink()
+    forget_students()
+    status, out, err = execute(compile.main, [*flags, "--approaches", "supervised,random", "--student-weights", "teacher", "--lr", "0.001"])
+    assert (status, err) == (0, "") and "student: random, resnet18, from the teacher's weights, " in out
+    figures = {name: json.loads((RUN / "students" / f"{name}.json").read_text())["weights"] for name in ("supervised", "random")}
+    assert figures == {"supervised": "none", "random": "teacher"}
+    teacher = torch.load(RUN / "teacher.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, teacher[name]) for name, value in starts["student random"].items())
+    assert not torch.equal(starts["student supervised"]["conv1.weight"], teacher["conv1.weight"])
+    assert "the other students start from their teacher's weights" in (RUN / "results.md").read_text()
+    forget_students()
+    status, out, err = execute(compile.main, [*flags, "--approaches", "random", "--student-weights", "auto", "--student-arch", "mobilenet_v3_small"])
+    assert (status, err) == (0, "") and json.loads((RUN / "students" / "random.json").read_text())["weights"] == "none"
+
+
+def test_a_student_that_can_not_start_from_the_teacher_is_refused_before_any_work(flags, execute):
+    status, out, err = execute(compile.main, [*flags, "--student-weights", "teacher", "--student-arch", "mobilenet_v3_small"])
+    assert status == 2 and err.startswith("compile.py: mobilenet_v3_small can't start from its teacher's weights: ") and len(err.splitlines()) == 1
+    assert not Path("runs").exists()
