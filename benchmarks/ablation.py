@@ -64,7 +64,7 @@ class Cell:
 def cells_of_selection(seeds):
     """At equal size and equal steps: does the choice of images matter?"""
     for seed, size in itertools.product(seeds, (15_000, 5_000, 50_000)):
-        yield from (Cell(name, size, seed) for name in SELECTIONS if name != "all")
+        yield from (Cell(name, size, seed) for name in (*SELECTIONS, ORACLE) if name != "all" and (name, size) != (ORACLE, 50_000))
     yield from (Cell(name, None, seed) for name in ("all", *SAMPLINGS) for seed in seeds)
 
 
@@ -251,6 +251,7 @@ SELECTIONS = {
     "tilted, root": _tilted(0.5),
     "energy": lambda pool, size, seed: pool.best(pool.badness("energy"), size),
 }
+ORACLE = "the target's own"     # training images, without their labels: what no one has, and how much a selection could be worth at most
 SAMPLINGS = {"weighted": _weighted(1.0), "weighted, root": _weighted(0.5)}      # of everything, an image for each place in a batch
 
 
@@ -258,7 +259,11 @@ def run_cell(cell, pool, run, target, device):
     """What a student of that cell reached."""
     folder, seed = run / "ablation", engine.seed_for(cell.seed, "student")
     size = cell.steps * cell.recipe.batch_size if cell.selection in SAMPLINGS else cell.size
-    chosen = (SELECTIONS | SAMPLINGS)[cell.selection](pool, size, cell.seed)
+    images, (train, confidence) = pool.images, saved_split(run, len(target.train))
+    if cell.selection == ORACLE:
+        images, chosen = target.train.images, np.sort(np.random.default_rng(engine.seed_for(cell.seed, "oracle")).choice(train, size, replace=False))
+    else:
+        chosen = (SELECTIONS | SAMPLINGS)[cell.selection](pool, size, cell.seed)
     if cell.size is not None and len(chosen) != size:
         raise UserError(f"{cell.key}: {len(chosen):,} images are selected, not {cell.size:,}")
     teacher, recipe = pool.scoring.teacher, cell.recipe
@@ -266,16 +271,16 @@ def run_cell(cell, pool, run, target, device):
     student = models.build(run.settings.student_arch, pool.scoring.classes)
     if ("start", "teacher") in cell.changes:
         models.inherit(student, models.load(pool.scoring.path, run.settings.teacher_arch))      # that of the pool has its batch norms folded
-    objective = (distill.fixed_objective(teacher, pool.images, recipe.temperature, device) if recipe.augment == "none"
+    objective = (distill.fixed_objective(teacher, images, recipe.temperature, device) if recipe.augment == "none"
                  else distill.live_objective(teacher, recipe.temperature, device))
     part = folder / f"{cell.key.replace(' ', '_')}.part"
-    training = engine.train(student, pool.images, chosen, objective, recipe, seed=seed, device=device, checkpoint=part, label=cell.key)
-    _, confidence = saved_split(run, len(target.train))
+    training = engine.train(student, images, chosen, objective, recipe, seed=seed, device=device, checkpoint=part, label=cell.key)
     answers = engine.predict(student, pool.images, pool.held_out, device).argmax(1).numpy()
     figures = {
         "key": cell.key, "selection": cell.selection, "size": len(chosen), "steps": cell.steps, "changes": dict(cell.changes), "seed": cell.seed,
-        "per_class": np.bincount(pool.candidates.predicted[chosen], minlength=pool.classes).tolist(),
-        "per_source": {name: int((pool.candidates.source[chosen] == number).sum()) for number, name in enumerate(pool.candidates.names)},
+        **({} if cell.selection == ORACLE else {
+            "per_class": np.bincount(pool.candidates.predicted[chosen], minlength=pool.classes).tolist(),
+            "per_source": {name: int((pool.candidates.source[chosen] == number).sum()) for number, name in enumerate(pool.candidates.names)}}),
         "loss": training.history[-1]["loss"],
         "agreement": float((answers == pool.candidates.predicted[pool.held_out]).mean()),
         "confidence": engine.accuracy(student, target.train.images, target.train.labels, confidence, device),
