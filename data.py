@@ -10,6 +10,7 @@ Out: a packed array for each, uint8 N x 32 x 32 x 3, memory-mapped, decoded once
 """
 import os
 import re
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,9 +35,9 @@ from shards import expanded, is_shards, open_shards
 MIXING = {"mixup", "cutmix"}        # augmentations that leave no image with one label
 
 
-def epoch_generator(seed, epoch):
-    """A CPU generator that depends on the seed and the epoch alone, so that a resumed epoch repeats itself."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
+def epoch_generator(seed, epoch, step=None):
+    """A CPU generator that depends on the seed, the epoch and, where it is given, the step alone, so that what is resumed repeats itself."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63 if step is None else zlib.crc32(f"{seed}/{epoch}/{step}".encode()))
 
 
 def shuffled_batches(rows, batch_size, generator):

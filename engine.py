@@ -9,13 +9,13 @@ import ctypes
 import datetime
 import functools
 import io
-import math
 import os
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data import augment, epoch_generator, shuffled_batches
 from packing import release_pages
-from run import Progress, UserError, write_atomically
+from run import Interrupted, Progress, UserError, interrupted, is_first, orderly, read_sealed, say, write_sealed
 
 AUXILIARY_WEIGHT = 0.4      # of an auxiliary head's loss, as in Inception (Szegedy et al. 2015)
 EVALUATION_BATCH = 512      # images, of up to 96 pixels; fewer where they are larger
@@ -31,7 +31,10 @@ READ_AT_ONCE = 100_000_000  # bytes of a memory-mapped array that may lie in mem
 PREFETCHED = 2              # batches that wait on the device, where the images stay on the CPU
 COMPILING_PAYS = 300.0      # seconds of training left, on CUDA, from which torch.compile earns back the minute that it takes
 COMPILER = "inductor"
-SAVE_INTERVAL = 20.0        # seconds of training after which the end of an epoch is worth a checkpoint
+SAVE_INTERVAL = 20.0        # seconds of work after which a checkpoint is worth its time, and
+SAVE_SHARE = 0.02           # of all time, at most, that checkpoints may take
+CHECK_STEPS = 50            # steps after which the host waits for the device, to see whether the loss is still finite
+AGREE_STEPS = 10            # steps after which several processes agree whether to save or to stop
 
 
 def pick_device(name):
@@ -263,11 +266,56 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
     mean loss of a batch, where views are the augmented pixels that the classifier saw and rows says which
     images they are. evaluate(): an accuracy to note after each epoch.
 
-    At the end of an epoch, SAVE_INTERVAL after the last time, everything is saved at `checkpoint`; a later call
-    goes on from there and ends in the same
-    bits as one that was never interrupted, since an epoch draws from (seed, epoch) alone. Raises UserError
-    when the loss is no longer finite; it names `remedy`.
+    Between two steps, SAVE_INTERVAL after the last time, and when a signal asks to stop, everything is saved at `checkpoint`; a later call
+    goes on from there and ends in the same bits as one that was never interrupted, since a step draws from (seed, epoch, step) alone.
+    Raises UserError when the loss is no longer finite, with `remedy`, or the memory does not suffice; the checkpoint stays.
     """
+    try:
+        with orderly():
+            return _train(classifier, images, rows, objective, recipe, seed, device, Checkpoint(checkpoint, label), label, evaluate, remedy)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{label}: {'the memory of the device' if device.type != 'cpu' else 'the memory'} does not suffice for batches of {recipe.batch_size:,} images of "
+                        f"{images.shape[1]}x{images.shape[2]}: give a smaller --batch-size, or a smaller network") from None
+
+
+def is_out_of_memory(error):
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
+class Checkpoint:
+    """The file that an interrupted piece of work goes on from; it is written when that is worth its time."""
+
+    def __init__(self, path, label):
+        self.path, self.label, self.interval = path, label, SAVE_INTERVAL
+        self.saved = time.monotonic()
+
+    def load(self, mark, device=torch.device("cpu")):
+        """What was saved, by work with the same `mark`; None where there is nothing, or it is damaged or of other work, which is said."""
+        if not self.path.exists():
+            return None
+        content = read_sealed(self.path)
+        saved = None if content is None else torch.load(io.BytesIO(content), weights_only=True, map_location=device)
+        if saved is None or saved["mark"] != mark:
+            say(f"{self.label}: {self.path} is {'damaged' if saved is None else 'of another run'} and is not used")
+            return None
+        return saved
+
+    def due(self):
+        return time.monotonic() - self.saved >= self.interval
+
+    def save(self, mark, content):
+        """content: of plain types and tensors."""
+        began, buffer = time.monotonic(), io.BytesIO()
+        if is_first():
+            torch.save({"mark": mark, **content}, buffer)
+            write_sealed(self.path, buffer.getbuffer())
+        self.saved = time.monotonic()
+        self.interval = max(SAVE_INTERVAL, (self.saved - began) / SAVE_SHARE)
+
+
+def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint, label, evaluate, remedy):
     classifier.to(device)
     tensor = to_device(images, device)
     rows = torch.as_tensor(rows)
@@ -284,33 +332,47 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
                  if recipe.schedule == "onecycle" else torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
     average = AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
     training = Training()
-    start = 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True, map_location=device)
+    total, first = torch.zeros((), device=device), 0
+    mark = f"{label}, {classifier.arch}, {recipe}, {seed}, {len(rows)} images, {zlib.crc32(np.ascontiguousarray(images[rows[:256].numpy()]))}, {processes} processes"
+    saved = checkpoint.load(mark, device)
+    if saved is not None:
         classifier.network.load_state_dict(saved["state_dict"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
         if average is not None:
             average.load_state_dict(saved["average"])
         training = Training(saved["history"], saved["seconds"], saved["images"])
-        start = len(training.history)
-    saved_at = training.seconds
+        total, first = saved["total"], saved["step"]
+        del saved
+    start = len(training.history)
+
+    def save(step):
+        state = {name: value for name, value in scheduler.state_dict().items() if isinstance(value, (int, float, list, bool))}
+        checkpoint.save(mark, {"state_dict": classifier.network.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": state,
+                               "average": None if average is None else average.state_dict(), "total": total if processes == 1 else _summed(total) / processes, "step": step,
+                               "history": training.history, "seconds": training.seconds, "images": training.images})
     progress = Progress(label, steps * batch_size)
-    progress.skip(start * per_epoch * batch_size)
+    progress.skip((start * per_epoch + first) * batch_size)
     # Each process has its share of every batch, whose gradient, the mean over all images, is that of one process; batch norm sees the share.
     network = classifier if processes == 1 else DistributedDataParallel(classifier, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     mine = slice(*share_of(batch_size))
     weight = (mine.stop - mine.start) * processes / batch_size
 
+    check = steps_between_checks(device)
+    losses = []                 # of the steps since it was last seen that they are finite
+    clock = time.monotonic()
+
+    def tick():
+        nonlocal clock
+        training.seconds, clock = training.seconds + time.monotonic() - clock, time.monotonic()
+
     for epoch in range(start, epochs):
         classifier.train()
-        generator = epoch_generator(seed, epoch)
-        torch.manual_seed(seed + epoch + 1_000_003 * number)        # dropout
-        total = torch.zeros((), device=device)
-        began = time.monotonic()
-        batches = [batch.to(tensor.device) for batch in shuffled_batches(rows, recipe.batch_size, generator)[:steps - epoch * per_epoch]]
-        pixels = batches_of(tensor, [batch[mine] for batch in batches], device)
-        for step, (batch, images_of_it) in enumerate(zip(batches, pixels)):
+        batches = [batch.to(tensor.device) for batch in shuffled_batches(rows, recipe.batch_size, epoch_generator(seed, epoch))[:steps - epoch * per_epoch]]
+        pixels = batches_of(tensor, [batch[mine] for batch in batches[first:]], device)
+        for step, images_of_it in enumerate(pixels, first):
+            batch, generator = batches[step], epoch_generator(seed, epoch, step)
+            seed_dropout(seed, f"{epoch}/{step}/{number}", device)
             views = augment(images_of_it, recipe.augment, generator, tensor.shape[1] // 8, len(batch), mine)
             with autocast(device):
                 logits = network(views)
@@ -321,26 +383,34 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
             scheduler.step()
             if average is not None:
                 average.update_parameters(classifier)
-            total += loss.detach()
+            losses.append(loss.detach())
+            total += losses[-1]
+            training.images += len(batch)
             progress.update(len(batch), lambda: f"epoch {epoch + 1}/{epochs}, loss {total.item() / (step + 1):.4f}")
+            stop, due = interrupted(), is_first() and checkpoint.due()
+            if processes > 1:
+                stop, due = agreed(stop, due) if (step + 1) % AGREE_STEPS == 0 else (0, 0)
+            if stop or due or len(losses) == check or step + 1 == len(batches):
+                require_finite(losses, label, epoch, step, optimizer, remedy)
+                losses.clear()
+            if stop or due:
+                tick()
+                save(step + 1)
+                clock = time.monotonic()
+            if stop:
+                progress.close()
+                raise Interrupted(stop)
         if processes > 1:
             distributed.all_reduce(total)
         mean_loss = total.item() / len(batches) / processes     # waits for the device, so the clock is right
-        elapsed = time.monotonic() - began
-        training.seconds += elapsed
-        training.images += sum(map(len, batches))
-        if not math.isfinite(mean_loss):
-            checkpoint.unlink(missing_ok=True)
-            raise UserError(f"{label}: the loss is {mean_loss} in epoch {epoch + 1} at a learning rate of "
-                            f"{optimizer.param_groups[0]['lr']:.3g}: give {remedy}")
+        tick()
         with _averaged(classifier, average):
             training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"],
                                      "confidence_accuracy": evaluate() if evaluate else None})
-        if epoch == start and compiling_pays(device, elapsed * (epochs - epoch - 1)):
+        total, first = torch.zeros((), device=device), 0
+        if epoch == start and compiling_pays(device, training.seconds / training.images * (steps - (epoch + 1) * per_epoch) * batch_size):
             network = compiled(network)
-        if epoch + 1 < epochs and training.seconds - saved_at >= SAVE_INTERVAL:
-            _save_progress(checkpoint, classifier, optimizer, scheduler, average, training)
-            saved_at = training.seconds
+        clock = time.monotonic()
     progress.close()
     if average is not None:
         classifier.load_state_dict(average.module.state_dict())
@@ -368,12 +438,42 @@ def _loss(objective, logits, views, rows):
     return objective(logits, views, rows)
 
 
-def _save_progress(path, classifier, optimizer, scheduler, average, training):
-    buffer = io.BytesIO()
-    torch.save({"state_dict": classifier.network.state_dict(), "optimizer": optimizer.state_dict(),
-                "scheduler": {name: value for name, value in scheduler.state_dict().items() if isinstance(value, (int, float, list, bool))},
-                "average": None if average is None else average.state_dict(), "history": training.history, "seconds": training.seconds, "images": training.images}, buffer)
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+def steps_between_checks(device):
+    """After how many steps it is seen whether the loss is finite: a look makes the host wait for the device."""
+    return 1 if device.type == "cpu" else CHECK_STEPS
+
+
+def require_finite(losses, label, epoch, step, optimizer, remedy):
+    """Raises UserError unless the losses of the steps up to this one are finite, all of them."""
+    finite = torch.stack(losses).isfinite().tolist()
+    if all(finite):
+        return
+    bad = finite.index(False)
+    raise UserError(f"{label}: the loss is {losses[bad].item()} in step {step + 2 - len(losses) + bad} of epoch {epoch + 1}, at a learning rate of "
+                    f"{optimizer.param_groups[0]['lr']:.3g}: give {remedy}, with --restart-from {'teacher' if label == 'teacher' else 'students'}")
+
+
+def seed_dropout(seed, purpose, device):
+    """Seeds what draws without being given a generator. Not torch.manual_seed: without CUDA that remembers every call, for later."""
+    number = seed_for(seed, purpose)
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(number)
+    elif device.type == "mps":
+        torch.mps.manual_seed(number)
+
+
+def agreed(*numbers):
+    """The largest of each of these numbers that any process has."""
+    found = torch.tensor(numbers, dtype=torch.int64)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return found.tolist()
+
+
+def _summed(tensor):
+    tensor = tensor.clone()
+    distributed.all_reduce(tensor)
+    return tensor
 
 
 def cross_entropy(labels, device):

@@ -5,6 +5,7 @@ its place and moved there in one step, so a file that is there is whole. The fla
 declared here, once, and therefore mean the same everywhere.
 """
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -13,10 +14,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +68,12 @@ RECIPES = {
         teacher=Recipe(epochs=15, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4,
                        schedule="onecycle", augment="crop,flip"),
         student=Recipe(epochs=20, batch_size=64, lr=0.1, temperature=10.0)),
+    # benchmarks/ablation.py chose the student's: --grid recipe.
     "best": RecipePair(
         teacher=Recipe(epochs=24, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4,
                        schedule="onecycle", augment="crop,flip"),
-        student=Recipe(epochs=40, batch_size=256, lr=0.2, momentum=0.9, weight_decay=5e-4,
-                       schedule="onecycle", augment="crop,flip", temperature=4.0),
+        student=Recipe(epochs=40, batch_size=256, lr=0.05, momentum=0.9, weight_decay=5e-4,
+                       schedule="onecycle", augment="crop,flip", temperature=4.0, steps=6_000),
         student_weights="auto"),
     "quick": RecipePair(
         teacher=Recipe(epochs=12, batch_size=64, lr=0.05, momentum=0.9, weight_decay=5e-4,
@@ -535,6 +537,26 @@ def write_atomically(path, write):
         beside.unlink(missing_ok=True)
 
 
+SEAL = b"sha256 "      # and the digest of all before, at the end of a file that is sealed
+
+
+def write_sealed(path, content):
+    """Writes bytes atomically, with their digest behind them."""
+    digest = hashlib.sha256(content).digest()
+
+    def write(file):
+        file.write(content)
+        file.write(SEAL + digest)
+    write_atomically(path, write)
+
+
+def read_sealed(path):
+    """The bytes that `write_sealed` was given; None where the file holds anything else."""
+    content = Path(path).read_bytes()
+    end = len(content) - len(SEAL) - hashlib.sha256().digest_size
+    return content[:end] if end >= 0 and content[end:] == SEAL + hashlib.sha256(content[:end]).digest() else None
+
+
 def write_text(path, text):
     """UTF-8; bytes of file names that are no UTF-8 are written as they are."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
@@ -594,7 +616,7 @@ def file_digest(path):
 _beside = {}        # {folder of the user's: {name: module} that its files have imported and that a module of ours has the name of}
 
 
-@contextmanager
+@contextlib.contextmanager
 def running_own(path):
     """While code of the user's file runs: what it imports is looked for beside it first, also where a module of this project has that name."""
     folder, here = Path(path).resolve().parent, Path(__file__).resolve().parent
@@ -635,7 +657,7 @@ def import_file(path):
     return module
 
 
-@contextmanager
+@contextlib.contextmanager
 def holding(path, what, stop=None):
     """Keeps every other process from making `path` meanwhile; waits while another one does.
 
@@ -861,9 +883,57 @@ class Progress:
             self.bar.close()
 
 
+# --------------------------------------------------------------------------------------------------
+# Signals
+# --------------------------------------------------------------------------------------------------
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))    # batch systems send the last before the time limit
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has asked to stop: its number."""
+
+
+class _Signals:
+    """pending: the number of a signal that has come and waits, or 0; orderly: how many pieces of work ask to be let finish a step first."""
+    pending = orderly = 0
+
+
+def interrupted():
+    """The number of the signal that asks to stop; 0 where none does."""
+    return _Signals.pending
+
+
+@contextlib.contextmanager
+def orderly():
+    """Within it, a signal does not stop the work where it is: `interrupted` tells of it, and the work stops where it can go on from."""
+    _Signals.orderly += 1
+    try:
+        yield
+    finally:
+        _Signals.orderly -= 1
+    if _Signals.pending and not _Signals.orderly:       # it ended before it looked
+        raise Interrupted(_Signals.pending)
+
+
+def _on_signal(number, frame):
+    again = bool(_Signals.pending)
+    _Signals.pending = number
+    if again or not _Signals.orderly:       # who asks twice does not want to wait
+        raise Interrupted(number)
+
+
+def _wait_to_be_ended():
+    """Leaves the first process the time to speak; torchrun ends the others meanwhile."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(OTHERS_WAIT)
+
+
 def command(main):
-    """Runs a script's main(argv) and exits: 2 after one line for a UserError, 130 when interrupted."""
+    """Runs a script's main(argv) and exits: 2 after one line for a UserError, 128 + its number when a signal asked to stop."""
     program = Path(sys.argv[0]).name
+    for number in STOPPING:
+        signal.signal(number, _on_signal)
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             main(sys.argv[1:])
@@ -874,7 +944,7 @@ def command(main):
             engine.end_processes()
     except UserError as error:
         if not is_first():      # what every process runs into, the first one says, and torchrun ends the others meanwhile
-            time.sleep(OTHERS_WAIT)
+            _wait_to_be_ended()
             program = f"{program}, process {os.environ['RANK']}"
         for line in str(error).splitlines():
             print(f"{program}: {line}", file=sys.stderr, flush=True)
@@ -882,7 +952,7 @@ def command(main):
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "by peer" not in str(error):
             raise
-        time.sleep(OTHERS_WAIT)     # the one that ended has said why, and torchrun ends the others meanwhile
+        _wait_to_be_ended()     # the one that ended has said why, and torchrun ends the others meanwhile
         print(f"{program}, process {os.environ['RANK']}: another process has ended", file=sys.stderr, flush=True)
         sys.exit(1)
     except PermissionError as error:
@@ -891,6 +961,8 @@ def command(main):
     except BrokenPipeError:     # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if isinstance(error, Interrupted) else signal.SIGINT
+        if is_first():
+            print(f"\n{program}: stopped by {signal.Signals(number).name}; the same command goes on from here", file=sys.stderr, flush=True)
+        sys.exit(128 + number)

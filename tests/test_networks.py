@@ -1,7 +1,10 @@
 """Networks, their heads and checkpoints; the training loop and the evaluation."""
 import copy
 import dataclasses
+import io
 import pickle
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import models
+import run
 from distill import fixed_objective, live_objective
-from run import Recipe, UserError
+from run import Interrupted, Recipe, UserError
 from transfer import score_images
 
 CLASSES = ["cat", "dog", "frog"]
@@ -250,17 +254,21 @@ def test_imagenet_weights_are_loaded_and_the_head_is_new(tmp_path, monkeypatch):
 def test_training_is_repeatable_and_an_interrupted_one_ends_in_the_same_bits(tmp_path, monkeypatch, changes):
     recipe = dataclasses.replace(RECIPE, **changes)
     monkeypatch.setattr(engine, "SAVE_INTERVAL", 0.0)
+    monkeypatch.setattr(engine, "SAVE_SHARE", 1e9)
     images, rows = random_images(40), np.arange(2, 38)
     labels = np.random.default_rng(1).integers(0, 3, 40)
+    asked = []
 
-    def trained(path, stop_after=None):
+    def trained(path, stop_after=None, signalled_in=None):
         network = tiny()
-        stopping = iter(range(100))
+        network.network.append(nn.Dropout(0.1))     # which draws from torch's own state
+        stopping, steps = iter(range(100)), iter(range(100))
 
         def evaluate():
             if stop_after is not None and next(stopping) == stop_after:
                 raise KeyboardInterrupt
             return 0.0
+        monkeypatch.setattr(engine, "interrupted", lambda: asked.append(0) or (signal.SIGTERM if next(steps) == signalled_in else 0))
         training = engine.train(network, images, rows, engine.cross_entropy(labels, torch.device("cpu")), recipe, seed=7,
                                 device=torch.device("cpu"), checkpoint=path, label="test", evaluate=evaluate)
         return network.state_dict(), training
@@ -269,10 +277,19 @@ def test_training_is_repeatable_and_an_interrupted_one_ends_in_the_same_bits(tmp
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "b", stop_after=1)
     assert (tmp_path / "b").exists()
-    resumed, resumed_training = trained(tmp_path / "b")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert [epoch["loss"] for epoch in training.history] == [epoch["loss"] for epoch in resumed_training.history]
-    assert training.images == resumed_training.images == 8 * changes.get("steps", 3 * 4)
+    for step in (1, 1, 3):      # in the middle of an epoch, three times
+        if step == 3:
+            monkeypatch.setattr(engine, "SAVE_INTERVAL", 1000.0)      # now the signal alone has it saved
+        with pytest.raises(Interrupted) as stopped:
+            trained(tmp_path / "c", signalled_in=step)
+        assert stopped.value.args == (signal.SIGTERM,)
+    for path in (tmp_path / "b", tmp_path / "c"):
+        asked.clear()
+        resumed, resumed_training = trained(path)
+        assert len(asked) < training.images / 8 - 4      # most steps were not taken again
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        assert [epoch["loss"] for epoch in training.history] == [epoch["loss"] for epoch in resumed_training.history]
+        assert training.images == resumed_training.images == 8 * changes.get("steps", 3 * 4)
     other = tiny(seed=1).state_dict()
     assert not all(torch.equal(whole[name], other[name]) for name in whole)
 
@@ -295,10 +312,63 @@ def test_ema_is_the_moving_average_of_the_weights_of_every_step(tmp_path):
     assert all(torch.equal(value, ended[0.0][1][-1][name]) for name, value in ended[0.0][0].items())
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
-    with pytest.raises(UserError, match="smaller --lr"):
-        engine.train(tiny(), random_images(16), np.arange(16), lambda logits, views, rows: logits.sum() * float("nan"), RECIPE,
-                     seed=0, device=torch.device("cpu"), checkpoint=tmp_path / "part", label="test")
+@pytest.mark.parametrize("between", [1, 3])
+def test_a_loss_that_is_not_finite_stops_the_training_at_once_and_what_was_good_stays(tmp_path, monkeypatch, between):
+    monkeypatch.setattr(engine, "SAVE_INTERVAL", 0.0 if between == 1 else 1000.0)
+    monkeypatch.setattr(engine, "SAVE_SHARE", 1e9)
+    monkeypatch.setattr(engine, "steps_between_checks", lambda device: between)
+    steps = iter(range(1, 100))
+
+    def objective(logits, views, rows):
+        return logits.sum() * 1e-3 * (float("nan") if next(steps) == 6 else 1)
+    with pytest.raises(UserError, match=r"^test: the loss is nan in step 2 of epoch 2, at a learning rate of 0\.\d+: give a smaller --lr, with --restart-from students$"):
+        engine.train(tiny(), random_images(32), np.arange(32), objective, RECIPE, seed=0, device=torch.device("cpu"), checkpoint=tmp_path / "part", label="test")
+    assert next(steps) == (7 if between == 1 else 8)        # seen in that step, or when the next look is due
+    assert (tmp_path / "part").exists() == (between == 1)
+    if between == 1:
+        saved = torch.load(io.BytesIO(run.read_sealed(tmp_path / "part")), weights_only=True)
+        assert saved["step"] == 1 and all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "noise", "one bit", "of another run", "no seal"])
+def test_a_checkpoint_that_is_not_whole_or_not_its_own_is_named_and_not_used(tmp_path, monkeypatch, capsys, damage):
+    monkeypatch.setattr(engine, "SAVE_INTERVAL", 0.0)
+    cpu, labels = torch.device("cpu"), np.arange(32) % 3
+
+    def trained(name, images):
+        network = tiny()
+        engine.train(network, images, np.arange(32), engine.cross_entropy(labels, cpu), RECIPE, seed=0, device=cpu, checkpoint=tmp_path / name, label="test")
+        return network.state_dict()
+    images = random_images(32)
+    expected = trained("whole", images)
+    trained("other", 255 - images)
+    content = (tmp_path / "whole").read_bytes()
+    broken = {"cut": content[:-1000], "emptied": b"", "noise": np.random.default_rng(0).bytes(len(content)), "one bit": content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+              "of another run": (tmp_path / "other").read_bytes(), "no seal": run.read_sealed(tmp_path / "whole")}[damage]
+    (tmp_path / "part").write_bytes(broken)
+    capsys.readouterr()
+    ended = trained("part", images)
+    assert capsys.readouterr().out == f"test: {tmp_path / 'part'} is {'of another run' if damage == 'of another run' else 'damaged'} and is not used\n"
+    assert all(torch.equal(ended[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:113] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_too_little_memory_is_said_with_the_batch_size(tmp_path, error):
+    def objective(logits, views, rows):
+        raise error
+    with pytest.raises(UserError, match=r"^test: the memory does not suffice for batches of 8 images of 32x32: give a smaller --batch-size"):
+        engine.train(tiny(), random_images(32), np.arange(32), objective, RECIPE, seed=0, device=torch.device("cpu"), checkpoint=tmp_path / "part", label="test")
+
+
+def test_checkpoints_take_a_small_share_of_the_time(tmp_path, monkeypatch):
+    """Where one takes long, the next one waits longer."""
+    checkpoint = engine.Checkpoint(tmp_path / "part", "test")
+    assert not checkpoint.due() and checkpoint.interval == engine.SAVE_INTERVAL
+    write = engine.write_sealed
+    monkeypatch.setattr(engine, "write_sealed", lambda path, content: time.sleep(0.5) or write(path, content))
+    checkpoint.save("mark", {"a": 1})
+    assert 25 <= checkpoint.interval < 40 and checkpoint.load("mark") == {"mark": "mark", "a": 1}
 
 
 def test_steps_that_are_compiled_end_where_the_others_do(tmp_path, monkeypatch):
@@ -334,15 +404,18 @@ class Waiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, Recipe(epochs=2, batch_size=8, lr=0.05)])
-def test_no_step_waits_for_the_device(tmp_path, recipe):
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch, recipe):
     """What an epoch reads from the device does not grow with its steps; scoring reads nothing but what it gives back."""
-    cpu, found = torch.device("cpu"), []
+    cpu, found, looks, require_finite = torch.device("cpu"), [], [], engine.require_finite
+    monkeypatch.setattr(engine, "steps_between_checks", lambda device: engine.CHECK_STEPS)      # as on CUDA
+    monkeypatch.setattr(engine, "require_finite", lambda *args: looks.append(args) or require_finite(*args))
     for count in (16, 80):
         images, network = random_images(count), tiny()
         with Waiting() as waiting:
             engine.train(network, images, np.arange(count), live_objective(tiny(1), 4.0, cpu), recipe, seed=0, device=cpu, checkpoint=tmp_path / "part", label="test")
         found.append(len(waiting.found))
-    assert found[0] == found[1] <= 2 * recipe.epochs
+    assert found[0] == found[1] <= 2 * recipe.epochs and len(looks) == 2 * recipe.epochs
+    assert engine.steps_between_checks(torch.device("cuda")) == 50 and engine.steps_between_checks(torch.device("cpu")) > 0
     with Waiting() as waiting:
         score_images(tiny(), random_images(1200))
     once = len(waiting.found)
