@@ -11,7 +11,8 @@ import torch
 import engine
 import models
 from data import specs_of, target_of, unavailable
-from run import UserError, command, default_teacher, is_first, name_of_arch, open_stage, read_json, say, stop_on, write_atomically, write_json
+from files import UserError, is_first, read_json, say, stop_on, write_atomically, write_json
+from run import command, default_teacher, name_of_arch, open_stage
 
 TRAIN_SHARE = 0.8       # of the target's training split; the rest is the confidence set
 WATCHED = 2000          # images of the confidence set on which accuracy is noted after each epoch

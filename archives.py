@@ -12,7 +12,8 @@ import stat
 import tarfile
 import zipfile
 
-from run import Progress, UserError, first_line, holding
+from files import UserError, first_line, holding
+from run import Progress
 
 SUFFIXES = (".zip", ".tar", ".tar.gz")
 LONGEST_HEADER = 16_384     # bytes: room for any name

@@ -14,7 +14,8 @@ import engine
 import models
 import report
 from distill import report_student, train_student
-from run import RUN_FLAGS, Run, UserError, command, is_first, listed, name_of, name_of_arch, parse, resolve, say, stop_on
+from files import UserError, is_first, listed, say, stop_on
+from run import RUN_FLAGS, Run, command, name_of, name_of_arch, parse, resolve
 from TeacherTrain import has_linear_head, load_checkpoint, report as report_teacher, train_teacher
 from transfer import Scoring, bucket_size, criteria_of, make_thresholds, make_transfer_set, no_mms, report_thresholds, report_transfer_set
 

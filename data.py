@@ -22,9 +22,10 @@ import torch
 import layouts
 from archives import extract, remove_left_over
 from download import RemoteFile, fetch, fetch_all, part_of, reachable, remaining, verify
+from files import UserError, listed, require_space, say, stop_on
 from layouts import has_images, list_images, read_class_folders, read_files
 from packing import IMAGE_SIZE, Images, Packed, digest, first_line, pack
-from run import FLAGS, MAX_BAD, Parser, UserError, command, data_set_spec, listed, require_space, say, stop_on
+from run import FLAGS, MAX_BAD, Parser, command, data_set_spec
 from shards import expanded, is_shards, open_shards
 
 # --------------------------------------------------------------------------------------------------

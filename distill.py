@@ -23,7 +23,8 @@ import engine
 import models
 from data import MIXING, specs_of, target_of, unavailable
 from export import export, require_packages
-from run import STAGE_FLAGS, UserError, command, is_first, name_of, name_of_approach, name_of_arch, open_stage, read_json, say, stop_on, write_json
+from files import UserError, is_first, read_json, say, stop_on, write_json
+from run import STAGE_FLAGS, command, name_of, name_of_approach, name_of_arch, open_stage
 from TeacherTrain import saved_split, watch
 
 SMALLEST = 2        # images: fewer have no batch statistics

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import engine
-from run import UserError, first_line, say, write_atomically
+from files import UserError, first_line, say, write_atomically
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 CHECKED = 1000      # images on which what was written must agree with the student

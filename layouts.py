@@ -9,8 +9,8 @@ import re
 import numpy as np
 from PIL import Image
 
+from files import UserError
 from packing import IMAGE_SIZE, ImageFiles, Images, digest, state_of
-from run import UserError
 
 SVHN = "http://ufldl.stanford.edu/housenumbers/"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from download import RemoteFile, fetch, reachable
+from files import UserError, file_digest, first_line, write_atomically
 from packing import IMAGE_SIZE
-from run import UserError, file_digest, first_line, import_file, is_own, name_of_arch, running_own, write_atomically
+from run import import_file, is_own, name_of_arch, running_own
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
 INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32

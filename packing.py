@@ -26,7 +26,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from run import MAX_BAD, Progress, UserError, first_line, holding, one_field, require_space, say, write_atomically, write_json
+from files import UserError, first_line, holding, one_field, require_space, say, write_atomically, write_json
+from run import MAX_BAD, Progress
 
 IMAGE_SIZE = 32
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")      # what is let in, whatever a file is called

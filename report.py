@@ -5,7 +5,8 @@
 import statistics
 from pathlib import Path
 
-from run import APPROACHES, EATS_SOURCES, Parser, UserError, command, listed, name_of, name_of_arch, read_json, say, write_json, write_text
+from files import UserError, listed, read_json, say, write_json, write_text
+from run import APPROACHES, EATS_SOURCES, Parser, command, name_of, name_of_arch
 
 STARTS = {"none": "random weights", "teacher": "their teacher's weights", "auto": "their teacher's weights where the two share their layers, else from random ones"}
 

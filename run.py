@@ -7,12 +7,10 @@ declared here, once, and therefore mean the same everywhere.
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -21,16 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-
-class UserError(Exception):
-    """Something the user can put right. Its message is one line that names the thing and what to do."""
-
-
-class Stopped(Exception):
-    """Another thread failed or was interrupted; what is on disk stays for the next time."""
-
+from files import UserError, file_digest, first_line, is_first, nearest_existing, read_json, say, write_json
 
 # --------------------------------------------------------------------------------------------------
 # Recipes
@@ -84,7 +73,6 @@ RECIPES = {
 
 AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
 MAX_BAD = 0.01              # share of unreadable images in a folder above which something else is wrong
-SPARE = 200_000_000         # bytes of disk that stay free
 DATA_FREE_SIZE = 50_000     # images of a transfer set where no training split says how many
 OTHERS_WAIT = 5.0           # seconds before another process than the first says what is wrong
 FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from trained weights
@@ -511,107 +499,8 @@ def name_of_arch(arch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Files
+# Code of the user's
 # --------------------------------------------------------------------------------------------------
-
-def is_first():
-    """Whether this process is the only one, or the first of those that torchrun started: the one that writes and speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def write_atomically(path, write):
-    """Calls `write(file)` with a binary file beside `path`, which takes its place when all of it is on disk. Of several processes
-    the first alone does it."""
-    if not is_first():
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-SEAL = b"sha256 "      # and the digest of all before, at the end of a file that is sealed
-
-
-def write_sealed(path, content):
-    """Writes bytes atomically, with their digest behind them."""
-    digest = hashlib.sha256(content).digest()
-
-    def write(file):
-        file.write(content)
-        file.write(SEAL + digest)
-    write_atomically(path, write)
-
-
-def read_sealed(path):
-    """The bytes that `write_sealed` was given; None where the file holds anything else."""
-    content = Path(path).read_bytes()
-    end = len(content) - len(SEAL) - hashlib.sha256().digest_size
-    return content[:end] if end >= 0 and content[end:] == SEAL + hashlib.sha256(content[:end]).digest() else None
-
-
-def write_text(path, text):
-    """UTF-8; bytes of file names that are no UTF-8 are written as they are."""
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
-
-
-def write_json(path, content):
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError:
-        raise UserError(f"{path} is damaged: it is not JSON; delete it and run the command that made it again") from None
-
-
-def nearest_existing(path):
-    path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def require_space(folder, needed, what):
-    """Raises UserError where the disk under `folder` has less than `needed` bytes (and some to spare) free."""
-    free = shutil.disk_usage(nearest_existing(folder)).free
-    if needed and needed + SPARE > free:
-        raise UserError(f"{folder} has {free / 1e9:,.1f} GB free, and {what} needs {(needed + SPARE) / 1e9:,.1f} GB: "
-                        "make room, or choose another --data-dir")
-
-
-def first_line(error):
-    """What an exception says, in one line."""
-    text = getattr(error, "strerror", None) or str(error)
-    return (text.splitlines() or [type(error).__name__])[0]
-
-
-def listed(items, most=20):
-    """Joined by commas; of a thousand the first few, and how many more."""
-    return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
-
-
-def one_field(text):
-    """`text` with its tabs and everything that ends a line escaped."""
-    return re.sub("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
-
-
-def file_digest(path):
-    """16 hexadecimal digits that tell a file from every other version of it."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({first_line(error)})") from None
-
 
 _beside = {}        # {folder of the user's: {name: module} that its files have imported and that a module of ours has the name of}
 
@@ -655,35 +544,6 @@ def import_file(path):
         del sys.modules[name]
         raise UserError(f"{path} can't be imported ({type(error).__name__}: {first_line(error)})") from None
     return module
-
-
-@contextlib.contextmanager
-def holding(path, what, stop=None):
-    """Keeps every other process from making `path` meanwhile; waits while another one does.
-
-    The operating system lets go of it when the process ends, however it ends. stop: a threading.Event that ends
-    the waiting, with `Stopped`.
-    """
-    folder = Path(path).parent / ".locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, waited = FileLock(folder / f"{Path(path).name}.lock"), False
-    while True:
-        try:
-            lock.acquire(timeout=0.5)
-            break
-        except Timeout:
-            if not waited:
-                say(f"{what}: another process is at it, waiting for it")
-                waited = True
-            if stop is not None and stop.is_set():
-                raise Stopped from None
-        except NotImplementedError:     # a file system without locks
-            say(f"{folder} is on a file system without locks: do not let two processes use it at once")
-            break
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Run:
@@ -825,17 +685,6 @@ def environment():
 # --------------------------------------------------------------------------------------------------
 # Talking to the person
 # --------------------------------------------------------------------------------------------------
-
-def say(line):
-    if is_first():
-        print(line, flush=True)
-
-
-def stop_on(lines):
-    """Raises UserError with these lines, one a thing that is missing; does nothing where there are none."""
-    if lines:
-        raise UserError("\n".join(dict.fromkeys(lines)))
-
 
 class Progress:
     """A tqdm bar on a terminal; without one, a plain line every half minute. total: None where it isn't known."""

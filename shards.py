@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from files import UserError, first_line
 from layouts import IMAGE_SUFFIXES
 from packing import FORMATS, cores, decode, in_order, load, state_of, what_is_wrong
-from run import UserError, first_line
 
 SUFFIX = ".tar"
 

@@ -35,9 +35,9 @@ import entropy
 import mms_threshold
 import models
 from data import source_of, specs_of, target_of, unavailable
+from files import UserError, file_digest, first_line, listed, one_field, read_json, say, stop_on, write_atomically, write_json, write_text
 from packing import release_pages
-from run import (DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, UserError, command, file_digest, first_line, import_file, listed, name_of, name_of_approach, name_of_arch,
-                 one_field, open_stage, read_json, running_own, say, stop_on, write_atomically, write_json, write_text)
+from run import DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, command, import_file, name_of, name_of_approach, name_of_arch, open_stage, running_own
 from shards import Shards
 from TeacherTrain import saved_split
 

@@ -32,7 +32,8 @@ import distill
 import engine
 import models
 import transfer
-from run import RECIPES, UserError, command, open_stage, say, write_atomically, write_text
+from files import UserError, say, write_atomically, write_text
+from run import RECIPES, command, open_stage
 from TeacherTrain import saved_split
 
 HELD_OUT = 4_000

@@ -32,8 +32,9 @@ import entropy
 import mms_threshold
 import models
 import transfer
+from files import UserError
 from packing import cores
-from run import RECIPES, UserError
+from run import RECIPES
 
 ROWS = ("balanced", "mms", "entropy")
 CPU = torch.device("cpu")

@@ -24,9 +24,9 @@ import archives
 import data
 import download
 from data import load_source, load_target
+from files import UserError
 from layout_files import (SMALL, WRITERS, as_nobody, caltech101_zip, cifar10_archive, expect_small, forks, leftovers, names_in, register, shared_folder, start,
                           tar_of, write_svhn)
-from run import UserError
 
 MEGABYTE = 1 << 20
 

@@ -27,10 +27,10 @@ import download
 import layouts
 import run
 from data import load_source, load_target
+from files import UserError
 from layout_files import (BLUE, GREEN, JPEG_TOLERANCE, RED, SMALL, WRITERS, as_nobody, assert_colour, dump_python2, dump_python3,
                           expect_small, forks, names_in, random_pixels, register, save_image, save_images, shared_folder, tar_of, write_caltech101,
                           write_caltech256, write_cifar10, write_cifar100, write_class_folders, write_places365, write_stl10, write_svhn, write_tinyimagenet)
-from run import UserError
 
 OFFICIAL = dict(data.DATA_SETS)
 ARRAYS, IMAGE_FILES = ("cifar10", "cifar100", "svhn", "stl10"), ("tinyimagenet", "places365", "caltech256", "caltech101")

@@ -19,10 +19,10 @@ import pytest
 
 import data
 import download
-import run
+import files
 from download import RemoteFile, fetch, fetch_all, part_of
+from files import Stopped, UserError
 from layout_files import forks, leftovers, register, start, write_cifar10
-from run import Stopped, UserError
 
 BODY = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(300_000)     # as long, and something else
@@ -574,7 +574,7 @@ def test_an_interrupt_stops_all_of_them(server, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 
 def little_space(monkeypatch, free):
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
 
 
 def test_too_little_disk_is_noticed_before_the_first_request(server, path, monkeypatch):
@@ -585,7 +585,7 @@ def test_too_little_disk_is_noticed_before_the_first_request(server, path, monke
 
 def test_what_is_there_already_takes_no_more_disk(server, path, monkeypatch):
     put_part(path, BODY[:-1000])
-    little_space(monkeypatch, run.SPARE + 1000)
+    little_space(monkeypatch, files.SPARE + 1000)
     fetch(remote(server.url("a.tar")), path)
     assert_whole(path)
 
@@ -662,7 +662,7 @@ def test_what_a_part_holds_is_not_fetched_again(tmp_path, server, monkeypatch, c
 def test_too_little_disk_for_all_that_will_be_made_is_noticed_first(tmp_path, server, monkeypatch):
     """It fits as an archive, and not once more extracted."""
     with_files(monkeypatch, "stl10", remote(server.url("b.tar"), body=bytes(1_000_000)))
-    little_space(monkeypatch, run.SPARE + data.DATA_SETS["stl10"].unpacked)
+    little_space(monkeypatch, files.SPARE + data.DATA_SETS["stl10"].unpacked)
     [line] = data.unavailable([("stl10", "source")], tmp_path)
     assert "still to be fetched, extracted and packed needs" in line
 

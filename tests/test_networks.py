@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
+import files
 import models
-import run
 from distill import fixed_objective, live_objective
-from run import Interrupted, Recipe, UserError
+from files import UserError
+from run import Interrupted, Recipe
 from transfer import score_images
 
 CLASSES = ["cat", "dog", "frog"]
@@ -326,7 +327,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_at_once_and_what_was_good_
     assert next(steps) == (7 if between == 1 else 8)        # seen in that step, or when the next look is due
     assert (tmp_path / "part").exists() == (between == 1)
     if between == 1:
-        saved = torch.load(io.BytesIO(run.read_sealed(tmp_path / "part")), weights_only=True)
+        saved = torch.load(io.BytesIO(files.read_sealed(tmp_path / "part")), weights_only=True)
         assert saved["step"] == 1 and all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
@@ -344,7 +345,7 @@ def test_a_checkpoint_that_is_not_whole_or_not_its_own_is_named_and_not_used(tmp
     trained("other", 255 - images)
     content = (tmp_path / "whole").read_bytes()
     broken = {"cut": content[:-1000], "emptied": b"", "noise": np.random.default_rng(0).bytes(len(content)), "one bit": content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
-              "of another run": (tmp_path / "other").read_bytes(), "no seal": run.read_sealed(tmp_path / "whole")}[damage]
+              "of another run": (tmp_path / "other").read_bytes(), "no seal": files.read_sealed(tmp_path / "whole")}[damage]
     (tmp_path / "part").write_bytes(broken)
     capsys.readouterr()
     ended = trained("part", images)

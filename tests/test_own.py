@@ -19,7 +19,7 @@ import mms_threshold
 import models
 import transfer
 from conftest import COLOURS, paint
-from run import UserError
+from files import UserError
 
 RUN = Path("runs/colours")
 NETWORKS = """

@@ -21,9 +21,9 @@ from torchvision.transforms import Resize
 import data
 import packing
 from data import load_source, load_target
+from files import UserError
 from layout_files import (BLUE, GREEN, JPEG_TOLERANCE, RED, WHITE, as_nobody, assert_colour, expect_small, forks, leftovers, names_in, random_pixels,
                           save_image, save_images, shared_folder, start, write_caltech101, write_class_folders)
-from run import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -115,7 +115,8 @@ def test_a_process_that_dies_ends_the_others(painted, tmp_path):
 import os, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 import engine
-from run import UserError, command
+from files import UserError
+from run import command
 
 def main(argv):
     if os.environ["RANK"] == "1":
