@@ -11,7 +11,7 @@ import torch
 import engine
 import models
 from data import specs_of, target_of, unavailable
-from files import UserError, is_first, read_json, say, stop_on, write_atomically, write_json
+from files import UserError, is_first, is_usable, read_json, require_whole, say, stop_on, write_atomically, write_json
 from run import command, default_teacher, name_of_arch, open_stage
 
 TRAIN_SHARE = 0.8       # of the target's training split; the rest is the confidence set
@@ -27,7 +27,7 @@ def split_target(count, seed):
 
 @engine.together
 def _draw_split(path, count, seed):
-    if not path.exists():
+    if not is_usable(path):
         train, confidence = split_target(count, seed)
         write_atomically(path, lambda file: np.savez(file, train=train, confidence=confidence))
 
@@ -60,6 +60,8 @@ def train_teacher(run, target, device):
     where the target has no images for it.
     """
     if (run / "teacher.json").exists() and (run / "teacher.pt").exists():
+        for name in ("teacher.json", "teacher.pt"):
+            require_whole(run / name, "restore it, or train another teacher with --restart-from teacher")
         figures = read_json(run / "teacher.json")
         models.require_same_files(run / "teacher.pt", figures.get("files", {}))
         return figures

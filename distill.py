@@ -23,7 +23,7 @@ import engine
 import models
 from data import MIXING, specs_of, target_of, unavailable
 from export import export, require_packages
-from files import UserError, is_first, read_json, say, stop_on, write_json
+from files import UserError, is_first, is_usable, read_json, say, stop_on, write_json
 from run import STAGE_FLAGS, command, name_of, name_of_approach, name_of_arch, open_stage
 from TeacherTrain import saved_split, watch
 
@@ -65,7 +65,7 @@ def train_student(run, approach, target, device):
     target: a data.Target; its test split is read once, at the end. An approach whose transfer set is too small
     to learn from gets no student: its history is empty. An accuracy is None where there is no student or no image for it.
     """
-    if run.student(approach, "json").exists():
+    if is_usable(run.student(approach, "json")) and (not read_json(run.student(approach, "json"))["history"] or is_usable(run.student(approach, "pt"))):
         figures = read_json(run.student(approach, "json"))
         models.require_same_files(run.student(approach, "pt"), figures.get("files", {}))
         return figures
@@ -88,7 +88,7 @@ def train_student(run, approach, target, device):
         run.require(f"transfer/{approach}/summary.json", f"python transfer.py --approach {approach}")
         summary = read_json(run.transfer(approach) / "summary.json")
         figures |= {"sources": [name for name, count in summary["per_source"].items() if count], "per_class": summary["per_class"]}
-        images = np.load(run.transfer(approach) / "images.npy", mmap_mode="c")
+        images = np.load(run.require(f"transfer/{approach}/images.npy", f"python transfer.py --approach {approach}"), mmap_mode="c")
         rows = np.arange(len(images))
     figures["transfer_size"] = len(rows)
     if len(rows) < SMALLEST:

@@ -3,16 +3,20 @@
 The one place that writes.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
+import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 SPARE = 200_000_000         # bytes of disk that stay free
+LEDGER = "digests.json"
 SEAL = b"sha256 "      # and the digest of all before, at the end of a file that is sealed
 
 
@@ -64,10 +68,10 @@ def one_field(text):
 # Writing and reading
 # --------------------------------------------------------------------------------------------------
 
-def write_atomically(path, write):
+def write_atomically(path, write, everyone=False):
     """Calls `write(file)` with a binary file beside `path`, which takes its place when all of it is on disk. Of several processes
-    the first alone does it."""
-    if not is_first():
+    the first alone does it, unless `everyone` writes a file of its own. Below a folder with a ledger the file's digest is noted there."""
+    if not (is_first() or everyone):
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +81,7 @@ def write_atomically(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        _note(path, beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -92,20 +97,22 @@ def write_json(path, content):
 
 
 def read_json(path):
+    """Raises UserError where the file is not JSON, or, below a ledger, not what was written there."""
+    require_whole(path)
     try:
         return json.loads(Path(path).read_text())
     except ValueError:
         raise UserError(f"{path} is damaged: it is not JSON; delete it and run the command that made it again") from None
 
 
-def write_sealed(path, content):
+def write_sealed(path, content, everyone=False):
     """Writes bytes atomically, with their digest behind them."""
     digest = hashlib.sha256(content).digest()
 
     def write(file):
         file.write(content)
         file.write(SEAL + digest)
-    write_atomically(path, write)
+    write_atomically(path, write, everyone)
 
 
 def read_sealed(path):
@@ -122,6 +129,90 @@ def file_digest(path):
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
         raise UserError(f"{path} can't be read ({first_line(error)})") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# The ledger of a folder: {path below it: digests of what was written there last}
+# --------------------------------------------------------------------------------------------------
+
+def open_ledger(folder, files):
+    """Begins the ledger of a folder that has none, with these paths of files as they are."""
+    path = Path(folder) / LEDGER
+    if is_first() and not path.exists():
+        write_json(path, {Path(file).relative_to(folder).as_posix(): [_digest(file)] for file in files if Path(file).is_file()})
+
+
+def _ledger_above(path):
+    """(folder, ledger) of the nearest folder above that has one; None where none has."""
+    path = Path(path).absolute()
+    if path.name == LEDGER or path.suffix == ".part":      # which are sealed, and written often
+        return None
+    folder = next((folder for folder in path.parents[:3] if (folder / LEDGER).exists()), None)
+    if folder is None:
+        return None
+    try:
+        ledger = json.loads((folder / LEDGER).read_text())
+        if not all(isinstance(digests, list) for digests in ledger.values()):
+            raise ValueError
+    except (ValueError, AttributeError):
+        raise UserError(f"{folder / LEDGER} is damaged: delete it if you trust the other files as they are, or begin anew with --restart") from None
+    return folder, ledger
+
+
+def _digest(path):
+    status = os.stat(path)
+    return _digest_of_version(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1000)
+def _digest_of_version(path, *version):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _note(path, content):
+    """Notes that `path` is about to become what the file `content` is. Until it is, what it was is good as well."""
+    found = _ledger_above(path)
+    if found is not None:
+        folder, ledger = found
+        name = Path(path).absolute().relative_to(folder).as_posix()
+        before = [_digest(path)] if Path(path).exists() else []
+        ledger[name] = list(dict.fromkeys([_digest(content), *(digest for digest in before if digest in ledger.get(name, ()))]))
+        write_json(folder / LEDGER, ledger)
+
+
+def damage(path):
+    """What is wrong with a file below a ledger, or None."""
+    found = _ledger_above(path)
+    if found is None:
+        return None
+    folder, ledger = found
+    digests = ledger.get(Path(path).absolute().relative_to(folder).as_posix())
+    if digests is None:
+        return "was not written in this run"
+    return None if _digest(path) in digests else "is damaged: it is not what was written there"
+
+
+def require_whole(path, remedy="restore it, or delete it and run the command that made it again"):
+    """Raises UserError where a file below a ledger is not what was written there."""
+    wrong = damage(path) if Path(path).exists() else None
+    if wrong:
+        raise UserError(f"{path} {wrong}; {remedy}")
+
+
+def is_usable(*paths):
+    """Whether these files, which belong together, are all there and whole. Where one is damaged that is said, and it is set aside, so that it can be made again."""
+    usable = True
+    for path in map(Path, paths):
+        try:
+            wrong = damage(path) if path.exists() else "is missing"
+        except FileNotFoundError:       # another process has just set it aside
+            wrong = "is missing"
+        usable = usable and wrong is None
+        if wrong not in (None, "is missing") and is_first():
+            say(f"{path} {wrong}; it is set aside as {path.name}.damaged and made again")
+            os.replace(path, path.with_name(f"{path.name}.damaged"))
+    return usable
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,3 +261,38 @@ def holding(path, what, stop=None):
         yield
     finally:
         lock.release()
+
+
+_held = {}      # {folder: its lock}
+
+
+def hold(folder):
+    """Keeps every other process from writing in a run folder until `let_go`, or until this one ends. Raises UserError that says who holds it."""
+    folder = Path(folder).absolute()
+    if not is_first() or folder in _held:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder} is in use by {_holder(folder)}: wait for it, or use another --run-dir") from None
+    except NotImplementedError:
+        say(f"{folder} is on a file system without locks: do not let two processes use it at once")
+        return
+    _held[folder] = lock
+    (folder / ".holder").write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+
+
+def let_go():
+    """Of every run folder that this process holds."""
+    while _held:
+        _held.popitem()[1].release()
+
+
+def _holder(folder):
+    try:
+        found = json.loads((folder / ".holder").read_text())
+        return f"process {found['process']} on {found['host']} since {found['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from download import RemoteFile, fetch, reachable
-from files import UserError, file_digest, first_line, write_atomically
+from files import UserError, file_digest, first_line, require_whole, write_atomically
 from packing import IMAGE_SIZE
 from run import import_file, is_own, name_of_arch, running_own
 
@@ -554,6 +554,7 @@ def read_tensors(path):
     """What a file of tensors and plain types holds. Nothing in it is ever run."""
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such checkpoint")
+    require_whole(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # of TorchScript, which is refused below

@@ -7,7 +7,9 @@ declared here, once, and therefore mean the same everywhere.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -19,7 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import UserError, file_digest, first_line, is_first, nearest_existing, read_json, say, write_json
+from files import (LEDGER, UserError, damage, file_digest, first_line, hold, is_first, let_go, listed, nearest_existing, open_ledger, read_json, require_whole, say,
+                   write_json)
 
 # --------------------------------------------------------------------------------------------------
 # Recipes
@@ -145,6 +148,7 @@ class Settings:
     momentum: float | None = None
     weight_decay: float | None = None
     ema: float | None = None
+    restart_from: str | None = None
 
     @property
     def teacher_recipe(self):
@@ -367,10 +371,13 @@ FLAGS = {
     "max_bad": dict(type=share, metavar="SHARE",
                     help="share of a folder's images that may be unreadable before that is an error, as 0.05 or 5%% (default: 0.01)"),
     "restart": dict(action="store_true", help="delete what this command's run folder holds and begin anew"),
+    "restart_from": dict(choices=("teacher", "scores", "transfer", "students"), metavar="STAGE",
+                         help="delete what STAGE and those after it have made in the run folder, of teacher, scores, transfer, students, and make it anew"),
+    "config": dict(metavar="FILE", help="a config.json whose settings hold where no flag says otherwise: what a run folder was made with, to repeat it"),
 }
 
 RUN_FLAGS = tuple(name for name in FLAGS if name not in ("approach", "export"))
-STAGE_FLAGS = tuple(name for name in RUN_FLAGS if name not in ("approaches", "seeds", "restart"))
+STAGE_FLAGS = tuple(name for name in RUN_FLAGS if name not in ("approaches", "seeds", "restart", "restart_from", "config"))
 
 # Which files a setting decides. A setting that no file depends on yet may still change.
 STAGES = ("teacher", "scores", "transfer", "students")
@@ -393,6 +400,9 @@ MADE_BY = {
 }
 
 
+CONTRADICTORY = (("steps", "epochs"), ("seed", "seeds"))
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
@@ -405,9 +415,57 @@ def parse(argv, description, flags):
     for name in flags:
         parser.add_argument("--" + name.replace("_", "-"), dest=name, **FLAGS[name])
     given = vars(parser.parse_args(argv))
-    if "steps" in given and "epochs" in given:
-        parser.error("--steps and --epochs contradict each other: give one of them")
+    for one, other in CONTRADICTORY:
+        if one in given and other in given:
+            parser.error(f"--{one} and --{other} contradict each other: give one of them")
+    if "config" in given:
+        stored = vars(parser.parse_args(_as_arguments(given["config"])))
+        for pair in CONTRADICTORY:
+            if set(pair) & set(given):
+                stored = {name: value for name, value in stored.items() if name not in pair}
+        given = stored | given
     return given
+
+
+def _as_arguments(path):
+    """The command line that a config.json stands for. Raises UserError where it holds anything that is no setting."""
+    try:
+        config = json.loads(Path(path).read_text())
+        if not isinstance(config, dict):
+            raise ValueError
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path} is no config.json" + (f" ({first_line(error)})" if isinstance(error, OSError) else "")) from None
+    known = {field.name for field in dataclasses.fields(Settings)} | {"versions", "commit", "machine"}
+    unknown = [name for name in config if name not in known]
+    if unknown:
+        raise UserError(f"--config {path}: {listed(unknown)} {'is no setting' if len(unknown) == 1 else 'are no settings'}")
+    if config.get("steps") == 0:
+        del config["steps"]
+    elif "steps" in config:
+        config.pop("epochs", None)
+    config.pop("seed" if config.get("seeds") else "seeds", None)
+    start, supervised = config.get("student_weights"), config.pop("supervised_weights", None)
+    if start == supervised == "none" and config.get("teacher_weights") == "imagenet":
+        pass        # was given, since without it the supervised student would have started from ImageNet's
+    elif start is not None and start == getattr(RECIPES.get(config.get("recipe")), "student_weights", None):
+        del config["student_weights"]       # so that the supervised student starts from what its own default is
+    arguments = []
+    for name, value in config.items():
+        flag = "--" + name.replace("_", "-")
+        if name not in FLAGS or value is None or name in ("restart", "restart_from") and value is False:
+            continue
+        if FLAGS[name].get("action") == "store_true":
+            if not isinstance(value, bool):
+                raise UserError(f"--config {path}: {name} is neither true nor false")
+            arguments += [flag] if value else []
+        elif name == "approaches":      # those of the user's own are stored by name, their files beside them
+            own = config.get("criteria") if isinstance(config.get("criteria"), dict) else {}
+            arguments.append(f"{flag}={','.join(str(own.get(each, each)) for each in value) if isinstance(value, list) else value}")
+        elif name == "classes" and isinstance(value, list):
+            arguments.append(f"{flag}={','.join(map(str, value))}")
+        else:
+            arguments.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    return arguments
 
 
 def resolve(given):
@@ -437,8 +495,6 @@ def resolve(given):
         raise UserError("a source can't be called confidence, since scores/confidence.npz is the confidence set's: rename it")
     recipe = given.get("recipe", "quick" if built_in else "reference")
     seeds = given.get("seeds") or (given.get("seed", 0),)
-    if "seeds" in given and "seed" in given:
-        raise UserError("--seed and --seeds contradict each other: give one of them")
     teacher_arch, student_arch = given.get("teacher_arch", default_teacher(target)), given.get("student_arch", "resnet18")
     teacher_weights = given.get("teacher_weights", "none" if built_in or is_own(teacher_arch) else "imagenet")
     student_weights = given.get("student_weights", RECIPES[recipe].student_weights)
@@ -567,9 +623,10 @@ class Run:
 
     def require(self, name, command):
         """The path of a file that an earlier stage makes; a UserError with the command where it is missing."""
-        path = self.path / name
+        path, again = self.path / name, f"make it with `{command}{self._flags_to_repeat()}`"
         if not path.exists():
-            raise UserError(f"{path} is missing: make it with `{command}{self._flags_to_repeat()}`")
+            raise UserError(f"{path} is missing: {again}")
+        require_whole(path, f"delete it and {again}")
         return path
 
     def _flags_to_repeat(self):
@@ -578,8 +635,18 @@ class Run:
         return flags + (f" --run-dir {self.path}" if str(self.path) != f"runs/{name}" else "")
 
     def has(self, name):
-        """Whether a file is there and --restart doesn't take it away."""
-        return not self.settings.restart and (self.path / name).exists()
+        """Whether a file is there and whole, and neither --restart nor --restart-from takes it away."""
+        path = self.path / name
+        cleared = [path for pattern in self._cleared() for path in self.path.glob(pattern)]
+        return path.exists() and not any(path.is_relative_to(each) for each in cleared) and damage(path) is None
+
+    def _cleared(self):
+        """Patterns of what --restart or --restart-from takes away."""
+        if not self.settings.restart and not self.settings.restart_from:
+            return []
+        stages = STAGES if self.settings.restart else STAGES[STAGES.index(self.settings.restart_from):]
+        patterns = (["config.json", LEDGER] if self.settings.restart else []) + [pattern for stage in stages for pattern in MADE_BY[stage]]
+        return patterns + [f"{pattern}.damaged" for pattern in patterns if "*" not in pattern]
 
     def holds(self, stage):
         """Whether any file of this stage or of a later one is there."""
@@ -587,42 +654,63 @@ class Run:
         return any(next(self.path.glob(pattern), None) for name in later for pattern in MADE_BY[name])
 
     def clear(self):
-        """Deletes what the stages made, and nothing else that may lie in the folder. Raises UserError where that has been given as an input."""
-        made = [path for pattern in ("config.json", *(pattern for stage in STAGES for pattern in MADE_BY[stage])) for path in self.path.glob(pattern)]
+        """Deletes what the stages made that are to begin anew, and nothing else that may lie in the folder. Raises UserError where that has been given as an input."""
+        made = [path for pattern in self._cleared() for path in sorted(self.path.glob(pattern))]
         settings = self.settings
         for given in (settings.teacher_checkpoint, settings.teacher_weights, settings.student_weights, *settings.criteria.values(),
                       *(spec.partition("=")[2] for spec in (settings.target, *settings.sources))):
             inside = given and [path for path in made if Path(given).resolve().is_relative_to(path.resolve())]
             if inside:
                 raise UserError(f"--restart would delete {given}, which is given as an input: copy it to another folder first")
+        if made:
+            say(f"{'--restart' if settings.restart else '--restart-from ' + settings.restart_from} deletes {listed([path.relative_to(self.path).as_posix() for path in made])} in {self.path}")
         for path in made:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def check(self):
         """Raises UserError when a setting differs from the folder's `config.json` on which a file depends that is there."""
-        config = dataclasses.asdict(self.settings)
-        if (self.path / "config.json").exists():
-            made_with = read_json(self.path / "config.json")
+        config, changed, stages = dataclasses.asdict(self.settings), [], set()
+        if not self.settings.restart and self._made_with():
+            made_with = self._made_with()
             for name, stage in DECIDES.items():
                 now, then = json.loads(json.dumps(config[name])), made_with.get(name, LATER_DEFAULTS.get(name))
                 if name.endswith("_arch") and is_own(str(now)) and is_own(str(then)):
                     now, then = name_of_arch(now), name_of_arch(then)       # the file may have been moved
-                if now != then and self.holds(stage):
+                if now != then and self.holds(stage) and not self._begins_anew(stage):
                     flag = "student-weights" if name == "supervised_weights" else name.replace("_", "-")
-                    what = (f"{'with' if then else 'without'} --{flag}" if isinstance(now, bool) else f"with --{flag} {_as_flag(then)}, not {_as_flag(now)}")
-                    raise UserError(f"{self.path} was made {what}: use that, another --run-dir, or --restart")
+                    changed.append(f"{'with' if then else 'without'} --{flag}" if isinstance(now, bool) else f"with --{flag} {_as_flag(then)}, not {_as_flag(now)}")
+                    stages.add(stage)
+        if changed:
+            first = min(stages, key=STAGES.index)
+            raise UserError(f"{self.path} was made {', '.join(dict.fromkeys(changed))}: use {'that' if len(changed) == 1 else 'those'}, another --run-dir, or "
+                            f"{'--restart' if first == 'teacher' else f'--restart-from {first}, which keeps what comes before'}")
         if not os.access(nearest_existing(self.path), os.W_OK):
             raise UserError(f"{self.path} can't be written: choose another --run-dir")
 
     def open(self, device):
         """Checks, and writes `config.json`; device: the torch.device that computes. Returns the run."""
-        if self.settings.restart and is_first():
-            self.clear()
+        hold(self.path)
         self.check()
-        earlier = read_json(self.path / "config.json").get("criteria", {}) if (self.path / "config.json").exists() else {}
+        if is_first():
+            self.clear()
+        open_ledger(self.path, [path for pattern in ("config.json", *itertools.chain.from_iterable(MADE_BY.values())) for found in self.path.glob(pattern)
+                                for path in ([found] if found.is_file() else found.iterdir()) if path.suffix not in (".part", ".damaged")])
+        earlier = self._made_with().get("criteria", {})
         criteria = {name: file for name, file in earlier.items() if Path(file).is_file()} | self.settings.criteria
-        write_json(self.path / "config.json", dataclasses.asdict(self.settings) | {"criteria": criteria, "device": device.type} | environment())
+        write_json(self.path / "config.json", dataclasses.asdict(self.settings) | {"restart": False, "restart_from": None, "criteria": criteria, "device": device.type} | environment())
         return self
+
+    def _made_with(self):
+        """What config.json says; nothing where it is not there, which is an error once something has been made."""
+        path = self.path / "config.json"
+        if path.exists():
+            return read_json(path)
+        if (self.path / LEDGER).exists() and self.holds("teacher"):
+            raise UserError(f"{path} is missing, so that nothing says how the rest was made: restore it, use another --run-dir, or --restart")
+        return {}
+
+    def _begins_anew(self, stage):
+        return self.settings.restart_from is not None and STAGES.index(stage) >= STAGES.index(self.settings.restart_from)
 
 
 def _as_flag(value):
@@ -658,7 +746,7 @@ def _stored_flags(folder, given):
     if not (folder / "config.json").exists():
         return {}
     stored = read_json(folder / "config.json")
-    fields = {field.name for field in dataclasses.fields(Settings)} - {"run_dir", "restart", "device", "seeds"}
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"run_dir", "restart", "restart_from", "device", "seeds"}
     if not isinstance(stored, dict) or not set(DECIDES) - set(LATER_DEFAULTS) <= set(stored):
         raise UserError(f"{folder / 'config.json'} is damaged: it lacks settings; use another --run-dir")
     other = any(name in given and given[name] != stored[name] for name in ("target", "recipe"))
@@ -807,6 +895,12 @@ def command(main):
     except PermissionError as error:
         print(f"{program}: {error.filename} can't be used ({first_line(error)})", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        what = "a file is larger than the limit allows" if error.errno == errno.EFBIG else "the disk is full"
+        print(f"{program}: {what}{f', at {error.filename}' if error.filename else ''}: make room; what is there is whole, and the same command goes on from here", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:     # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -815,3 +909,5 @@ def command(main):
         if is_first():
             print(f"\n{program}: stopped by {signal.Signals(number).name}; the same command goes on from here", file=sys.stderr, flush=True)
         sys.exit(128 + number)
+    finally:
+        let_go()

@@ -35,7 +35,7 @@ import entropy
 import mms_threshold
 import models
 from data import source_of, specs_of, target_of, unavailable
-from files import UserError, file_digest, first_line, listed, one_field, read_json, say, stop_on, write_atomically, write_json, write_text
+from files import UserError, file_digest, first_line, is_usable, listed, one_field, read_json, say, stop_on, write_atomically, write_json, write_text
 from packing import release_pages
 from run import DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, command, import_file, name_of, name_of_approach, name_of_arch, open_stage, running_own
 from shards import Shards
@@ -148,7 +148,7 @@ def saved_scores(path, made_from, index, criteria, compute):
     scores, seconds = {}, 0.0
     where = {} if index is None else {"index": index}
     digests = {name: criterion.digest for name, criterion in criteria.items() if isinstance(criterion, OwnCriterion)}
-    if path.exists():
+    if is_usable(path):
         try:
             with np.load(path) as saved:
                 scores = {name: saved[name] for name in saved.files}
@@ -409,7 +409,7 @@ def make_thresholds(run, scoring):
              "digests": {name: criterion.digest for name, criterion in criteria.items() if isinstance(criterion, OwnCriterion)}}
     if settings.calibrate == "sources":     # such thresholds hold for these sources alone
         basis["sources"] = list(settings.sources)
-    saved = read_json(path) if path.exists() else {}
+    saved = read_json(path) if is_usable(path) else {}
     if not set(criteria) <= set(saved) or any(saved.get(key) != value for key, value in basis.items()):
         count = len(scoring.classes)
         scores = scoring.confidence() if settings.calibrate == "target" else scoring.candidates().scores
@@ -444,7 +444,7 @@ def make_transfer_set(run, approach, scoring, target_size):
     """
     scoring.require(approach)
     folder, digest = run.transfer(approach), getattr(scoring.criteria.get(approach), "digest", None)
-    if (folder / "summary.json").exists():
+    if is_usable(*(folder / name for name in ("summary.json", "images.npy", "manifest.csv"))):
         summary = read_json(folder / "summary.json")
         if summary["teacher"] != scoring.teacher_digest:
             raise UserError(f"{folder} was selected by another teacher than {run / 'teacher.pt'}: use another --run-dir, or --restart")

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import compile
+import files
 import run
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -54,13 +55,14 @@ def finished_run(painted, tmp_path_factory):
     root = tmp_path_factory.mktemp("finished")
     with contextlib.chdir(root):
         compile.main(small_run(*painted))
+    files.let_go()
     return root
 
 
 @pytest.fixture
 def finished(flags, finished_run):
     """That run in this test's own folder. Its files are links: what the tool changes, it replaces."""
-    shutil.copytree(finished_run, ".", copy_function=os.link, dirs_exist_ok=True)
+    shutil.copytree(finished_run, ".", copy_function=os.link, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
 
 
 @pytest.fixture

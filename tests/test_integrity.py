@@ -1,0 +1,165 @@
+"""A run folder that something has happened to: every file, damaged in every way, is noticed, named, and made again or refused."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compile
+import distill
+import files
+import transfer
+from conftest import small_run
+
+RUN = Path("runs/colours")
+REFUSED = ("config.json", "teacher.pt", "teacher.json")         # what the user gave, and what took longest
+MADE_AGAIN = ("split.npz", "scores/pool.npz", "scores/confidence.npz", "thresholds.json", "transfer/mms/images.npy", "transfer/mms/manifest.csv",
+              "transfer/mms/summary.json", "students/mms.pt", "students/mms.json")
+READ_FOR = {"split.npz": "students/mms.json", "scores/pool.npz": "transfer/mms/summary.json", "scores/confidence.npz": "thresholds.json"}    # else they are not read
+WRITTEN_ALWAYS = ("results.json", "results.md")
+DAMAGE = {
+    "cut": lambda content, other: content[:len(content) // 2],
+    "emptied": lambda content, other: b"",
+    "noise": lambda content, other: np.random.default_rng(0).bytes(len(content)),
+    "one byte": lambda content, other: content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1:],
+    "of another run": lambda content, other: other,
+}
+FLAGS = ["--approaches", "mms"]
+
+
+@pytest.fixture(scope="module")
+def another_run(painted, tmp_path_factory):
+    """The run folder of another seed."""
+    root = tmp_path_factory.mktemp("another")
+    compile.main([*small_run(*painted), *FLAGS, "--seed", "5", "--run-dir", str(root / "run")])
+    files.let_go()
+    return root / "run"
+
+
+def put(path, content):
+    """In place of a file, which may be a link to that of other tests."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
+def figures():
+    """What must not change."""
+    row = next(row for row in json.loads((RUN / "results.json").read_text())["rows"] if row["approach"] == "mms")
+    return {name: row[name] for name in ("accuracy", "transfer_size", "per_class", "retention")}
+
+
+@pytest.mark.parametrize("way", DAMAGE)
+@pytest.mark.parametrize("name", [*REFUSED, *MADE_AGAIN, *WRITTEN_ALWAYS, files.LEDGER])
+def test_damage_is_noticed_and_named_and_the_file_is_made_again_or_refused(flags, finished, another_run, execute, name, way):
+    whole = (RUN / name).read_bytes()
+    damaged = DAMAGE[way](whole, (another_run / name).read_bytes())
+    assert damaged != whole
+    expected = figures()
+    put(RUN / name, damaged)
+    if name in READ_FOR:
+        (RUN / READ_FOR[name]).unlink()
+    status, out, err = execute(compile.main, [*flags, *FLAGS])
+    if name in REFUSED or (name == files.LEDGER and status == 2):
+        assert status == 2 and err.count("\n") == 1 and (name in err or name == files.LEDGER)
+        assert (RUN / name).read_bytes() == damaged         # nothing is lost
+        put(RUN / name, whole)
+        assert execute(compile.main, [*flags, *FLAGS])[0] == 0
+    else:
+        assert (status, err) == (0, "")
+        if name in MADE_AGAIN:
+            assert f"runs/colours/{name} is damaged: it is not what was written there; it is set aside as {Path(name).name}.damaged and made again\n" in out
+            assert Path(f"{RUN / name}.damaged").read_bytes() == damaged
+            assert name.endswith((".json", ".npz")) or (RUN / name).read_bytes() == whole
+    assert figures() == expected and files.damage(RUN / name) is None
+
+
+@pytest.mark.parametrize("stage, name, again", [(distill, "transfer/mms/images.npy", "python transfer.py --approach mms"), (distill, "transfer/mms/summary.json", "python transfer.py --approach mms"),
+                                                (transfer, "teacher.pt", "python TeacherTrain.py"), (distill, "teacher.json", "python TeacherTrain.py")])
+def test_a_stage_by_hand_says_which_command_makes_a_damaged_file_again(flags, finished, execute, stage, name, again):
+    put(RUN / name, b"x")
+    for made in (RUN / "students").glob("mms.*"):
+        made.unlink()
+    status, out, err = execute(stage.main, ["--target", flags[1], "--approach", "mms"])
+    assert status == 2 and f"{name} is damaged: it is not what was written there; delete it and make it with `{again}" in err and err.count("\n") == 1
+
+
+def test_a_run_folder_without_a_ledger_gets_one_and_what_is_no_longer_there_is_missed(flags, finished, execute):
+    (RUN / files.LEDGER).unlink()
+    assert execute(compile.main, flags)[0] == 0
+    assert {"teacher.pt", "scores/pool.npz", "transfer/mms/images.npy", "students/mms.pt", "config.json"} <= set(json.loads((RUN / files.LEDGER).read_text()))
+    (RUN / "config.json").unlink()
+    status, out, err = execute(compile.main, flags)
+    assert status == 2 and err == "compile.py: runs/colours/config.json is missing, so that nothing says how the rest was made: restore it, use another --run-dir, or --restart\n"
+    assert execute(compile.main, [*flags, "--restart"])[0] == 0
+
+
+def test_two_runs_in_one_run_folder_the_second_says_who_holds_it(flags, finished, execute):
+    holder = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(files.__file__).parent)!r})\nimport files, time\n"
+                               f"files.hold({str(RUN)!r}); print('held', flush=True); time.sleep(100)"], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    status, out, err = execute(compile.main, flags)
+    assert status == 2 and f"runs/colours is in use by process {holder.pid} on " in err and "since 20" in err and err.count("\n") == 1
+    holder.kill()
+    holder.wait()
+    assert execute(compile.main, flags)[0] == 0
+
+
+def test_restart_from_a_stage_keeps_what_comes_before_and_says_what_it_deletes(flags, finished, execute):
+    def ages():
+        return {path.relative_to(RUN).as_posix(): path.stat().st_mtime_ns for path in RUN.rglob("*") if path.is_file() and path.parent.name != ".locks"}
+    before = ages()
+    status, out, err = execute(compile.main, [*flags, *FLAGS, "--lr", "0.02", "--temperature", "3", "--fill", "best"])
+    assert status == 2 and err.startswith("compile.py: runs/colours was made with --fill first, not best, with --temperature 4.0, not 3.0, with --lr 0.1, not 0.02: use those, ")
+    assert "--restart-from transfer, which keeps what comes before" in err and ages() == before
+    status, out, err = execute(compile.main, [*flags, *FLAGS, "--lr", "0.02", "--restart-from", "students"])
+    assert (status, err) == (0, "") and "--restart-from students deletes students/" in out and "results.json" in out
+    after = ages()
+    kept = [name for name in before if name.startswith(("teacher", "split", "scores/", "thresholds", "transfer/"))]
+    assert len(kept) > 10 and all(after[name] == before[name] for name in kept)
+    assert after["students/mms.pt"] != before["students/mms.pt"] and "students/balanced.pt" not in after
+    assert json.loads((RUN / "config.json").read_text())["restart_from"] is None
+    assert "made with --lr 0.02, not 0.1" in execute(compile.main, [*flags, *FLAGS])[2]
+
+
+def test_a_config_repeats_a_run_and_flags_go_before_it(flags, finished, execute):
+    shutil.copy(RUN / "config.json", "kept.json")
+    status, out, err = execute(compile.main, ["--config", "kept.json", "--run-dir", "again", "--approaches", "mms,random"])
+    assert (status, err) == (0, "")
+    for name in ("transfer/mms/images.npy", "students/mms.pt", "teacher.pt", "students/random.pt"):
+        assert (Path("again") / name).read_bytes() == (RUN / name).read_bytes(), name
+    changed = {"run_dir"}
+    first, second = (json.loads((folder / "config.json").read_text()) for folder in (RUN, Path("again")))
+    assert {name for name in first if first[name] != second[name]} == changed | {"approaches"}
+
+
+@pytest.mark.parametrize("content, said", [
+    ("", "is no config.json"), ("[]", "is no config.json"), ("{", "is no config.json"), ('{"colour": 1}', "colour is no setting"), ('{"lr": "fast"}', "argument --lr"), ('{"lr": -1}', "argument --lr"),
+    ('{"lr": {"a": 1}}', "argument --lr"), ('{"sources": ["../x=y"]}', "argument --sources"), ('{"restart": 3}', "restart is neither true nor false"), ('{"seeds": [0, 0]}', "names a seed twice"), ('{"lr": NaN}', "argument --lr"),
+    ('{"run_dir": 5, "recipe": "none"}', "argument --recipe"),
+])
+def test_a_config_that_can_not_be_is_refused(flags, execute, content, said):
+    Path("config.json").write_text(content)
+    status, out, err = execute(compile.main, ["--config", "config.json"])
+    assert status == 2 and said in err and err.count("\n") == 1, err
+    assert not Path("runs").exists() and os.listdir() == ["config.json"]
+
+
+def test_a_full_disk_is_said_and_the_work_goes_on_after_room_is_made(flags, finished, execute, monkeypatch):
+    import errno
+    shutil.rmtree(RUN / "students")
+    replace, full = os.fsync, [True]
+
+    def fsync(number):
+        if full[0] and os.readlink(f"/proc/self/fd/{number}").endswith(".part") and "mms.pt" in os.readlink(f"/proc/self/fd/{number}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(number)
+    monkeypatch.setattr(os, "fsync", fsync)
+    status, out, err = execute(compile.main, flags)
+    assert status == 2 and err.count("\n") == 1 and "the disk is full" in err and "the same command goes on" in err
+    assert (RUN / "students" / "balanced.pt").exists() and not [path for path in RUN.rglob(".*.part")]
+    full[0] = False
+    assert execute(compile.main, flags)[0] == 0
