@@ -79,7 +79,7 @@ def test_shards_give_the_selection_of_the_same_images_in_a_folder(painted, pool_
     shutil.rmtree(sharded / "students")
     (sharded / "results.json").unlink()
     (sharded / "results.md").unlink()
-    status, out, err = execute(transfer.main, ["--target", flags[1], "--run-dir", "runs/sharded", "--approach", "mms", "--shortfall", "repeat"])
+    status, out, err = execute(transfer.main, ["--target", flags[1], "--run-dir", "runs/sharded", "--approach", "mms", "--shortfall", "repeat", "--transfer-size", "600"])
     assert (status, err) == (0, "")
     rows, images = manifest("mms", sharded), np.load(sharded / "transfer/mms/images.npy")
     by_index = {}
