@@ -284,6 +284,14 @@ def hold(folder):
     (folder / ".holder").write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
 
 
+def remove_beside(folder):
+    """Removes what a process that was killed has left beside the files that it was writing, below a folder that this one holds."""
+    if is_first():
+        for path in Path(folder).rglob(".*.part"):
+            if re.fullmatch(r"\..+\.\d+\.part", path.name):
+                path.unlink(missing_ok=True)
+
+
 def let_go():
     """Of every run folder that this process holds."""
     while _held:

@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import (LEDGER, UserError, damage, file_digest, first_line, hold, is_first, let_go, listed, nearest_existing, open_ledger, read_json, require_whole, say,
+from files import (LEDGER, UserError, damage, file_digest, first_line, hold, is_first, let_go, listed, nearest_existing, open_ledger, read_json, remove_beside, require_whole, say,
                    write_json)
 
 # --------------------------------------------------------------------------------------------------
@@ -690,6 +690,7 @@ class Run:
     def open(self, device):
         """Checks, and writes `config.json`; device: the torch.device that computes. Returns the run."""
         hold(self.path)
+        remove_beside(self.path)
         self.check()
         if is_first():
             self.clear()

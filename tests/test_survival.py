@@ -5,8 +5,11 @@ while it fetches, extracts or packs, at random moments.
 """
 import hashlib
 import io
+import json
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+import files
+from conftest import small_run
 
 IMAGES = 900
 MEGABYTE = 1 << 20
@@ -160,3 +167,80 @@ def test_killed_at_random_moments_the_same_command_completes(server, archive, tm
         assert command.complete() == expected
         assert not [path for path in command.folder.rglob("*") if ".part" in path.name or ".old" in path.name]
     print(f"{kills} kills, {killed}, in {cycle} cycles")
+
+
+# --------------------------------------------------------------------------------------------------
+# The whole experiment
+# --------------------------------------------------------------------------------------------------
+
+JOB = """
+import sys
+sys.path.insert(0, {here!r})
+import compile, engine, run
+engine.SAVE_INTERVAL, engine.SAVE_SHARE = {interval}, {share}
+run.command(compile.main)
+"""
+
+
+def outcome(folder):
+    """{file: what must be the same, to the bit}: everything but seconds and speeds."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for name in ("*.pt", "split.npz", "thresholds.json", "transfer/*/*", "students/*.pt") for path in folder.glob(name)}
+    for path in folder.glob("scores/*.npz"):
+        with np.load(path) as saved:
+            found |= {f"{path.stem}/{name}": saved[name].tobytes() for name in saved.files if name != "seconds"}
+    results = json.loads((folder / "results.json").read_text())
+    found["results"] = [{name: value for name, value in row.items() if name not in ("seconds", "images_per_second")} for row in results["rows"]]
+    return found | {"table": [row["accuracy"] for row in results["rows"]], "teacher": results["teacher"]}
+
+
+@pytest.mark.parametrize("runs, kills, argv, interval", [
+    (2, 4, None, 0.1),
+    pytest.param(30, 4, ["--target", "digits", "--device", "cpu"], 1.0, marks=pytest.mark.slow, id="the offline main job, 30 times"),
+])
+def test_killed_at_random_moments_a_run_ends_in_the_same_bits(painted, tmp_path, runs, kills, argv, interval):
+    rng = random.Random(1)
+    argv = [*(argv or [*small_run(*painted), "--augment", "crop,flip,mixup"]), "--data-dir", str(tmp_path / "data")]
+    program = JOB.format(here=str(Path(__file__).resolve().parent.parent), interval=interval, share=1e9)
+
+    def start(folder):
+        return subprocess.Popen([sys.executable, "-c", program, *argv, "--run-dir", str(folder)], stdout=open(tmp_path / "said.txt", "w"), stderr=subprocess.STDOUT)
+    began = time.monotonic()
+    assert start(tmp_path / "undisturbed").wait() == 0, (tmp_path / "said.txt").read_text()
+    duration, expected = time.monotonic() - began, outcome(tmp_path / "undisturbed")
+    assert len(expected) > 20
+    killed, between = 0, 0
+    for number in range(runs):
+        folder, alive = tmp_path / f"run{number}", None
+        for _ in range(kills):
+            alive = start(folder)
+            try:
+                assert alive.wait(rng.uniform(0.1, 0.6) * duration) == 0, (tmp_path / "said.txt").read_text()
+            except subprocess.TimeoutExpired:
+                alive.kill()
+                alive.wait()
+                killed += 1
+                between += any(folder.rglob("*.part"))
+        assert start(folder).wait() == 0, (tmp_path / "said.txt").read_text()
+        ended = outcome(folder)
+        assert ended.keys() == expected.keys() and [name for name in expected if ended[name] != expected[name]] == []
+        assert not list(folder.rglob("*.part")) and not list(folder.rglob("*.damaged"))
+        shutil.rmtree(folder)
+    assert killed >= 2 * runs and between >= runs / 2
+    print(f"{runs} runs, {killed} kills, {between} of them with a checkpoint there; all end in the same bits")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_has_a_checkpoint_written_and_says_how_to_go_on(painted, tmp_path, number):
+    argv = [*small_run(*painted), "--approaches", "supervised", "--epochs", "2000", "--data-dir", str(tmp_path / "data"), "--run-dir", str(tmp_path / "run")]
+    program = JOB.format(here=str(Path(__file__).resolve().parent.parent), interval=1000.0, share=0.02)      # nothing but the signal has it written
+    process = subprocess.Popen([sys.executable, "-c", program, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "run" / "teacher.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err.strip() == f"-c: stopped by {number.name}; the same command goes on from here" and "Traceback" not in err
+    saved = torch.load(io.BytesIO(files.read_sealed(tmp_path / "run" / "students" / "supervised.part")), weights_only=True)
+    assert saved["images"] > 0
