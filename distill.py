@@ -23,7 +23,7 @@ import engine
 import models
 from data import MIXING, specs_of, target_of, unavailable
 from export import export, require_packages
-from files import UserError, is_first, is_usable, read_json, say, stop_on, write_json
+from files import UserError, file_digest, is_first, is_usable, read_json, say, stop_on, write_json
 from run import STAGE_FLAGS, command, name_of, name_of_approach, name_of_arch, open_stage
 from TeacherTrain import saved_split, watch
 
@@ -41,9 +41,9 @@ def kd_loss(student_logits, teacher_logits, temperature):
                                        reduction="batchmean", log_target=True)
 
 
-def fixed_objective(teacher, images, temperature, device):
-    """KD on unchanging pixels: the teacher's logits for all images are computed here, once."""
-    teacher_logits = engine.predict(teacher, images, device=device, label="teacher's answers").to(device)
+def fixed_objective(teacher, images, temperature, device, **how):
+    """KD on unchanging pixels: the teacher's logits for all images are computed here, once. how: checkpoint and mark, as in `engine.predict`."""
+    teacher_logits = engine.predict(teacher, images, device=device, label="teacher's answers", **how).to(device)
     return lambda logits, views, rows: kd_loss(logits.float(), teacher_logits[rows.to(device)], temperature)
 
 
@@ -96,6 +96,7 @@ def train_student(run, approach, target, device):
         write_json(run.student(approach, "json"), figures)
         return figures
 
+    answers = engine.Checkpoint(run.student(approach, "answers.part"), f"student {approach}", own=True)
     torch.manual_seed(seed)
     heir = figures["weights"] in ("teacher", "auto")
     student = models.require_logits(engine.first_alone(lambda: models.build(
@@ -110,8 +111,9 @@ def train_student(run, approach, target, device):
         recipe = dataclasses.replace(recipe, augment=",".join(step for step in recipe.augment.split(",") if step not in MIXING) or "none")
     else:
         teacher = models.folded(models.load(teacher_path, settings.teacher_arch).to(device))
-        objective = (fixed_objective(teacher, images, recipe.temperature, device) if recipe.augment == "none"
-                     else live_objective(teacher, recipe.temperature, device))
+        objective = (fixed_objective(teacher, images, recipe.temperature, device, checkpoint=answers,
+                                     mark=f"{file_digest(teacher_path)}, {file_digest(run.transfer(approach) / 'manifest.csv')}, {engine.process()}")
+                     if recipe.augment == "none" else live_objective(teacher, recipe.temperature, device))
     training = engine.train(
         student, images, rows, objective, recipe, seed=seed, device=device,
         checkpoint=run.student(approach, "part"), label=f"student {approach}",
@@ -123,6 +125,7 @@ def train_student(run, approach, target, device):
                 "seconds": training.seconds, "images_per_second": training.images_per_second, "history": training.history}
     models.save(run.student(approach, "pt"), student, accuracy=accuracy)
     write_json(run.student(approach, "json"), figures)
+    answers.remove()
     if is_first():
         run.student(approach, "part").unlink(missing_ok=True)
     return figures

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import datetime
 import functools
+import glob
 import io
 import os
 import time
@@ -195,7 +196,7 @@ def batches_of(images, batches, device):
 # --------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def predict(classifier, images, rows=None, device=torch.device("cpu"), label="evaluating", then=None, shared=True):
+def predict(classifier, images, rows=None, device=torch.device("cpu"), label="evaluating", then=None, shared=True, checkpoint=None, mark=""):
     """Logits of images, in eval mode, without gradients, in float32: scores are compared with thresholds, so that
     the coarser numbers of autocast would not do.
 
@@ -203,18 +204,40 @@ def predict(classifier, images, rows=None, device=torch.device("cpu"), label="ev
     CPU; with `then`, a function of a batch's logits (B, C) on the device that gives a tuple of tensors
     (B, ...), returns those over all images instead, so that nothing larger than they are is kept. Of several processes each
     answers for a part and all return the whole; with shared=False each answers for images of its own.
+
+    checkpoint: a Checkpoint of this process, where answers are kept as they come and when a signal asks to stop, and mark, what they
+    are answers to: a later call goes on from there.
     """
+    batch_size = max(16, round(EVALUATION_BATCH * min(1.0, 96 / classifier.input_size) ** 2))
+    try:
+        with orderly() if checkpoint else contextlib.nullcontext():
+            return _predict(classifier, images, rows, batch_size, device, label, then, shared, checkpoint, mark)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{label}: {memory_of(device)} does not suffice for {batch_size:,} images of {images.shape[1]}x{images.shape[2]} at once: give a smaller network, or --device cpu") from None
+
+
+def _predict(classifier, images, rows, batch_size, device, label, then, shared, checkpoint, mark):
     classifier.eval()
     tensor = images if isinstance(images, torch.Tensor) else to_device(images, device)
     rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
     then = then or (lambda logits: (logits,))
     columns, unreleased = None, 0
-    batches = rows.split(max(16, round(EVALUATION_BATCH * min(1.0, 96 / classifier.input_size) ** 2)))
+    batches = rows.split(batch_size)
     first, last = share_of(len(batches)) if shared else (0, len(batches))       # the batches are those of a single process, so that the logits are, to the bit
-    done = sum(map(len, batches[:first]))
+    done = begin = sum(map(len, batches[:first]))
     progress = Progress(label, sum(map(len, batches[first:last])))
-    mine = batches[first:last] or batches[:1]       # with nothing to do, one batch still says what is made
-    for batch, pixels in zip(mine, batches_of(tensor, mine, device)):
+    saved = checkpoint.load(mark) if checkpoint else None
+    if saved is not None:
+        columns = tuple(torch.zeros((len(rows), *value.shape[1:]), dtype=value.dtype) for value in saved["columns"])
+        done += len(saved["columns"][0])
+        for column, value in zip(columns, saved["columns"]):
+            column[begin:done] = value
+        first += saved["batches"]
+        progress.skip(done - begin)
+    mine = batches[first:last] or batches[:columns is None]     # with nothing to do, one batch still says what is made
+    for number, (batch, pixels) in enumerate(zip(mine, batches_of(tensor, mine, device)), 1):
         values = then(classifier(pixels))
         if columns is None:
             columns = tuple(torch.zeros((len(rows), *value.shape[1:]), dtype=value.dtype) for value in values)
@@ -228,6 +251,12 @@ def predict(classifier, images, rows=None, device=torch.device("cpu"), label="ev
         if unreleased > READ_AT_ONCE:
             release_pages(images)
             unreleased = 0
+        stop = interrupted()
+        if checkpoint and (stop or checkpoint.due()):
+            checkpoint.save(mark, {"batches": number + (saved["batches"] if saved else 0), "columns": [column[begin:done].clone() for column in columns]})
+        if stop:
+            progress.close()
+            raise Interrupted(stop)
     progress.close()
     if shared and distributed.is_initialized():     # each has zeros where the others have their answers
         for column in columns:
@@ -277,8 +306,12 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"{label}: {'the memory of the device' if device.type != 'cpu' else 'the memory'} does not suffice for batches of {recipe.batch_size:,} images of "
+        raise UserError(f"{label}: {memory_of(device)} does not suffice for batches of {recipe.batch_size:,} images of "
                         f"{images.shape[1]}x{images.shape[2]}: give a smaller --batch-size, or a smaller network") from None
+
+
+def memory_of(device):
+    return "the memory" if device.type == "cpu" else "the memory of the device"
 
 
 def is_out_of_memory(error):
@@ -286,10 +319,13 @@ def is_out_of_memory(error):
 
 
 class Checkpoint:
-    """The file that an interrupted piece of work goes on from; it is written when that is worth its time."""
+    """The file that an interrupted piece of work goes on from; it is written when that is worth its time. own: each process has one."""
 
-    def __init__(self, path, label):
-        self.path, self.label, self.interval = path, label, SAVE_INTERVAL
+    def __init__(self, path, label, own=False):
+        number, processes = process()
+        self.alone = path
+        self.path = path.with_name(f"{path.stem}.{number + 1}-of-{processes}{path.suffix}") if own and processes > 1 else path
+        self.label, self.own, self.interval = label, own, SAVE_INTERVAL
         self.saved = time.monotonic()
 
     def load(self, mark, device=torch.device("cpu")):
@@ -309,11 +345,17 @@ class Checkpoint:
     def save(self, mark, content):
         """content: of plain types and tensors."""
         began, buffer = time.monotonic(), io.BytesIO()
-        if is_first():
+        if is_first() or self.own:
             torch.save({"mark": mark, **content}, buffer)
-            write_sealed(self.path, buffer.getbuffer())
+            write_sealed(self.path, buffer.getbuffer(), everyone=self.own)
         self.saved = time.monotonic()
         self.interval = max(SAVE_INTERVAL, (self.saved - began) / SAVE_SHARE)
+
+    def remove(self):
+        """Deletes it, and what as many processes as there are not any more have left."""
+        if is_first():
+            for path in (self.alone, *self.alone.parent.glob(f"{glob.escape(self.alone.stem)}.*-of-*{self.alone.suffix}")):
+                path.unlink(missing_ok=True)
 
 
 def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint, label, evaluate, remedy):
@@ -405,9 +447,14 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
             distributed.all_reduce(total)
         mean_loss = total.item() / len(batches) / processes     # waits for the device, so the clock is right
         tick()
-        with _averaged(classifier, average):
-            training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"],
-                                     "confidence_accuracy": evaluate() if evaluate else None})
+        try:
+            with _averaged(classifier, average):
+                reached = evaluate() if evaluate else None
+        except Interrupted:
+            if processes == 1:
+                save(len(batches))
+            raise
+        training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"], "confidence_accuracy": reached})
         total, first = torch.zeros((), device=device), 0
         if epoch == start and compiling_pays(device, training.seconds / training.images * (steps - (epoch + 1) * per_epoch) * batch_size):
             network = compiled(network)

@@ -15,6 +15,7 @@ sorts numbers. With t the threshold of a class,
     python transfer.py --approach mms
     python transfer.py --approach ./my_metric.py    # a criterion of your own: KEEP, score, threshold
 """
+import contextlib
 import csv
 import io
 import itertools
@@ -22,6 +23,7 @@ import json
 import math
 import os
 import time
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +39,8 @@ import models
 from data import source_of, specs_of, target_of, unavailable
 from files import UserError, file_digest, first_line, is_usable, listed, one_field, read_json, say, stop_on, write_atomically, write_json, write_text
 from packing import release_pages
-from run import DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, command, import_file, name_of, name_of_approach, name_of_arch, open_stage, running_own
+from run import (DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, Interrupted, command, import_file, interrupted, name_of, name_of_approach, name_of_arch, open_stage, orderly,
+                 running_own)
 from shards import Shards
 from TeacherTrain import saved_split
 
@@ -102,29 +105,45 @@ def criteria_of(settings):
 # --------------------------------------------------------------------------------------------------
 
 
-def score_images(teacher, images, rows=None, device=torch.device("cpu"), label="scoring", criteria=CRITERIA, shared=True):
+def score_images(teacher, images, rows=None, device=torch.device("cpu"), label="scoring", criteria=CRITERIA, **how):
     """One pass of the teacher. Returns {"predicted": (N,) int64, and (N,) float32 for each of `criteria`}.
 
-    images: (M, H, W, 3) uint8; rows: which of them, default all; shared: as in `engine.predict`.
+    images: (M, H, W, 3) uint8; rows: which of them, default all; how: shared, checkpoint and mark, as in `engine.predict`.
     """
     weight = models.head_weight(teacher)
 
     def of_logits(logits):
         return logits.topk(2, dim=1).indices[:, 0], *(criterion.score(logits, weight) for criterion in criteria.values())
 
-    predicted, *scores = engine.predict(teacher, images, rows, device, label, of_logits, shared)
+    predicted, *scores = engine.predict(teacher, images, rows, device, label, of_logits, **how)
     return {"predicted": predicted.numpy(), **{name: column.numpy().astype(np.float32) for name, column in zip(criteria, scores)}}
 
 
-def score_shards(teacher, shards, device, criteria, listing, max_bad):
+def score_shards(teacher, shards, device, criteria, listing, max_bad, checkpoint=None, mark=""):
     """The same of a source in shards, with "index": (N,) int64, which images of the source they are, and "shard_images": (S,) int64,
-    how many each shard has. What can't be read is listed in the file `listing`; UserError where that is more than the share `max_bad`."""
-    parts, counts, bad = [], [], []
-    for shard in shards.read(*engine.share_of(len(shards.paths))):
-        columns = score_images(teacher, shard.pixels, None, device, f"scoring {shards.name}", criteria, shared=False) if len(shard.pixels) else {}
-        parts.append(columns | {"index": np.array(shard.numbers, np.int64)} if columns else {})
-        counts.append(shard.images)
-        bad += [(os.path.basename(shards.paths[shard.number]), member, reason) for member, reason in shard.bad]
+    how many each shard has. What can't be read is listed in the file `listing`; UserError where that is more than the share `max_bad`. checkpoint, mark: as in `engine.predict`; it is
+    written after a shard."""
+    saved = checkpoint.load(mark) if checkpoint else None
+    parts, counts, bad = ([{column: values.numpy() for column, values in part.items()} for part in saved["parts"]], saved["counts"], saved["bad"]) if saved else ([], [], [])
+    first, last = engine.share_of(len(shards.paths))
+
+    def save():
+        checkpoint.save(mark, {"parts": [{column: torch.from_numpy(values) for column, values in part.items()} for part in parts], "counts": counts, "bad": bad})
+    with orderly() if checkpoint else contextlib.nullcontext():
+        for shard in shards.read(first + len(counts), last):
+            try:
+                columns = score_images(teacher, shard.pixels, None, device, f"scoring {shards.name}", criteria, shared=False) if len(shard.pixels) else {}
+            except Interrupted:
+                save()
+                raise
+            parts.append(columns | {"index": np.array(shard.numbers, np.int64)} if columns else {})
+            counts.append(shard.images)
+            bad += [(os.path.basename(shards.paths[shard.number]), member, reason) for member, reason in shard.bad]
+            stop = interrupted()
+            if checkpoint and (stop or checkpoint.due()):
+                save()
+            if stop:
+                raise Interrupted(stop)
     parts, counts, bad = (list(itertools.chain.from_iterable(each)) for each in zip(*engine.gathered((parts, counts, bad))))
     total = sum(counts)
     if bad:
@@ -140,7 +159,7 @@ def score_shards(teacher, shards, device, criteria, listing, max_bad):
 
 
 def saved_scores(path, made_from, index, criteria, compute):
-    """The scores of `criteria` in `path`; what isn't there is computed by compute({name: criterion}), and saved with the seconds that it took.
+    """The scores of `criteria` in `path`; what isn't there is computed by compute({name: criterion}, checkpoint=, mark=), and saved with the seconds that it took.
 
     made_from: what they are the scores of, and by which teacher; index: (N,) int64, which images of the whole
     data set the rows are, or None where compute says it, as `score_shards` does.
@@ -163,12 +182,14 @@ def saved_scores(path, made_from, index, criteria, compute):
         digests = then | digests
     lacking = {name: criterion for name, criterion in criteria.items() if name not in scores}
     if lacking:
-        began = time.monotonic()
-        scores |= compute(lacking)
+        began, checkpoint = time.monotonic(), engine.Checkpoint(path.with_suffix(".part"), f"scoring {path.stem}", own=True)
+        which = zlib.crc32(np.ascontiguousarray(index)) if index is not None else "shards"
+        scores |= compute(lacking, checkpoint=checkpoint, mark=f"{made_from}, {which}, {', '.join(f'{name} {digests.get(name, 0)}' for name in lacking)}, {engine.process()}")
         where |= {name: scores.pop(name) for name in WHERE if name in scores}
         elapsed, count = time.monotonic() - began, len(scores["predicted"])
         say(f"scores: {path.stem}, {count:,} images in {elapsed:,.1f} s, {count / elapsed:,.0f} img/s")
         write_atomically(path, lambda file: np.savez(file, made_from=made_from, seconds=seconds + elapsed, digests=json.dumps(digests), **where, **scores))
+        checkpoint.remove()
         engine.wait()
     return scores
 
@@ -355,7 +376,7 @@ class Scoring:
         target = self.target
         _, rows = saved_split(self.run, len(target.train))
         return saved_scores(self.run.scores("confidence"), f"{target.train.made_from}/{self.teacher_digest}", target.train.rows[rows], self.criteria,
-                            lambda criteria: score_images(self.teacher, target.train.images, rows, self.device, "scoring confidence", criteria))
+                            lambda criteria, **how: score_images(self.teacher, target.train.images, rows, self.device, "scoring confidence", criteria, **how))
 
     def candidates(self):
         """Candidates of all sources, in the order of the settings."""
@@ -366,10 +387,10 @@ class Scoring:
     def _scores(self, name):
         source, made_from = self.source(name), f"{self.source(name).made_from}/{self.teacher_digest}"
         if isinstance(source, Shards):
-            return saved_scores(self.run.scores(name), made_from, None, self.criteria, lambda criteria: score_shards(
-                self.teacher, source, self.device, criteria, self.run / "scores" / f"{name}.bad.txt", self.run.settings.max_bad))
+            return saved_scores(self.run.scores(name), made_from, None, self.criteria, lambda criteria, **how: score_shards(
+                self.teacher, source, self.device, criteria, self.run / "scores" / f"{name}.bad.txt", self.run.settings.max_bad, **how))
         return saved_scores(self.run.scores(name), made_from, source.rows, self.criteria,
-                            lambda criteria: score_images(self.teacher, source.images, None, self.device, f"scoring {name}", criteria))
+                            lambda criteria, **how: score_images(self.teacher, source.images, None, self.device, f"scoring {name}", criteria, **how))
 
     def bad(self, name):
         """How many images of a source, which has been scored, can't be read."""

@@ -3,6 +3,7 @@
 The process is the real `python data.py`, on an archive in TinyImageNet's layout from a server of our own. It is killed
 while it fetches, extracts or packs, at random moments.
 """
+import dataclasses
 import hashlib
 import io
 import json
@@ -23,8 +24,15 @@ import pytest
 import torch
 from PIL import Image
 
+import distill
+import engine
 import files
+import transfer
 from conftest import small_run
+from run import RECIPES, Interrupted
+from shards import Shards, open_shards
+from test_networks import random_images, tiny
+from test_shards import make_shards
 
 IMAGES = 900
 MEGABYTE = 1 << 20
@@ -244,3 +252,90 @@ def test_a_signal_has_a_checkpoint_written_and_says_how_to_go_on(painted, tmp_pa
     assert err.strip() == f"-c: stopped by {number.name}; the same command goes on from here" and "Traceback" not in err
     saved = torch.load(io.BytesIO(files.read_sealed(tmp_path / "run" / "students" / "supervised.part")), weights_only=True)
     assert saved["images"] > 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Scores and answers
+# --------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A list that holds after how many looks (at which batch) a signal asks to stop."""
+    left = []
+
+    def looked():
+        if left:
+            left[0] -= 1
+        return signal.SIGTERM if left and left[0] <= 0 else 0
+    for module in (engine, transfer):
+        monkeypatch.setattr(module, "interrupted", looked)
+    return left
+
+
+def interrupted_at(looks, asked, work):
+    """What `work()` gives when it is stopped at each of these looks, and asked again."""
+    for look in looks:
+        asked[:] = [look]
+        with pytest.raises(Interrupted):
+            work()
+        asked.clear()
+    return work()
+
+
+def test_scores_go_on_from_the_batch_that_a_signal_stopped(asked, tmp_path, monkeypatch):
+    teacher, images = tiny(), random_images(3000)       # of six batches
+    expected, seen, forward = transfer.score_images(teacher, images), [], teacher.forward
+    monkeypatch.setattr(teacher, "forward", lambda pixels: seen.append(len(pixels) if len(pixels) > 8 else 0) or forward(pixels))      # 8: to find the head
+    part = tmp_path / "pool.part"
+
+    def work(mark="these"):
+        return transfer.score_images(teacher, images, checkpoint=engine.Checkpoint(part, "scoring"), mark=mark)
+    found = interrupted_at([2, 1, 2], asked, work)
+    assert sum(seen) == 3000 and seen.count(512) == 5       # no image twice
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    work("others")
+    assert sum(seen) == 6000
+    part.write_bytes(part.read_bytes()[:-1])
+    assert np.array_equal(work()["mms"], expected["mms"]) and sum(seen) == 9000
+
+
+def test_scores_of_shards_go_on_from_the_shard_that_a_signal_stopped(painted, asked, tmp_path, monkeypatch):
+    files_of_it = sorted(path for path in painted[1].rglob("*") if path.suffix == ".png")
+    shards = open_shards("pool", make_shards(tmp_path / "shards", files_of_it, 5), 32, None)
+    teacher, cpu, read = tiny(), torch.device("cpu"), []
+    expected = transfer.score_shards(teacher, shards, cpu, transfer.CRITERIA, None, 0)
+    decode = Shards.read
+    monkeypatch.setattr(Shards, "read", lambda self, first, last: read.append((first, last)) or decode(self, first, last))
+    found = interrupted_at([1, 4, 3], asked, lambda: transfer.score_shards(teacher, shards, cpu, transfer.CRITERIA, None, 0, engine.Checkpoint(tmp_path / "pool.part", "scoring"), "these"))
+    assert read[0] == (0, 5) and [first for first, _ in read] == sorted(first for first, _ in read) and read[-1][0] > 1
+    assert found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_teachers_answers_go_on_from_where_they_were_stopped(asked, tmp_path):
+    teacher, images = tiny(), random_images(3000)
+    expected = engine.predict(teacher, images)
+    rows = torch.arange(40)
+    objective = interrupted_at([3], asked, lambda: distill.fixed_objective(teacher, images, 4.0, torch.device("cpu"), checkpoint=engine.Checkpoint(tmp_path / "x.part", "answers"), mark="m"))
+    assert objective(expected[:40], None, rows).item() == 0.0
+
+
+def test_a_training_stopped_while_it_is_evaluated_goes_on_from_there(tmp_path):
+    images, labels = random_images(128), np.arange(128) % 3
+    recipe = dataclasses.replace(RECIPES["quick"].student, epochs=3, batch_size=32, lr=0.01)
+
+    def work(evaluate, folder):
+        torch.manual_seed(0)
+        network, steps = tiny(), []
+        objective = engine.cross_entropy(labels, torch.device("cpu"))
+        training = engine.train(network, images, np.arange(128), lambda *given: steps.append(1) or objective(*given), recipe, seed=0, device=torch.device("cpu"),
+                                checkpoint=tmp_path / folder, label="student", evaluate=evaluate)
+        return training, network, len(steps)
+    expected, whole, _ = work(lambda: 0.5, "a.part")
+
+    def stopped():
+        raise Interrupted(signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        work(stopped, "b.part")
+    found, network, steps = work(lambda: 0.5, "b.part")
+    assert steps == 8 and found.history == expected.history
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in whole.state_dict().items())
