@@ -5,6 +5,7 @@ The one place that writes.
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -97,12 +98,15 @@ def write_json(path, content):
 
 
 def read_json(path):
-    """Raises UserError where the file is not JSON, or, below a ledger, not what was written there."""
+    """The dict in a file. Raises UserError where it holds none, or, below a ledger, not what was written there."""
     require_whole(path)
     try:
-        return json.loads(Path(path).read_text())
-    except ValueError:
-        raise UserError(f"{path} is damaged: it is not JSON; delete it and run the command that made it again") from None
+        content = json.loads(Path(path).read_text())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it is not a JSON object; delete it and run the command that made it again")
+    return content
 
 
 def write_sealed(path, content, everyone=False):
@@ -154,7 +158,7 @@ def _ledger_above(path):
         ledger = json.loads((folder / LEDGER).read_text())
         if not all(isinstance(digests, list) for digests in ledger.values()):
             raise ValueError
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{folder / LEDGER} is damaged: delete it if you trust the other files as they are, or begin anew with --restart") from None
     return folder, ledger
 
@@ -285,9 +289,9 @@ def hold(folder):
 
 
 def remove_beside(folder):
-    """Removes what a process that was killed has left beside the files that it was writing, below a folder that this one holds."""
+    """Removes what a process that was killed has left beside the files that it was writing in a run folder that this one holds."""
     if is_first():
-        for path in Path(folder).rglob(".*.part"):
+        for path in itertools.chain.from_iterable(Path(folder).glob(f"{below}.*.part") for below in ("", "*/", "transfer/*/")):
             if re.fullmatch(r"\..+\.\d+\.part", path.name):
                 path.unlink(missing_ok=True)
 

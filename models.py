@@ -9,6 +9,7 @@ import functools
 import inspect
 import io
 import itertools
+import math
 import re
 import warnings
 from pathlib import Path
@@ -20,9 +21,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from download import RemoteFile, fetch, reachable
-from files import UserError, file_digest, first_line, require_whole, write_atomically
+from files import UserError, file_digest, first_line, listed, require_whole, write_atomically
 from packing import IMAGE_SIZE
-from run import import_file, is_own, name_of_arch, running_own
+from run import LARGEST, import_file, is_own, name_of_arch, running_own
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
 INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
@@ -512,7 +513,7 @@ def unavailable(choices, image_size=IMAGE_SIZE):
                 lines.append(f"the ImageNet weights of {arch} are missing and {reason}: put that file at {path}, "
                              f"or give --{role}-weights none")
         elif weights not in STARTS:
-            read(weights)
+            _require_named(read(weights), weights, arch)
     return lines
 
 
@@ -572,11 +573,28 @@ def _is_ours(content):
     return isinstance(content, dict) and {"arch", "classes", "input_size", "mean", "std", "state_dict"} <= set(content)
 
 
+def _require_sound(content, path):
+    """Raises UserError unless the parts of a checkpoint of this project are what they should be."""
+    def three(values, least):
+        return isinstance(values, (tuple, list)) and len(values) == 3 and all(isinstance(value, (int, float)) and least <= value < math.inf for value in values)
+    classes, size = content["classes"], content["input_size"]
+    sound = {
+        "arch": isinstance(content["arch"], str),
+        "classes": isinstance(classes, (list, tuple)) and all(isinstance(name, (str, int)) for name in classes) and len(set(classes)) == len(classes) >= 2,
+        "input_size": isinstance(size, int) and 1 <= size <= LARGEST, "mean": three(content["mean"], -math.inf), "std": three(content["std"], 1e-12),
+        "state_dict": isinstance(content["state_dict"], dict) and all(isinstance(value, torch.Tensor) for value in content["state_dict"].values()),
+    }
+    wrong = [name for name, right in sound.items() if not right]
+    if wrong:
+        raise UserError(f"{path} is damaged: {listed(wrong)} {'is' if len(wrong) == 1 else 'are'} not what a checkpoint of this project has there")
+
+
 def read(path):
     """The content of a checkpoint of this project. Nothing in the file is ever run: only tensors and plain types are read."""
     content = read_tensors(path)
     if not _is_ours(content):
         raise UserError(f"{path} is not a checkpoint of this project: it lacks arch, classes, input_size, mean, std or state_dict")
+    _require_sound(content, path)
     return content
 
 
@@ -585,8 +603,15 @@ def load(path, arch=None):
     return _load_ours(read(path), path, arch)
 
 
+def _require_named(content, path, arch):
+    """Raises UserError where a checkpoint names code that `arch`, from the command line, does not."""
+    if is_own(content["arch"]) and not (arch and is_own(arch)):
+        raise UserError(f"{path} was made by {content['arch']}, and code runs only where the command line names it: add it as --teacher-arch, or --student-arch")
+
+
 def _load_ours(content, path, arch=None):
-    if arch and is_own(arch) and is_own(content["arch"]):
+    _require_named(content, path, arch)
+    if is_own(content["arch"]):
         content = content | {"arch": arch}
     classifier = build(content["arch"], content["classes"], input_size=content["input_size"], mean=content["mean"], std=content["std"])
     _fit(classifier.network, content["state_dict"], path, content["arch"])
@@ -602,6 +627,7 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
     """
     content = read_tensors(path)
     if _is_ours(content):
+        _require_sound(content, path)
         if arch not in (content["arch"], default_arch) and not (is_own(arch) and is_own(content["arch"])):
             raise UserError(f"{path} holds a {content['arch']}, not a {arch}: leave --teacher-arch out")
         classifier = _load_ours(content | {"input_size": input_size or content["input_size"], "mean": mean or content["mean"],
@@ -657,5 +683,10 @@ def _fit(network, state, path, arch, remedy=None):
     said = [f"{what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}" for what, keys in wrong.items() if keys]
     if said:
         raise UserError(f"{path} does not fit {arch}: {'; '.join(said)}" + (f": {remedy}" if remedy else ""))
+    plain = {key: value for key, value in state.items() if value.layout == torch.strided and not (value.is_meta or value.is_complex() or value.is_quantized)}
+    unusable = [key for key in state if key not in plain] or [key for key, value in plain.items() if not value.isfinite().all()]
+    if unusable:
+        raise UserError(f"{path} can't be used: {listed(unusable, 3)} {'holds' if len(unusable) == 1 else 'hold'} "
+                        + ("NaN or infinity" if len(plain) == len(state) else "no dense real numbers"))
     state._metadata = versions
     network.load_state_dict(state, strict=False)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +79,8 @@ RECIPES = {
 AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
 MAX_BAD = 0.01              # share of unreadable images in a folder above which something else is wrong
 DATA_FREE_SIZE = 50_000     # images of a transfer set where no training split says how many
+LARGEST = 4_096             # pixels of an edge
+MOST_CLASSES = 1_000_000
 OTHERS_WAIT = 5.0           # seconds before another process than the first says what is wrong
 FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from trained weights
 
@@ -168,6 +172,7 @@ LATER_DEFAULTS = {field.name: {} if field.name == "criteria" else field.default 
                   if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING}
 
 
+NUMBERS = ("seeds", "teacher_mean", "teacher_std")      # settings that are several numbers; the others that are several things are names
 CHANGEABLE = ("augment", "schedule", "momentum", "weight_decay", "ema")     # parts of a student's recipe: None is the recipe's own
 
 
@@ -181,6 +186,12 @@ def _positive_int(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return value
+
+
+def _edge(text):
+    if _positive_int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is more than {LARGEST:,} pixels")
+    return int(text)
 
 
 def _batch(text):
@@ -274,15 +285,17 @@ def _three_positive(text):
 
 def _classes(text):
     """Names of classes, the lines of a file; or their number."""
-    if text.isdigit():
-        names = tuple(range(int(text)))
+    if text.isdecimal():
+        names = tuple(range(min(int(text), MOST_CLASSES + 1)))
     elif Path(text).is_file():
         names = tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
     else:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor a file with a class a line")
+    if len(names) > MOST_CLASSES:
+        raise argparse.ArgumentTypeError(f"'{text}' gives more than {MOST_CLASSES:,} classes")
     if len(set(names)) < max(2, len(names)):
         raise argparse.ArgumentTypeError(f"'{text}' gives fewer than two classes, or one twice")
-    return len(names) if text.isdigit() else names
+    return len(names) if text.isdecimal() else names
 
 
 # name -> keywords of argparse. A default in the text is what `resolve` puts where the flag is not given.
@@ -309,12 +322,12 @@ FLAGS = {
     "seed": dict(type=seed_number, metavar="N", help="all randomness comes from it (default: 0)"),
     "seeds": dict(type=_list_of(seed_number, "seed"), metavar="N,N,...",
                   help="repeat the whole run for each seed, report mean and standard deviation (default: --seed alone)"),
-    "image_size": dict(type=_positive_int, metavar="N",
+    "image_size": dict(type=_edge, metavar="N",
                        help="edge in pixels to which all images are brought when they are packed (default: 32)"),
     "teacher_arch": dict(type=_arch, metavar="ARCH",
                          help="any torchvision classifier, resnet18_cifar, resnet34_cifar, timm:NAME where timm is installed, or "
                               "FILE.py:FACTORY, a function of yours that makes the network (default: resnet34; inception_v3 for cifar100)"),
-    "teacher_size": dict(type=_positive_int, metavar="N",
+    "teacher_size": dict(type=_edge, metavar="N",
                          help="edge in pixels to which the teacher resizes what it is given (default: --image-size, or what the "
                               "architecture needs: 299 for inception_v3, which takes 75 and more, below 299 without its auxiliary head)"),
     "teacher_mean": dict(type=_three, metavar="R,G,B",
@@ -414,16 +427,37 @@ def parse(argv, description, flags):
                      allow_abbrev=False)
     for name in flags:
         parser.add_argument("--" + name.replace("_", "-"), dest=name, **FLAGS[name])
-    given = vars(parser.parse_args(argv))
+    given = _parsed(parser, argv)
     for one, other in CONTRADICTORY:
         if one in given and other in given:
             parser.error(f"--{one} and --{other} contradict each other: give one of them")
     if "config" in given:
-        stored = vars(parser.parse_args(_as_arguments(given["config"])))
+        stored = _parsed(parser, _as_arguments(given["config"]))
+        _require_named(stored, given, f"--config {given['config']}")
         for pair in CONTRADICTORY:
             if set(pair) & set(given):
                 stored = {name: value for name, value in stored.items() if name not in pair}
         given = stored | given
+    return given
+
+
+def _require_named(stored, given, where):
+    """Raises UserError where settings that were read from a file name code, which only the command line may do."""
+    found, flags = [], []
+    for name in ("teacher_arch", "student_arch", "approaches"):
+        values = [stored[name]] if isinstance(stored.get(name), str) else list(stored.get(name) or ())
+        code = [value for value in values if is_own(value) or value.endswith(".py")]
+        if code and name not in given:
+            found, flags = found + code, [*flags, f"--{name.replace('_', '-')} {','.join(values)}"]
+    if found:
+        raise UserError(f"{where} names code, {listed(list(dict.fromkeys(found)))}, and code runs only where the command line names it: add {' '.join(flags)}")
+
+
+def _parsed(parser, argv):
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, list):         # what argparse makes of --name=--
+            parser.error(f"argument --{name.replace('_', '-')}: expected one argument")
     return given
 
 
@@ -433,8 +467,9 @@ def _as_arguments(path):
         config = json.loads(Path(path).read_text())
         if not isinstance(config, dict):
             raise ValueError
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path} is no config.json" + (f" ({first_line(error)})" if isinstance(error, OSError) else "")) from None
+    _require_types(config, f"--config {path}")
     known = {field.name for field in dataclasses.fields(Settings)} | {"versions", "commit", "machine"}
     unknown = [name for name in config if name not in known]
     if unknown:
@@ -455,17 +490,40 @@ def _as_arguments(path):
         if name not in FLAGS or value is None or name in ("restart", "restart_from") and value is False:
             continue
         if FLAGS[name].get("action") == "store_true":
-            if not isinstance(value, bool):
-                raise UserError(f"--config {path}: {name} is neither true nor false")
             arguments += [flag] if value else []
         elif name == "approaches":      # those of the user's own are stored by name, their files beside them
-            own = config.get("criteria") if isinstance(config.get("criteria"), dict) else {}
-            arguments.append(f"{flag}={','.join(str(own.get(each, each)) for each in value) if isinstance(value, list) else value}")
+            own = config.get("criteria", {})
+            arguments.append(f"{flag}={','.join(own.get(each, each) for each in value)}")
         elif name == "classes" and isinstance(value, list):
             arguments.append(f"{flag}={','.join(map(str, value))}")
         else:
             arguments.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
     return arguments
+
+
+def _require_types(config, where):
+    """Raises UserError for a setting of a config.json that is of another type than that setting, or text that is no text."""
+    def fits(value, kind):
+        kinds = {list if one is tuple else one for one in typing.get_args(kind) or (kind,)}
+        if isinstance(value, bool):
+            return bool in kinds
+        if isinstance(value, list):
+            item_kind = int | float if field.name in NUMBERS else str
+            return list in kinds and all(fits(item, item_kind) for item in value)
+        if isinstance(value, dict):
+            return dict in kinds and all(isinstance(item, str) and fits(item, str) for pair in value.items() for item in pair)
+        return value is None and type(None) in kinds or isinstance(value, (*kinds, int) if float in kinds else tuple(kinds)) and not (isinstance(value, str) and _no_text(value))
+    for field in dataclasses.fields(Settings):
+        if field.name in config and not fits(config[field.name], field.type):
+            raise UserError(f"{where}: {field.name} can't be {json.dumps(config[field.name])[:100]}")
+
+
+def _no_text(text):
+    """Whether it has a character that no argument and no name of a file can have."""
+    try:
+        return b"\0" in os.fsencode(text)
+    except UnicodeEncodeError:
+        return True
 
 
 def resolve(given):
@@ -705,7 +763,9 @@ class Run:
         """What config.json says; nothing where it is not there, which is an error once something has been made."""
         path = self.path / "config.json"
         if path.exists():
-            return read_json(path)
+            config = read_json(path)
+            _require_types(config, f"{path} is damaged")
+            return config
         if (self.path / LEDGER).exists() and self.holds("teacher"):
             raise UserError(f"{path} is missing, so that nothing says how the rest was made: restore it, use another --run-dir, or --restart")
         return {}
@@ -727,8 +787,14 @@ def open_stage(argv, description, flags=STAGE_FLAGS):
     target = {"target": given["target"]} if "target" in given else {}
     folder = Path(given.get("run_dir", resolve(target).run_dir))
     stored = _stored_flags(folder, given)
+    _require_named({name: value for name, value in stored.items() if name != "approaches"}, given, str(folder / "config.json"))
+    own = stored.pop("criteria", {})        # files of code, as well
+    if given.get("approach") in own:
+        raise UserError(f"{given['approach']} is a criterion in {own[given['approach']]}, and code runs only where the command line names it: give --approach {own[given['approach']]}")
+    if "approaches" in stored:
+        stored["approaches"] = tuple(approach for approach in stored["approaches"] if approach not in own) or None
     merged = stored | given
-    if "eats" in merged.get("approaches", ()) and "sources" in given:
+    if "eats" in (merged.get("approaches") or ()) and "sources" in given:
         del merged["approaches"]        # the stored rows belong to the stored sources
     if "epochs" in given:
         merged.pop("steps", None)
@@ -748,7 +814,8 @@ def _stored_flags(folder, given):
         return {}
     stored = read_json(folder / "config.json")
     fields = {field.name for field in dataclasses.fields(Settings)} - {"run_dir", "restart", "restart_from", "device", "seeds"}
-    if not isinstance(stored, dict) or not set(DECIDES) - set(LATER_DEFAULTS) <= set(stored):
+    _require_types(stored, f"{folder / 'config.json'} is damaged")
+    if not set(DECIDES) - set(LATER_DEFAULTS) <= set(stored):
         raise UserError(f"{folder / 'config.json'} is damaged: it lacks settings; use another --run-dir")
     other = any(name in given and given[name] != stored[name] for name in ("target", "recipe"))
     if other and not Run(resolve({"run_dir": str(folder)})).holds("teacher"):
@@ -867,11 +934,17 @@ def _wait_to_be_ended():
     time.sleep(OTHERS_WAIT)
 
 
+# of a path: what the user, and nobody else, can put right
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE)
+
+
 def command(main):
     """Runs a script's main(argv) and exits: 2 after one line for a UserError, 128 + its number when a signal asked to stop."""
     program = Path(sys.argv[0]).name
     for number in STOPPING:
         signal.signal(number, _on_signal)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")       # names of files that are no UTF-8
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             main(sys.argv[1:])
@@ -893,18 +966,18 @@ def command(main):
         _wait_to_be_ended()     # the one that ended has said why, and torchrun ends the others meanwhile
         print(f"{program}, process {os.environ['RANK']}: another process has ended", file=sys.stderr, flush=True)
         sys.exit(1)
-    except PermissionError as error:
-        print(f"{program}: {error.filename} can't be used ({first_line(error)})", file=sys.stderr)
-        sys.exit(2)
+    except BrokenPipeError:     # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
+        if error.errno in UNUSABLE:
+            print(f"{program}: {error.filename} can't be used ({first_line(error)})", file=sys.stderr)
+            sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         what = "a file is larger than the limit allows" if error.errno == errno.EFBIG else "the disk is full"
         print(f"{program}: {what}{f', at {error.filename}' if error.filename else ''}: make room; what is there is whole, and the same command goes on from here", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:     # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except KeyboardInterrupt as error:
         number = error.args[0] if isinstance(error, Interrupted) else signal.SIGINT
         if is_first():

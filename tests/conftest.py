@@ -11,6 +11,11 @@ import compile
 import files
 import run
 
+
+def pytest_addoption(parser):
+    parser.addoption("--tries", type=int, default=60, help="how many inputs of each kind tests/test_fuzz.py makes up")
+
+
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
 

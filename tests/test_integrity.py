@@ -137,9 +137,10 @@ def test_a_config_repeats_a_run_and_flags_go_before_it(flags, finished, execute)
 
 
 @pytest.mark.parametrize("content, said", [
-    ("", "is no config.json"), ("[]", "is no config.json"), ("{", "is no config.json"), ('{"colour": 1}', "colour is no setting"), ('{"lr": "fast"}', "argument --lr"), ('{"lr": -1}', "argument --lr"),
-    ('{"lr": {"a": 1}}', "argument --lr"), ('{"sources": ["../x=y"]}', "argument --sources"), ('{"restart": 3}', "restart is neither true nor false"), ('{"seeds": [0, 0]}', "names a seed twice"), ('{"lr": NaN}', "argument --lr"),
-    ('{"run_dir": 5, "recipe": "none"}', "argument --recipe"),
+    ("", "is no config.json"), ("[]", "is no config.json"), ("{", "is no config.json"), ('{"colour": 1}', "colour is no setting"), ('{"lr": "fast"}', 'lr can\'t be "fast"'), ('{"lr": -1}', "argument --lr"),
+    ('{"lr": {"a": 1}}', "lr can't be"), ('{"sources": ["../x=y"]}', "argument --sources"), ('{"restart": 3}', "restart can't be 3"), ('{"seeds": [0, 0]}', "names a seed twice"), ('{"lr": NaN}', "argument --lr"),
+    ('{"run_dir": 5, "recipe": "none"}', "run_dir can't be 5"), ('{"recipe": "none"}', "argument --recipe"), ('{"sources": [["a"]]}', "sources can't be"), ('{"seed": true}', "seed can't be true"),
+    ('{"run_dir": "a\\u0000b"}', "run_dir can't be"), ('{"target": "--"}', "argument --target"), ('{"criteria": {"mine": 3}}', "criteria can't be"), ("[" * 100_000, "is no config.json"),
 ])
 def test_a_config_that_can_not_be_is_refused(flags, execute, content, said):
     Path("config.json").write_text(content)

@@ -3,8 +3,10 @@ import copy
 import dataclasses
 import io
 import pickle
+import re
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -367,7 +369,7 @@ def test_checkpoints_take_a_small_share_of_the_time(tmp_path, monkeypatch):
     checkpoint = engine.Checkpoint(tmp_path / "part", "test")
     assert not checkpoint.due() and checkpoint.interval == engine.SAVE_INTERVAL
     write = engine.write_sealed
-    monkeypatch.setattr(engine, "write_sealed", lambda path, content: time.sleep(0.5) or write(path, content))
+    monkeypatch.setattr(engine, "write_sealed", lambda path, content, everyone: time.sleep(0.5) or write(path, content, everyone))
     checkpoint.save("mark", {"a": 1})
     assert 25 <= checkpoint.interval < 40 and checkpoint.load("mark") == {"mark": "mark", "a": 1}
 
@@ -485,3 +487,53 @@ def test_a_student_of_the_same_family_inherits_what_its_teacher_has():
     before = copy.deepcopy(stranger.state_dict())
     assert models.inherit(stranger, teacher) < 0.5
     assert all(torch.equal(value, before[name]) for name, value in stranger.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints from somewhere
+# --------------------------------------------------------------------------------------------------
+
+OURS = {"arch": "resnet18", "classes": ["a", "b", "c"], "input_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return models.build("resnet18", CLASSES).network.state_dict()
+
+
+@pytest.mark.parametrize("name, made, said", [
+    ("fc.weight", torch.zeros(1).expand(10 ** 9, 512), "fc.weight (1000000000x512 for 3x512)"),        # four bytes on disk
+    ("conv1.weight", torch.zeros(1).expand(10 ** 12, 3, 7, 7), "of another shape are conv1.weight"), ("conv1.weight", torch.zeros(0, 3, 7, 7), "of another shape are conv1.weight"),
+    ("conv1.weight", torch.zeros(64, 3, 7, 7, dtype=torch.complex64), "no dense real numbers"), ("conv1.weight", torch.zeros(64, 3, 7, 7).to_sparse(), "no dense real numbers"),
+    ("conv1.weight", torch.empty(64, 3, 7, 7, device="meta"), "no dense real numbers"), ("bn1.running_var", torch.full((64,), float("nan")), "bn1.running_var holds NaN or infinity"),
+    ("../../bn1.weight", torch.zeros(64), "it has beyond that ../../bn1.weight"),
+])
+def test_tensors_that_no_network_has_are_refused(weights, tmp_path, name, made, said):
+    torch.save(weights | {name: made}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        models.load_teacher(tmp_path / "x.pt", "resnet18", CLASSES)
+    assert "\n" not in str(error.value) and str(tmp_path / "x.pt") in str(error.value)
+
+
+@pytest.mark.parametrize("name, value", [("classes", 3), ("classes", ["a"]), ("classes", ["a", "a"]), ("classes", [["a"], ["b"]]), ("input_size", "x"), ("input_size", 0),
+                                         ("input_size", 10 ** 7), ("mean", "abc"), ("mean", [0.5]), ("std", [0, 0, 0]), ("std", [float("nan")] * 3), ("state_dict", [1]), ("state_dict", {"a": 3})])
+def test_a_checkpoint_of_ours_whose_parts_are_not_what_they_should_be_is_damaged(weights, tmp_path, name, value):
+    torch.save(OURS | {"state_dict": weights} | {name: value}, tmp_path / "x.pt")
+    for load in (models.load, models.read, lambda path: models.load_teacher(path, "resnet18", None)):
+        with pytest.raises(UserError, match=f"x.pt is damaged: {name}"):
+            load(tmp_path / "x.pt")
+    torch.save(OURS | {"state_dict": weights, "arch": ["resnet18"]}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt is damaged: arch"):
+        models.load(tmp_path / "x.pt")
+
+
+def test_code_that_a_checkpoint_names_does_not_run(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("evil.py").write_text("open('ran', 'w')\ndef make(classes):\n    import torchvision\n    return torchvision.models.resnet18(num_classes=classes)\n")
+    torch.save(OURS | {"state_dict": weights, "arch": f"{tmp_path}/evil.py:make"}, "x.pt")
+    for load in (models.load, lambda path: models.load_teacher(path, "resnet18", None), lambda path: models.load_teacher(path, "resnet18", None, default_arch="resnet18"),
+                 lambda path: models.build("resnet18", CLASSES, path), lambda path: models.unavailable([("student", "resnet18", path, None)])):
+        with pytest.raises(UserError, match="evil.py:make"):
+            load("x.pt")
+    assert not Path("ran").exists()
+    assert models.load("x.pt", f"{tmp_path}/evil.py:make").classes == OURS["classes"] and Path("ran").exists()

@@ -1,5 +1,6 @@
 """What users bring: their networks, checkpoints, criteria, classes, image sizes; a target without images; the export."""
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import compile
 import data
 import distill
 import engine
+import files
 import mms_threshold
 import models
 import transfer
@@ -436,12 +438,17 @@ def test_class_names_that_are_numbers_are_an_order_too(networks, painted, execut
         data.load_target("numbers=numbers", names=4)
 
 
+def by_hand(flags):
+    """The flags of a stage in the run folder of `flags`: the target, and what is code."""
+    return ["--target", flags[1], *itertools.chain.from_iterable((flag, flags[flags.index(flag) + 1]) for flag in ("--teacher-arch", "--student-arch") if flag in flags)]
+
+
 def test_mms_plain_may_be_added_when_the_tool_asks_for_it(networks, flags, execute):
     own = [*without(flags, "--teacher-arch"), "--teacher-arch", f"{networks}:squashed", "--approaches", "balanced"]
     assert execute(compile.main, own)[0] == 0
-    status, _, err = execute(transfer.main, ["--target", flags[1], "--approach", "mms"])
+    status, _, err = execute(transfer.main, [*by_hand(own), "--approach", "mms"])
     assert status == 2 and "give --mms-plain" in err
-    status, out, err = execute(transfer.main, ["--target", flags[1], "--approach", "mms", "--mms-plain"])
+    status, out, err = execute(transfer.main, [*by_hand(own), "--approach", "mms", "--mms-plain"])
     assert (status, err) == (0, "") and "transfer: mms" in out
 
 
@@ -450,8 +457,32 @@ def test_a_criterion_is_still_known_after_a_run_without_it(finished_flags, execu
     mine = criterion_file(tmp_path / "mine.py")
     assert execute(compile.main, [*without(flags, "--approaches"), "--approaches", mine])[0] == 0
     assert execute(compile.main, [*without(flags, "--approaches"), "--approaches", "mms"])[0] == 0
-    status, out, err = execute(transfer.main, ["--target", flags[1], "--approach", "mine"])
+    status, out, err = execute(transfer.main, [*by_hand(flags), "--approach", "mine"])
+    assert status == 2 and len(err.splitlines()) == 1 and f"mine is a criterion in {mine}, and code runs only where the command line names it: give --approach {mine}" in err
+    status, out, err = execute(transfer.main, [*by_hand(flags), "--approach", mine])
     assert (status, err) == (0, "") and "transfer: mine" in out
+
+
+@pytest.mark.parametrize("code, flag", [("architecture", "--teacher-arch"), ("criterion", "--approaches")])
+def test_code_that_only_a_run_folder_or_a_config_names_does_not_run(finished_flags, execute, tmp_path, code, flag):
+    flags, _ = finished_flags
+    criterion = criterion_file(tmp_path / "mine.py")
+    if code == "criterion":
+        assert execute(compile.main, [*without(flags, "--approaches"), "--approaches", criterion])[0] == 0
+    (tmp_path / "ran.py").write_text("open('ran', 'w')\n" + Path(criterion).read_text())
+    config = json.loads((RUN / "config.json").read_text())
+    if code == "criterion":
+        config |= {"criteria": {"ran": str(tmp_path / "ran.py")}, "approaches": ["ran"]}
+    else:
+        config |= {"teacher_arch": f"{tmp_path}/ran.py:score"}
+    Path("config.json").write_text(json.dumps(config))
+    status, _, err = execute(compile.main, ["--config", "config.json", *(["--teacher-arch", flags[flags.index("--teacher-arch") + 1], *by_hand(flags)[4:]] if code == "criterion" else [])])
+    assert status == 2 and len(err.splitlines()) == 1 and "--config config.json names code" in err and f"{tmp_path}/ran.py" in err and f"add {flag} " in err
+    (RUN / "config.json").write_text(json.dumps(config))
+    (RUN / files.LEDGER).unlink()
+    for argv in (["--target", flags[1], "--approach", "mms"], [*by_hand(flags), "--approach", "balanced"]):
+        execute(transfer.main, argv)
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize("flag, value", [("--teacher-mean", "nan,0,0"), ("--teacher-mean", "0,0,1.5"), ("--teacher-std", "0.5,0.5,0"), ("--teacher-std", "inf,1,1")])
@@ -544,12 +575,12 @@ def test_without_a_linear_head_mms_is_refused_and_the_plain_margin_taken_when_as
     assert status == 2 and len(err.splitlines()) == 1 and "made by no linear layer" in err and "--mms-plain" in err and not RUN.exists()
     status, out, err = execute(compile.main, [*own, "--approaches", "balanced,entropy"])
     assert (status, err) == (0, "") and "networks.py:squashed are made by no linear layer" in out
-    status, out, err = execute(transfer.main, ["--target", flags[1], "--approach", "mms"])
+    status, out, err = execute(transfer.main, [*by_hand(own), "--approach", "mms"])
     assert status == 2 and "made by no linear layer" in err and len(err.splitlines()) == 1
     status, out, err = execute(compile.main, [*own, "--mms-plain", "--run-dir", "runs/plain", "--approaches", "mms"])
     assert (status, err) == (0, "") and "MMS is the plain margin z_a - z_b: no linear layer makes this teacher's logits." in out
     scores = np.load("runs/plain/scores/pool.npz")
-    classifier = models.load("runs/plain/teacher.pt")
+    classifier = models.load("runs/plain/teacher.pt", f"{networks}:squashed")
     images = np.load(next(Path("data/packed").glob("pool-source-32-*/images.npy")))
     best = engine.predict(classifier, images).topk(2, dim=1).values
     np.testing.assert_allclose(scores["mms"], (best[:, 0] - best[:, 1]).numpy(), rtol=1e-5)
@@ -558,7 +589,7 @@ def test_without_a_linear_head_mms_is_refused_and_the_plain_margin_taken_when_as
 def test_mms_plain_changes_nothing_where_there_is_a_linear_head(finished_flags, execute):
     flags, _ = finished_flags
     shutil.copytree("runs/colours", "runs/plain", ignore=shutil.ignore_patterns("scores", "thresholds.json", "transfer", "students", "results.*"))
-    assert execute(transfer.main, ["--target", flags[1], "--run-dir", "runs/plain", "--approach", "mms", "--mms-plain"])[0] == 0
+    assert execute(transfer.main, [*by_hand(flags), "--run-dir", "runs/plain", "--approach", "mms", "--mms-plain"])[0] == 0
     assert Path("runs/plain/transfer/mms/manifest.csv").read_bytes() == (RUN / "transfer/mms/manifest.csv").read_bytes()
 
 
@@ -595,7 +626,7 @@ def test_a_criterion_of_ones_own_is_treated_as_our_own(finished_flags, execute, 
     rows = {row["approach"]: row for row in results()["rows"]}
     assert rows["my_metric"]["accuracy"] == rows["mms"]["accuracy"] and results()["classes"] == ["blue", "green", "red"]
     # By hand, from the run folder's settings.
-    status, out, err = execute(transfer.main, ["--target", flags[1], "--approach", "./my_metric.py"])
+    status, out, err = execute(transfer.main, [*by_hand(flags), "--approach", "./my_metric.py"])
     assert (status, err) == (0, "") and "transfer: my_metric" in out
 
 
@@ -652,7 +683,7 @@ def test_the_criteria_that_ship_run_when_they_are_asked_for(finished_flags, exec
         assert f"thresholds: {name}, keep {keep}" in out and f"| {name} | " in out
     scores = np.load(RUN / "scores/pool.npz")
     images = np.load(next(Path("data/packed").glob("pool-source-32-*/images.npy")))
-    logits = engine.predict(models.load(RUN / "teacher.pt"), images).double()
+    logits = engine.predict(models.load(RUN / "teacher.pt", flags[flags.index("--teacher-arch") + 1]), images).double()
     np.testing.assert_allclose(scores["confidence"], logits.softmax(1).amax(1), rtol=1e-5)
     np.testing.assert_allclose(scores["energy"], logits.exp().sum(1).log(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scores["cross_entropy"], -logits.softmax(1).amax(1).log(), rtol=1e-4, atol=1e-5)
@@ -671,17 +702,17 @@ def scored_only(name):
 def test_thresholds_are_scaled_or_a_quantile(finished_flags, execute):
     flags, _ = finished_flags
     before = json.loads((RUN / "thresholds.json").read_text())
-    assert execute(transfer.main, ["--target", flags[1], "--approach", "mms", "--threshold-scale", "0.5", *scored_only("half")])[0] == 0
+    assert execute(transfer.main, [*by_hand(flags), "--approach", "mms", "--threshold-scale", "0.5", *scored_only("half")])[0] == 0
     half = json.loads(Path("runs/half/thresholds.json").read_text())
     assert half["mms"] == [value / 2 for value in before["mms"]] and half["scale"] == 0.5
-    assert execute(transfer.main, ["--target", flags[1], "--approach", "mms", "--threshold-quantile", "30%", *scored_only("share")])[0] == 0
+    assert execute(transfer.main, [*by_hand(flags), "--approach", "mms", "--threshold-quantile", "30%", *scored_only("share")])[0] == 0
     share = json.loads(Path("runs/share/thresholds.json").read_text())
     confidence = np.load(RUN / "scores/confidence.npz")
     for label in range(3):
         for name, best_first in (("mms", lambda values: sorted(values, reverse=True)), ("entropy", sorted)):
             values = confidence[name][confidence["predicted"] == label].tolist()
             assert share[name][label] == best_first(values)[-(-3 * len(values) // 10) - 1]
-    status, _, err = execute(transfer.main, ["--target", flags[1], "--approach", "mms", "--threshold-scale", "0.7", "--run-dir", "runs/half"])
+    status, _, err = execute(transfer.main, [*by_hand(flags), "--approach", "mms", "--threshold-scale", "0.7", "--run-dir", "runs/half"])
     assert status == 2 and "--threshold-scale 0.5, not 0.7" in err
 
 
@@ -727,7 +758,7 @@ def test_another_image_size_goes_through_packing_networks_and_run_folder(network
     assert np.load(RUN / "transfer/mms/images.npy", mmap_mode="r").shape[1:] == (64, 64, 3)
     assert {np.load(path, mmap_mode="r").shape[1:3] for path in Path("data/packed").glob("*/images.npy")} == {(64, 64)}
     assert all(torch.load(RUN / name, weights_only=True)["input_size"] == 64 for name in ("teacher.pt", "students/mms.pt"))
-    status, out, err = execute(distill.main, ["--target", flags[1], "--approach", "supervised"])      # the size comes from the run folder
+    status, out, err = execute(distill.main, [*by_hand(given), "--approach", "supervised"])      # the size comes from the run folder
     assert (status, err) == (0, "") and torch.load(RUN / "students/supervised.pt", weights_only=True)["input_size"] == 64
     status, out, err = execute(compile.main, [*given, "--approaches", "mms"])
     assert status == 2 and "--image-size 64, not 32" in err
@@ -782,7 +813,7 @@ def test_no_image_of_the_target_is_needed(painted, networks, teacher, execute, t
     for label, value in enumerate(json.loads(Path("runs/secret/thresholds.json").read_text())["mms"]):
         members = np.sort(mms[predicted == label])[::-1]
         assert value == members[-(-len(members) // 4) - 1]
-    status, out, err = execute(distill.main, ["--target", "secret", "--approach", "balanced", "--export", "state_dict"])
+    status, out, err = execute(distill.main, [*by_hand(given), "--approach", "balanced", "--export", "state_dict"])
     assert (status, err) == (0, "") and "export: runs/secret/students/balanced.pth" in out
 
 
@@ -827,34 +858,34 @@ def pixels_of(images):
 
 def test_a_student_is_a_plain_torchvision_state_dict(finished, flags, execute):
     import torchvision
-    status, out, err = execute(distill.main, ["--target", flags[1], "--approach", "mms", "--export", "state_dict"])
+    status, out, err = execute(distill.main, [*by_hand(flags), "--approach", "mms", "--export", "state_dict"])
     assert (status, err) == (0, "") and "on 30 images the student's class for 30" in out
     plain = torchvision.models.resnet18(num_classes=3)
     plain.load_state_dict(torch.load(RUN / "students/mms.pth", weights_only=True))
     images = np.load(next(Path("data/packed").glob("colours-test-32-*/images.npy")))
-    expected = engine.predict(models.load(RUN / "students/mms.pt"), images)
+    expected = engine.predict(models.load(RUN / "students/mms.pt", flags[flags.index("--student-arch") + 1] if "--student-arch" in flags else None), images)
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()((pixels_of(images) - 0.5) / 0.5), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_student_is_exported_by_torch_export_for_any_batch(finished, flags, execute):
-    status, out, err = execute(distill.main, ["--target", flags[1], "--approach", "mms", "--export", "torch"])
+    status, out, err = execute(distill.main, [*by_hand(flags), "--approach", "mms", "--export", "torch"])
     assert (status, err) == (0, "")
     program = torch.export.load(RUN / "students/mms.pt2").module()
     images = np.load(next(Path("data/packed").glob("colours-test-32-*/images.npy")))
-    expected = engine.predict(models.load(RUN / "students/mms.pt"), images)
+    expected = engine.predict(models.load(RUN / "students/mms.pt", flags[flags.index("--student-arch") + 1] if "--student-arch" in flags else None), images)
     for count in (1, 7, 30):
         torch.testing.assert_close(program(pixels_of(images[:count])), expected[:count], rtol=1e-3, atol=1e-4)
 
 
 def test_a_student_is_exported_as_onnx_for_any_batch(finished, flags, execute):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnx, onnxscript and onnxruntime are optional extras: pip install -r requirements-extra.txt")
-    status, out, err = execute(distill.main, ["--target", flags[1], "--approach", "mms", "--export", "onnx"])
+    status, out, err = execute(distill.main, [*by_hand(flags), "--approach", "mms", "--export", "onnx"])
     assert (status, err) == (0, "") and list((RUN / "students").glob("mms.onnx*")) == [RUN / "students/mms.onnx"]
     session = onnxruntime.InferenceSession(RUN / "students/mms.onnx")
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["blue", "green", "red"]
     images = np.load(next(Path("data/packed").glob("colours-test-32-*/images.npy")))
-    expected = engine.predict(models.load(RUN / "students/mms.pt"), images)
+    expected = engine.predict(models.load(RUN / "students/mms.pt", flags[flags.index("--student-arch") + 1] if "--student-arch" in flags else None), images)
     for count in (1, 7, 30):
         found = torch.from_numpy(session.run(["logits"], {"pixels": pixels_of(images[:count]).numpy()})[0])
         torch.testing.assert_close(found, expected[:count], rtol=1e-3, atol=1e-4)
