@@ -6,6 +6,7 @@ Each step is a stage that also runs by hand; what a run folder holds already is 
     python compile.py --target digits       # built-in data, no download, minutes on a CPU
 """
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import models
 import report
 from distill import report_student, train_student
 from files import UserError, is_first, listed, say, stop_on
-from run import RUN_FLAGS, Run, command, name_of, name_of_arch, parse, resolve
+from packing import Packed
+from run import DATA_FREE_SIZE, RECIPES, RUN_FLAGS, Run, command, name_of, name_of_arch, parse, resolve
 from TeacherTrain import has_linear_head, load_checkpoint, report as report_teacher, train_teacher
 from transfer import Scoring, bucket_size, criteria_of, make_thresholds, make_transfer_set, no_mms, report_thresholds, report_transfer_set
 
@@ -63,6 +65,21 @@ def check_teacher(settings, target):
     return classes
 
 
+def check_sizes(settings, target, classes, sources):
+    """Raises UserError where the command line asks for sizes that no student can have."""
+    target_size = len(target.train) if target.train else None
+    bucket = bucket_size(settings.transfer_size, target_size, len(classes))
+    counted = sources and all(isinstance(source, Packed) for source in sources.values())       # of shards nobody knows yet
+    there = sum(map(len, sources.values())) if counted else math.inf
+    asked = settings.transfer_size and not (settings.data_free and settings.transfer_size == DATA_FREE_SIZE)
+    if asked and bucket > there and settings.shortfall != "repeat":
+        raise UserError(f"--transfer-size {settings.transfer_size:,} asks for {bucket:,} images of each class, and all sources together have {there:,}: give a smaller one, or --shortfall repeat")
+    sizes = {"supervised": target_size, "all": there}
+    largest = max(sizes.get(approach, min(there, bucket * len(classes))) for approach in settings.approaches)
+    if settings.batch_size > largest and settings.batch_size != RECIPES[settings.recipe].student.batch_size:
+        raise UserError(f"--batch-size {settings.batch_size:,} is more than the {largest:,} images that a student here can have: give a smaller one")
+
+
 def describe(target, classes):
     """What there is of the target, in a few words."""
     splits = [f"{len(images):,} {name}" for images, name in ((target.train, "training"), (target.test, "test")) if images]
@@ -74,10 +91,10 @@ def run_once(settings, device):
     target = engine.first_alone(lambda: data.target_of(settings))
     classes = check_teacher(settings, target)
     target_size = len(target.train) if target.train else None
-    bucket_size(settings.transfer_size, target_size, len(classes))
     selecting = [approach for approach in settings.approaches if approach != "supervised"]
     # Whatever is wrong with a source shows here, before anything long.
     sources = engine.first_alone(lambda: {name_of(source): data.source_of(settings, source) for source in settings.sources}) if selecting else {}
+    check_sizes(settings, target, classes, sources)
     run = engine.first_alone(lambda: Run(settings).open(device))
     say(f"target: {describe(target, classes)}")
     report_teacher(train_teacher(run, target, device))

@@ -1,4 +1,5 @@
 """A run folder that something has happened to: every file, damaged in every way, is noticed, named, and made again or refused."""
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import files
 import transfer
 from conftest import small_run
 
+HERE = Path(__file__).resolve().parent.parent
 RUN = Path("runs/colours")
 REFUSED = ("config.json", "teacher.pt", "teacher.json")         # what the user gave, and what took longest
 MADE_AGAIN = ("split.npz", "scores/pool.npz", "scores/confidence.npz", "thresholds.json", "transfer/mms/images.npy", "transfer/mms/manifest.csv",
@@ -149,8 +151,33 @@ def test_a_config_that_can_not_be_is_refused(flags, execute, content, said):
     assert not Path("runs").exists() and os.listdir() == ["config.json"]
 
 
+def test_with_files_of_a_limited_size_the_rest_is_whole_and_the_work_goes_on_without_the_limit(painted, finished_run, tmp_path):
+    """A student has 45 MB, the teacher likewise: under 30 MB neither can be written, and what can is."""
+    argv = [*small_run(*painted), "--data-dir", str(tmp_path / "data"), "--run-dir", str(tmp_path / "run")]
+
+    def execute_under(limit):
+        program = f"import sys, resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))\nsys.path.insert(0, {str(HERE)!r})\nimport compile, run\nrun.command(compile.main)"
+        return subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True)
+    made = execute_under(30_000_000)
+    assert made.returncode == 2 and made.stderr.count("\n") == 1 and "a file is larger than the limit allows" in made.stderr and "the same command goes on from here" in made.stderr
+    assert (tmp_path / "run" / "split.npz").exists() and not (tmp_path / "run" / "teacher.pt").exists() and not [path for path in tmp_path.rglob(".*.part")]
+    assert execute_under(-1).returncode == 0
+    rows, expected = (json.loads((folder / "results.json").read_text())["rows"] for folder in (tmp_path / "run", finished_run / RUN))
+    assert [(row["approach"], row["accuracy"], row["per_class"]) for row in rows] == [(row["approach"], row["accuracy"], row["per_class"]) for row in expected]
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--transfer-size", "900"], "--transfer-size 900 asks for 300 images of each class, and all sources together have 180"), (["--batch-size", "200"], "--batch-size 200 is more than the 120 images"),
+    (["--approaches", "eats"], "eats needs svhn or tinyimagenet among the sources"), (["--seeds", "1,1"], "names a seed twice"), (["--image-size", "5000"], "more than 4,096 pixels"),
+    (["--classes", "99999999999"], "more than 1,000,000 classes"), (["--steps", "5"], "--steps and --epochs contradict each other"), (["--transfer-size", "2"], "2 images are less than one for each of 3 classes"),
+])
+def test_sizes_that_can_not_be_are_refused_before_any_work(flags, execute, more, said):
+    status, out, err = execute(compile.main, [*flags, *more])
+    assert status == 2 and err.count("\n") == 1 and said in err, err
+    assert not RUN.exists()
+
+
 def test_a_full_disk_is_said_and_the_work_goes_on_after_room_is_made(flags, finished, execute, monkeypatch):
-    import errno
     shutil.rmtree(RUN / "students")
     replace, full = os.fsync, [True]
 
