@@ -27,6 +27,7 @@ from PIL import Image
 import distill
 import engine
 import files
+import models
 import transfer
 from conftest import small_run
 from run import RECIPES, Interrupted
@@ -297,6 +298,23 @@ def test_scores_go_on_from_the_batch_that_a_signal_stopped(asked, tmp_path, monk
     assert sum(seen) == 6000
     part.write_bytes(part.read_bytes()[:-1])
     assert np.array_equal(work()["mms"], expected["mms"]) and sum(seen) == 9000
+
+
+def test_another_number_of_threads_selects_the_same(painted):
+    threads, teacher, images = torch.get_num_threads(), models.build("resnet18", ["a", "b", "c"]), random_images(600)
+    try:
+        found = []
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(transfer.score_images(teacher, images))
+    finally:
+        torch.set_num_threads(threads)
+    one, two = found
+    assert np.array_equal(one["predicted"], two["predicted"])
+    assert all(np.allclose(one[name], two[name], rtol=1e-5, atol=1e-6) for name in transfer.CRITERIA)
+    thresholds = {"mms": transfer.mms_threshold.threshold(one["mms"], one["predicted"], 3)}
+    chosen = [transfer.select("mms", transfer.join({"pool": each}), thresholds, 50, fill="best") for each in found]
+    assert len(chosen[0]) and np.array_equal(*chosen)
 
 
 def test_scores_of_shards_go_on_from_the_shard_that_a_signal_stopped(painted, asked, tmp_path, monkeypatch):
