@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from files import UserError, first_line, holding, one_field, require_space, say, write_atomically, write_json
+from files import UserError, file_digest, first_line, holding, one_field, require_space, say, write_atomically, write_json
 from run import MAX_BAD, Progress
 
 IMAGE_SIZE = 32
@@ -87,6 +87,10 @@ class Packed:
 # --------------------------------------------------------------------------------------------------
 # One image
 # --------------------------------------------------------------------------------------------------
+
+PARTS = ("images.npy", "rows.npy", "labels.npy", "files.jsonl", "bad.txt")      # of a pack, beside pack.json
+CHECKED = ".checked"        # inodes of those when their digests were last found right
+
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -213,7 +217,7 @@ def pack(images, folder, label, size=IMAGE_SIZE, max_bad=MAX_BAD):
     What can't be read is left out and listed in bad.txt, a line each of file, reason and number; UserError where that
     is more than the share `max_bad`. While it is being made the pack is `<folder>.part`, which a later call goes on from.
     """
-    packed, old = open_pack(folder, images.made_from), folder.with_name(f"{folder.name}.old")
+    packed, old = open_pack(folder, images.made_from, tell=False), folder.with_name(f"{folder.name}.old")
     if packed is not None and old.exists():     # what was killed had this left to do
         shutil.rmtree(old, ignore_errors=True)
     if packed is None:
@@ -322,7 +326,9 @@ def _fill_pack(images, part, label, size, max_bad):
         write_atomically(part / "files.jsonl", lambda file: file.writelines(json.dumps(images.files[i]).encode() + b"\n" for i in rows))
     if not bad:
         (part / "bad.txt").unlink(missing_ok=True)
-    write_json(part / "pack.json", {"images": len(rows), "bad": len(bad), "size": size, "made_from": images.made_from, "classes": images.classes})
+    meta = {"images": len(rows), "bad": len(bad), "size": size, "made_from": images.made_from, "classes": images.classes,
+            "digests": {name: file_digest(part / name) for name in PARTS if (part / name).exists()}}
+    write_json(part / "pack.json", meta | {"seal": digest(json.dumps(meta).encode())})
     for left_over in (part / "progress.json", *part.glob(".*.part")):       # when nothing is left to go on with
         left_over.unlink()
 
@@ -356,8 +362,8 @@ def _done_so_far(part, made_from, size):
         return 0, [], 0
 
 
-def open_pack(folder, made_from):
-    """The pack in `folder`, or None where there is none or it was made from something else."""
+def open_pack(folder, made_from, tell=True):
+    """The pack in `folder`, or None where there is none, it was made from something else, or it is damaged, which is said if `tell`."""
     if not (folder / "pack.json").exists():
         return None
 
@@ -366,15 +372,40 @@ def open_pack(folder, made_from):
 
     try:
         meta = json.loads((folder / "pack.json").read_text())
-        if meta["made_from"] != made_from or "bad" not in meta:     # or by an earlier version
+        if meta["made_from"] != made_from or "seal" not in meta:     # or by an earlier version
             return None
+        _require_as_written(folder, meta)
         images = np.load(folder / "images.npy", mmap_mode="c")
         if images.shape != (meta["images"], meta["size"], meta["size"], 3):
             raise ValueError("it has another shape")
         return Packed(images, optional("labels.npy", np.load), meta["classes"],
                       optional("files.jsonl", _load_names), np.load(folder / "rows.npy"), made_from, meta["bad"])
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder} is damaged ({first_line(error)}): delete it, it is packed anew") from None
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        if tell:
+            say(f"{folder} is damaged ({first_line(error)}): it is packed anew")
+        return None
+
+
+def _require_as_written(folder, meta):
+    """Raises ValueError where a file of a pack is not what was written there. What has been read once is not read again until its inode changes."""
+    if meta.pop("seal") != digest(json.dumps(meta).encode()):
+        raise ValueError("pack.json is not what was written there")
+    checked, now = folder / CHECKED, {}
+    for name in meta["digests"]:
+        status = os.stat(folder / name)
+        now[name] = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    try:
+        if json.loads(checked.read_text()) == now | {"pack": meta["digests"]}:
+            return
+    except (OSError, ValueError):
+        pass
+    for name, written in meta["digests"].items():
+        if file_digest(folder / name) != written:
+            raise ValueError(f"{name} is not what was written there")
+    try:
+        write_json(checked, now | {"pack": meta["digests"]})
+    except OSError:     # a folder that may only be read is read each time
+        pass
 
 
 def release_pages(images):

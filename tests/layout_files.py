@@ -20,6 +20,7 @@ from PIL import Image
 
 import data
 import download
+from packing import CHECKED
 
 RED, GREEN, BLUE, WHITE = (250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 240)
 JPEG_TOLERANCE = 4
@@ -68,8 +69,8 @@ def save_images(root, names, colour=RED):
 
 
 def names_in(folder):
-    """What lies in a folder, the locks left out."""
-    return sorted(path.name for path in Path(folder).iterdir() if path.name != ".locks")
+    """What lies in a folder, the locks left out and the note that a pack has been checked."""
+    return sorted(path.name for path in Path(folder).iterdir() if path.name not in (".locks", CHECKED))
 
 
 def leftovers(folder):

@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
+import shutil
 import socket
 import sys
 import tracemalloc
@@ -25,6 +25,7 @@ import builtin_sources
 import data
 import download
 import layouts
+import packing
 import run
 from data import load_source, load_target
 from files import UserError
@@ -595,16 +596,6 @@ def test_a_source_without_classes_cannot_be_a_target(tmp_path):
         data.unavailable([("noise", "target")], tmp_path)
 
 
-def test_a_damaged_pack_is_a_user_error_that_names_its_folder(tmp_path):
-    save_images(tmp_path / "pictures", ["a.png", "b.png"])
-    load_source(f"mine={tmp_path / 'pictures'}", tmp_path / "data")
-    [pack] = [tmp_path / "data" / "packed" / name for name in names_in(tmp_path / "data" / "packed")]
-    meta = json.loads((pack / "pack.json").read_text())
-    (pack / "pack.json").write_text(json.dumps(meta | {"images": 3}))
-    with pytest.raises(UserError, match=str(pack)):
-        load_source(f"mine={tmp_path / 'pictures'}", tmp_path / "data")
-
-
 def test_class_folders_may_be_links_and_a_loop_of_links_ends(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -615,15 +606,50 @@ def test_class_folders_may_be_links_and_a_loop_of_links_ends(tmp_path):
     assert layouts.list_images(tmp_path / "pool") == ["cat/a.png"]
 
 
-def test_a_damaged_pack_is_named(tmp_path):
+DAMAGE = {
+    "cut": lambda content, other: content[:len(content) // 2], "emptied": lambda content, other: b"", "noise": lambda content, other: np.random.default_rng(0).bytes(len(content)),
+    "one byte": lambda content, other: content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1:], "of another pack": lambda content, other: other,
+}
+
+
+@pytest.mark.parametrize("way", [*DAMAGE, "deleted"])
+@pytest.mark.parametrize("name", ["images.npy", "rows.npy", "labels.npy", "files.jsonl", "bad.txt", "pack.json"])
+def test_a_damaged_pack_is_named_and_made_again(tmp_path, capsys, name, way):
+    for folder, seed in (("colours", 0), ("other", 1)):
+        for i in range(4):
+            (tmp_path / folder / f"train/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng((seed, i)).integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / folder / f"train/{'ab'[i % 2]}" / f"{seed}{i}.png")
+        (tmp_path / folder / "train/b" / f"broken{seed}.png").write_bytes(b"no image")
+        shutil.copytree(tmp_path / folder / "train", tmp_path / folder / "test")
+
+    def read(folder):
+        target = data.load_target(f"{folder}={tmp_path / folder}", tmp_path / "data", max_bad=0.5)
+        return target.train.images.tobytes(), target.train.labels.tolist(), target.train.files, target.classes, target.train.bad
+    expected, other = read("colours"), read("other")
+    assert expected != other and expected[4] == 1
+    ours, theirs = (next(path for path in (tmp_path / "data/packed").glob(f"{folder}*train*")) / name for folder in ("colours", "other"))
+    whole = ours.read_bytes()
+    if way == "deleted":
+        ours.unlink()
+    else:
+        ours.write_bytes(DAMAGE[way](whole, theirs.read_bytes()))
+    damaged = way == "deleted" or ours.read_bytes() != whole
+    capsys.readouterr()
+    assert read("colours") == expected and ours.read_bytes() == whole
+    out = capsys.readouterr().out
+    quiet = not damaged or name == "pack.json" and way in ("deleted", "of another pack")      # which is none of these images
+    assert out.count("is damaged") == (not quiet), out
+
+
+def test_a_pack_is_read_through_once(tmp_path, monkeypatch):
     (tmp_path / "pool").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "pool" / "a.png")
-    spec = f"pool={tmp_path / 'pool'}"
-    data.load_source(spec, tmp_path / "data")
-    images = next((tmp_path / "data" / "packed").glob("*/images.npy"))
-    images.write_bytes(images.read_bytes()[:1000])
-    with pytest.raises(UserError, match="is damaged"):
-        data.load_source(spec, tmp_path / "data")
+    read = []
+    digest = packing.file_digest
+    monkeypatch.setattr(packing, "file_digest", lambda path: read.append(path.name) or digest(path))
+    for _ in range(3):
+        data.load_source(f"pool={tmp_path / 'pool'}", tmp_path / "data")
+    assert sorted(read) == sorted(["images.npy", "rows.npy", "files.jsonl"] * 2)       # when it is written, and when it is first opened
 
 
 def test_an_incomplete_layout_is_named(tmp_path):
