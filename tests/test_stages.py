@@ -260,9 +260,11 @@ def test_a_teacher_checkpoint_takes_the_place_of_fine_tuning(flags, execute, mon
 
 
 def test_a_student_learns_the_colours_from_other_images(flags, execute):
-    assert execute(compile.main, [*flags, "--approaches", "balanced", "--teacher-epochs", "25", "--epochs", "30"])[0] == 0
+    """Most of three students: 40 images a class are few, and a class whose candidates the teacher mistakes is lost."""
+    assert execute(compile.main, [*flags, "--approaches", "balanced", "--teacher-epochs", "25", "--epochs", "20", "--lr", "0.03", "--seeds", "0,1,2"])[0] == 0
     results = json.loads((RUN / "results.json").read_text())
-    assert results["teacher"]["accuracy"] >= 0.9 and results["rows"][0]["accuracy"] >= 0.8
+    students = [json.loads((RUN / f"seed-{seed}/students/balanced.json").read_text())["accuracy"] for seed in range(3)]
+    assert results["teacher"]["accuracy"] >= 0.9 and sorted(students)[1] >= 0.8
 
 
 def test_importing_the_modules_does_nothing(tmp_path):
