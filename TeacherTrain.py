@@ -52,6 +52,20 @@ def watch(target, confidence):
     return target.train.images[rows], target.train.labels[rows]
 
 
+def evaluate(classifier, target, confidence, path, device):
+    """{"accuracy": on the test split, "confidence_accuracy": on the confidence set}, None where the target has no images for it.
+
+    The test split is read here alone. What the classifier said to each of its images is written to `path`, {"predicted", "labels"}: (N,) int64.
+    """
+    accuracy = None
+    if target.test:
+        predicted = engine.answers(classifier, target.test.images, device=device)
+        accuracy = float((predicted == target.test.labels).mean())
+        write_atomically(path, lambda file: np.savez(file, predicted=predicted, labels=target.test.labels))
+    return {"accuracy": accuracy,
+            "confidence_accuracy": engine.accuracy(classifier, target.train.images, target.train.labels, confidence, device) if target.train else None}
+
+
 @engine.together
 def train_teacher(run, target, device):
     """Makes teacher.pt and teacher.json, unless they are there. Returns the content of teacher.json.
@@ -84,8 +98,7 @@ def train_teacher(run, target, device):
             evaluate=lambda: engine.accuracy(teacher, *watched, device=device), remedy="a smaller --teacher-lr")
     figures = {
         "arch": teacher.arch, "input_size": teacher.input_size, "classes": teacher.classes,
-        "accuracy": engine.accuracy(teacher, target.test.images, target.test.labels, device=device) if target.test else None,
-        "confidence_accuracy": engine.accuracy(teacher, target.train.images, target.train.labels, confidence, device) if target.train else None,
+        **evaluate(teacher, target, confidence, run / "teacher.npz", device),
         "linear_head": models.head_weight(teacher) is not None, "files": files,
         "seconds": training.seconds, "images_per_second": training.images_per_second, "history": training.history,
     }

@@ -25,7 +25,7 @@ from data import MIXING, specs_of, target_of, unavailable
 from export import export, require_packages
 from files import UserError, file_digest, is_first, is_usable, read_json, say, stop_on, write_json
 from run import STAGE_FLAGS, command, name_of, name_of_approach, name_of_arch, open_stage
-from TeacherTrain import saved_split, watch
+from TeacherTrain import evaluate, saved_split, watch
 
 SMALLEST = 2        # images: fewer have no batch statistics
 
@@ -118,10 +118,9 @@ def train_student(run, approach, target, device):
         student, images, rows, objective, recipe, seed=seed, device=device,
         checkpoint=run.student(approach, "part"), label=f"student {approach}",
         evaluate=(lambda: engine.accuracy(student, *watched, device=device)) if watched else None)
-    accuracy = engine.accuracy(student, target.test.images, target.test.labels, device=device) if target.test else None
-    figures |= {"accuracy": accuracy,
-                "confidence_accuracy": engine.accuracy(student, target.train.images, target.train.labels, confidence, device) if target.train else None,
-                "retention": accuracy / teacher_figures["accuracy"] if accuracy is not None and teacher_figures["accuracy"] else None,
+    figures |= evaluate(student, target, confidence, run.student(approach, "npz"), device)
+    accuracy = figures["accuracy"]
+    figures |= {"retention": accuracy / teacher_figures["accuracy"] if accuracy is not None and teacher_figures["accuracy"] else None,
                 "seconds": training.seconds, "images_per_second": training.images_per_second, "history": training.history}
     models.save(run.student(approach, "pt"), student, accuracy=accuracy)
     write_json(run.student(approach, "json"), figures)

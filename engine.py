@@ -264,12 +264,14 @@ def _predict(classifier, images, rows, batch_size, device, label, then, shared, 
     return columns if len(columns) > 1 else columns[0]
 
 
+def answers(classifier, images, rows=None, device=torch.device("cpu")):
+    """The class with the largest logit of each image, (n,) int64."""
+    return predict(classifier, images, rows, device).argmax(1).numpy()
+
+
 def accuracy(classifier, images, labels, rows=None, device=torch.device("cpu")):
     """Share of images, in [0, 1], whose label is the class with the largest logit. labels: (N,) int64."""
-    logits = predict(classifier, images, rows, device)
-    labels = torch.as_tensor(labels)
-    labels = labels if rows is None else labels[torch.as_tensor(rows)]
-    return (logits.argmax(1) == labels).double().mean().item()
+    return float((answers(classifier, images, rows, device) == (labels if rows is None else labels[rows])).mean())
 
 
 # --------------------------------------------------------------------------------------------------

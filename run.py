@@ -406,7 +406,7 @@ DECIDES = {
     "steps": "students", **dict.fromkeys(CHANGEABLE, "students"),
 }
 MADE_BY = {
-    "teacher": ("split.npz", "teacher.pt", "teacher.json", "teacher.part"),
+    "teacher": ("split.npz", "teacher.pt", "teacher.json", "teacher.npz", "teacher.part"),
     "scores": ("scores/*", "thresholds.json"),
     "transfer": ("transfer/*",),
     "students": ("students/*", "results.json", "results.md"),

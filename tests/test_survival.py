@@ -193,7 +193,7 @@ run.command(compile.main)
 
 def outcome(folder):
     """{file: what must be the same, to the bit}: everything but seconds and speeds."""
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for name in ("*.pt", "split.npz", "thresholds.json", "transfer/*/*", "students/*.pt") for path in folder.glob(name)}
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for name in ("*.pt", "split.npz", "teacher.npz", "thresholds.json", "transfer/*/*", "students/*.pt", "students/*.npz") for path in folder.glob(name)}
     for path in folder.glob("scores/*.npz"):
         with np.load(path) as saved:
             found |= {f"{path.stem}/{name}": saved[name].tobytes() for name in saved.files if name != "seconds"}
