@@ -17,6 +17,7 @@ import report
 from distill import report_student, train_student
 from files import UserError, is_first, listed, say, stop_on
 from packing import Packed
+from record import Experiment
 from run import DATA_FREE_SIZE, RECIPES, RUN_FLAGS, Run, command, name_of, name_of_arch, parse, resolve
 from TeacherTrain import has_linear_head, load_checkpoint, report as report_teacher, train_teacher
 from transfer import Scoring, bucket_size, criteria_of, make_thresholds, make_transfer_set, no_mms, report_thresholds, report_transfer_set
@@ -115,13 +116,13 @@ def main(argv):
     settings = resolve(parse(argv, __doc__, RUN_FLAGS))
     device = engine.pick_device(settings.device)
     engine.first_alone(lambda: is_first() and check_everything_is_there(settings))
-    folders = []
     for each in of_each_seed(settings):
         if len(settings.seeds) > 1:
             say(f"seed {each.seed}")
-        folders.append(run_once(each, device).path)
+        run_once(each, device)
     if is_first():
-        say("\n" + report.write(settings, folders))
+        say("\n" + report.write(settings))
+        say(report.illustrate(Experiment(settings.run_dir, settings)))
     say(f"{time.monotonic() - began:,.0f} s in all; everything is in {settings.run_dir}")
 
 

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 SPARE = 200_000_000         # bytes of disk that stay free
 LEDGER = "digests.json"
+SHOWN = ("report.html", "figures")      # what may be drawn while another process works in the run folder
 SEAL = b"sha256 "      # and the digest of all before, at the end of a file that is sealed
 
 
@@ -149,7 +150,7 @@ def open_ledger(folder, files):
 def _ledger_above(path):
     """(folder, ledger) of the nearest folder above that has one; None where none has."""
     path = Path(path).absolute()
-    if path.name == LEDGER or path.suffix == ".part":      # which are sealed, and written often
+    if path.name == LEDGER or path.suffix == ".part" or path.name in SHOWN or path.parent.name in SHOWN:      # sealed, and written often; or drawn from the others
         return None
     folder = next((folder for folder in path.parents[:3] if (folder / LEDGER).exists()), None)
     if folder is None:

@@ -409,7 +409,7 @@ MADE_BY = {
     "teacher": ("split.npz", "teacher.pt", "teacher.json", "teacher.npz", "teacher.part"),
     "scores": ("scores/*", "thresholds.json"),
     "transfer": ("transfer/*",),
-    "students": ("students/*", "results.json", "results.md"),
+    "students": ("students/*", "results.json", "results.md", "figures/*", "report.html"),
 }
 
 
@@ -432,7 +432,7 @@ def parse(argv, description, flags):
         if one in given and other in given:
             parser.error(f"--{one} and --{other} contradict each other: give one of them")
     if "config" in given:
-        stored = _parsed(parser, _as_arguments(given["config"]))
+        stored = _parsed(parser, as_arguments(given["config"]))
         _require_named(stored, given, f"--config {given['config']}")
         for pair in CONTRADICTORY:
             if set(pair) & set(given):
@@ -461,7 +461,7 @@ def _parsed(parser, argv):
     return given
 
 
-def _as_arguments(path):
+def as_arguments(path):
     """The command line that a config.json stands for. Raises UserError where it holds anything that is no setting."""
     try:
         config = json.loads(Path(path).read_text())

@@ -400,25 +400,29 @@ class Scoring:
         with np.load(self.run.scores(name)) as saved:
             return int(saved["shard_images"].sum()) - len(saved["index"])
 
-    def images(self, name, positions, chunk=4096):
-        """Yields (pixels (n, size, size, 3) uint8, which images of the source (n,), their files) of the scored images at `positions`, (N,)
-        int64, ascending, some more than once."""
-        source = self.source(name)
-        if not isinstance(source, Shards):
-            for rows in np.split(positions, range(chunk, len(positions), chunk)):
-                yield source.images[rows], source.rows[rows], [source.files[i] for i in rows] if source.files else [""] * len(rows)
-                release_pages(source.images)
-            return
-        with np.load(self.run.scores(name)) as saved:
-            index, ends = saved["index"][positions], np.cumsum(saved["shard_images"])
-        of = np.searchsorted(ends, index, side="right")
-        starts = np.r_[0, ends[:-1]]
-        wanted = {int(shard): np.unique(index[of == shard] - starts[shard]).tolist() for shard in np.unique(of)}
-        for shard in source.take(wanted):
-            numbers = index[of == shard.number]
-            found = np.searchsorted(np.array(shard.numbers) + starts[shard.number], numbers)
-            file = os.path.basename(source.paths[shard.number])
-            yield shard.pixels[found], numbers, [f"{file}/{shard.members[i]}" for i in found]
+    def images(self, name, positions):
+        """As `images_of`, of the source of that name."""
+        return images_of(self.source(name), self.run.scores(name), positions)
+
+
+def images_of(source, path, positions, chunk=4096):
+    """Yields (pixels (n, size, size, 3) uint8, which images of the source (n,), their files) of the images at `positions` of the scores in
+    the file `path`, (N,) int64, ascending, some more than once. source: packing.Packed or shards.Shards."""
+    if not isinstance(source, Shards):
+        for rows in np.split(positions, range(chunk, len(positions), chunk)):
+            yield source.images[rows], source.rows[rows], [source.files[i] for i in rows] if source.files else [""] * len(rows)
+            release_pages(source.images)
+        return
+    with np.load(path) as saved:
+        index, ends = saved["index"][positions], np.cumsum(saved["shard_images"])
+    of = np.searchsorted(ends, index, side="right")
+    starts = np.r_[0, ends[:-1]]
+    wanted = {int(shard): np.unique(index[of == shard] - starts[shard]).tolist() for shard in np.unique(of)}
+    for shard in source.take(wanted):
+        numbers = index[of == shard.number]
+        found = np.searchsorted(np.array(shard.numbers) + starts[shard.number], numbers)
+        file = os.path.basename(source.paths[shard.number])
+        yield shard.pixels[found], numbers, [f"{file}/{shard.members[i]}" for i in found]
 
 
 @engine.together
