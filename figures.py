@@ -173,8 +173,7 @@ def scores(record, criterion):
     handles = [matplotlib.patches.Patch(color="#999999", alpha=0.45, label="confidence set (real images)")] * ("confidence" in scored)
     handles += [matplotlib.lines.Line2D([], [], color=colour_of(number), linestyle=line_of(number), label=name) for number, name in enumerate(scored) if name != "confidence"]
     handles += [matplotlib.lines.Line2D([], [], color="black", linestyle="--", linewidth=1, label="threshold")] * (limits is not None)
-    drawn.legend(handles=handles, loc="outside lower center", ncols=4)
-    drawn.supxlabel(f"{criterion}, of the images that the teacher puts into the class", fontsize=8)
+    drawn.legend(handles=handles, loc="outside lower center", ncols=4, title=f"{criterion}, of the images that the teacher puts into the class", title_fontsize=8)
     passing = _passing(record, criterion, scored, limits)
     return Figure(f"scores-{criterion}", f"Scores: {criterion}", "Each curve has the same area: where it lies beyond the dashed line towards the grey, images of that source pass." + _of_shown(record, shown),
                   f"Distributions of {criterion} in each class. {passing}", drawn)
@@ -361,23 +360,25 @@ def strip(record, criterion, pixels_of):
         pixels |= {(number, row): image for row, image in pixels_of(record.sources[number], np.array(sorted(rows))).items()}
     if not pixels:
         return None
-    drawn = pyplot.figure(figsize=(WIDTH, 0.5 + 0.56 * len(groups)))
+    drawn = pyplot.figure(figsize=(WIDTH, 0.5 + 0.62 * len(groups)))
     across, gap = len(KINDS) * STRIP, 0.5
     grid = drawn.add_gridspec(len(groups), across + len(KINDS) - 1, width_ratios=([1] * STRIP + [gap]) * (len(KINDS) - 1) + [1] * STRIP, left=0.1, right=0.995, top=1 - 0.35 / drawn.get_figheight(), bottom=0.01,
-                              wspace=0.06, hspace=0.42)
+                              wspace=0.08, hspace=0.55)
     for place, (label, kinds) in enumerate(groups.items()):
         for kind, members in enumerate(kinds):
             for number in range(STRIP):
                 axes = drawn.add_subplot(grid[place, kind * (STRIP + 1) + number])
                 axes.set_axis_off()
                 if place == 0 and number == 0:
-                    axes.annotate(KINDS[kind], (0, 1), xytext=(0, 14), xycoords="axes fraction", textcoords="offset points", fontsize=8, fontweight="bold")
+                    axes.annotate(KINDS[kind], (0, 1), xytext=(0, 18), xycoords="axes fraction", textcoords="offset points", fontsize=8, fontweight="bold")
                 if kind == number == 0:
                     axes.annotate(record.classes[label], (0, 0.5), xytext=(-4, 0), xycoords="axes fraction", textcoords="offset points", ha="right", va="center", fontsize=7)
+                if number == 0 and not members:
+                    axes.text(0, 0.5, "none", fontsize=6, color="#777777", va="center")
                 if number < len(members) and members[number] in pixels:
                     source, row = members[number]
                     axes.imshow(pixels[members[number]], interpolation="nearest")
-                    axes.set_title(f"{record.sources[source][:9]} {record.scores[record.sources[source]][criterion][row]:.2g}", fontsize=4.2, pad=1)
+                    axes.set_title(f"{record.sources[source][:13]}\n{record.scores[record.sources[source]][criterion][row]:.2g}", fontsize=4.2, pad=1, linespacing=1)
     few = [record.classes[label] for label, kinds in groups.items() if not kinds[0]]
     return Figure(f"strip-{criterion}", f"Kept and rejected: {criterion}", "From the left: the surest images that were kept, the last that were, the first that fell below the threshold, the farthest below it; over each its "
                   "source and score." + _of_shown(record, shown), f"Images of each class by {criterion}." + (f" Nothing was kept for {', '.join(few)}." if few else ""), drawn)
