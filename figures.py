@@ -108,6 +108,8 @@ def sizes(experiments):
         values.sort()
         axes.plot(*zip(*values), marker=MARKERS[number % len(MARKERS)], linestyle=LINES[number % len(LINES)] if len(values) > 1 else "none", color=colour_of(number), markersize=5, label=approach)
     axes.set_xscale("log")
+    for each in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        each(lambda size, place: f"{size:,.0f}" if f"{size:.0e}"[0] in "125" else "")
     axes.set_xlabel("images in the transfer set")
     axes.set_ylabel("accuracy on the test split, %")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -145,20 +147,17 @@ def scores(record, criterion):
     shown, limits = shown_classes(record), record.threshold(criterion)
     columns = min(5, len(shown))
     rows = math.ceil(len(shown) / columns)
-    drawn, grid = pyplot.subplots(rows, columns, figsize=(WIDTH, 0.5 + 1.15 * rows), squeeze=False, sharex=True, layout="constrained")
-    every = np.concatenate([values[criterion] for values in scored.values()])
-    every = every[np.isfinite(every)]
-    if not len(every):
-        pyplot.close(drawn)
-        return None
-    edges = np.linspace(*np.quantile(every, [0.001, 0.999]) + np.array([-1e-6, 1e-6]), 41)
+    drawn, grid = pyplot.subplots(rows, columns, figsize=(WIDTH, 0.5 + 1.25 * rows), squeeze=False, layout="constrained")
     for place, axes in enumerate(grid.flat):
         if place >= len(shown):
             axes.set_visible(False)
             continue
         label = shown[place]
-        for number, (name, values) in enumerate(scored.items()):
-            members = values[criterion][values["predicted"] == label]
+        of_class = {name: values[criterion][(values["predicted"] == label) & np.isfinite(values[criterion])] for name, values in scored.items()}
+        every = np.concatenate([*of_class.values(), [] if limits is None or not np.isfinite(limits[label]) else [limits[label]]])
+        low, high = np.quantile(every, [0.005, 0.995]) if len(every) else (0, 1)
+        edges = np.linspace(low, high if high > low else low + 1e-6, 31)
+        for number, (name, members) in enumerate(of_class.items()):
             if len(members):
                 counts, _ = np.histogram(np.clip(members, edges[0], edges[-1]), edges)
                 if name == "confidence":
@@ -169,6 +168,7 @@ def scores(record, criterion):
             axes.axvline(limits[label], color="black", linestyle="--", linewidth=1)
         axes.set_title(record.classes[label] + ("" if limits is None or np.isfinite(limits[label]) else " (no threshold)"), pad=2)
         axes.set_yticks([])
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(False)
     handles = [matplotlib.patches.Patch(color="#999999", alpha=0.45, label="confidence set (real images)")] * ("confidence" in scored)
     handles += [matplotlib.lines.Line2D([], [], color=colour_of(number), linestyle=line_of(number), label=name) for number, name in enumerate(scored) if name != "confidence"]

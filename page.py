@@ -21,6 +21,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 GALLERY = 6_000         # images on a page
 ACROSS, DOWN = 50, 30   # tiles of a sheet
 LARGEST_TILE = 48       # pixels
+LOSSLESS = 300_000      # bytes of a figure
 QUALITY = 72            # of the sheets, WebP
 
 
@@ -43,11 +44,21 @@ def png_of(figure):
     return buffer.getvalue()
 
 
+def _as_webp(png):
+    """Without loss where that is small enough; figures with photographs in them are not."""
+    image, buffer = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    image.save(buffer, "WEBP", lossless=True, method=4)
+    if buffer.tell() > LOSSLESS:
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=88, method=4)
+    return buffer.getvalue(), image.size
+
+
 def figure_html(figure, png):
-    source = base64.b64encode(png).decode()
-    width, height = Image.open(io.BytesIO(png)).size
+    webp, (width, height) = _as_webp(png)
+    source = base64.b64encode(webp).decode()
     return (f"<figure id='{escaped(figure.name)}'><h2>{escaped(figure.title)}</h2><img alt='{escaped(figure.text)}' width={width // 2 * 4 // 3} height={height // 2 * 4 // 3} "
-            f"src='data:image/png;base64,{source}'><figcaption><b>How to read it:</b> {escaped(figure.reading)}</figcaption></figure>")
+            f"src='data:image/webp;base64,{source}'><figcaption><b>How to read it:</b> {escaped(figure.reading)}</figcaption></figure>")
 
 
 # --------------------------------------------------------------------------------------------------
