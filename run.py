@@ -409,8 +409,9 @@ MADE_BY = {
     "teacher": ("split.npz", "teacher.pt", "teacher.json", "teacher.npz", "teacher.part"),
     "scores": ("scores/*", "thresholds.json"),
     "transfer": ("transfer/*",),
-    "students": ("students/*", "results.json", "results.md", "figures/*", "report.html"),
+    "students": ("students/*", "results.json", "results.md"),
 }
+DRAWN = ("figures/*", "report.html")        # from all of those
 
 
 CONTRADICTORY = (("steps", "epochs"), ("seed", "seeds"))
@@ -703,7 +704,7 @@ class Run:
         if not self.settings.restart and not self.settings.restart_from:
             return []
         stages = STAGES if self.settings.restart else STAGES[STAGES.index(self.settings.restart_from):]
-        patterns = (["config.json", LEDGER] if self.settings.restart else []) + [pattern for stage in stages for pattern in MADE_BY[stage]]
+        patterns = (["config.json", LEDGER] if self.settings.restart else []) + [pattern for stage in stages for pattern in MADE_BY[stage]] + list(DRAWN)
         return patterns + [f"{pattern}.damaged" for pattern in patterns if "*" not in pattern]
 
     def holds(self, stage):
