@@ -13,7 +13,7 @@ import tarfile
 import zipfile
 
 from files import UserError, first_line, holding
-from run import Progress
+from progress import Progress
 
 SUFFIXES = (".zip", ".tar", ".tar.gz")
 LONGEST_HEADER = 16_384     # bytes: room for any name

@@ -22,7 +22,7 @@ import requests
 import urllib3
 
 from files import Stopped, UserError, first_line, holding, require_space, say, write_json
-from run import Progress
+from progress import Progress
 
 TIMEOUT = (10, 60)          # seconds to connect, and between two pieces of an answer
 PIECE = 1 << 16             # bytes at most that a read asks for; what a kill can cost

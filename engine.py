@@ -25,7 +25,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from data import augment, epoch_generator, shuffled_batches
 from files import UserError, is_first, read_sealed, say, write_sealed
 from packing import release_pages
-from run import Interrupted, Progress, interrupted, orderly
+from progress import Progress
+from run import Interrupted, interrupted, orderly
 
 AUXILIARY_WEIGHT = 0.4      # of an auxiliary head's loss, as in Inception (Szegedy et al. 2015)
 EVALUATION_BATCH = 512      # images, of up to 96 pixels; fewer where they are larger

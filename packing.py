@@ -27,7 +27,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from files import UserError, file_digest, first_line, holding, one_field, require_space, say, write_atomically, write_json
-from run import MAX_BAD, Progress
+from progress import Progress
+from run import MAX_BAD
 
 IMAGE_SIZE = 32
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")      # what is let in, whatever a file is called

@@ -840,56 +840,6 @@ def environment():
 
 
 # --------------------------------------------------------------------------------------------------
-# Talking to the person
-# --------------------------------------------------------------------------------------------------
-
-class Progress:
-    """A tqdm bar on a terminal; without one, a plain line every half minute. total: None where it isn't known."""
-
-    INTERVAL = 30.0     # seconds between plain lines
-
-    def __init__(self, label, total, unit="img"):
-        self.label, self.total, self.unit, self.done, self.skipped = label, total, unit, 0, 0
-        self.start = self.last = time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty() and is_first():
-            from tqdm import tqdm
-            self.bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False, smoothing=0.1)
-
-    def skip(self, count):
-        """Counts what an earlier sitting did, which has no part in the speed."""
-        self.skipped = self.done = count
-        if self.bar is not None:
-            self.bar.update(count)
-            self.bar.unpause()
-
-    def update(self, count, figures=None):
-        """Advances by `count`. `figures()` gives a short text; it is called only when something is shown."""
-        self.done += count
-        now = time.monotonic()
-        if self.bar is not None:
-            self.bar.total = self.total
-            self.bar.update(count)
-            if figures and now - self.last >= 1.0:
-                self.bar.set_postfix_str(figures())
-                self.last = now
-        elif now - self.last >= self.INTERVAL:
-            speed = max((self.done - self.skipped) / (now - self.start), 1e-9)
-            more = f", {figures()}" if figures else ""
-            left = f", {(self.total - self.done) / speed:,.0f} s left" if self.total else ""
-            say(f"  {self.label}: {self._amount(self.done)}{f' of {self._amount(self.total)}' if self.total else ''} "
-                f"{'MB' if self.unit == 'B' else self.unit}, {self._amount(speed)} {'MB' if self.unit == 'B' else self.unit}/s{left}{more}")
-            self.last = now
-
-    def _amount(self, number):
-        return f"{number / 1e6:,.2f}" if self.unit == "B" else f"{number:,.0f}"
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
-
-
-# --------------------------------------------------------------------------------------------------
 # Signals
 # --------------------------------------------------------------------------------------------------
 
