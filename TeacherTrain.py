@@ -95,7 +95,7 @@ def train_teacher(run, target, device):
         training = engine.train(
             teacher, target.train.images, train, engine.cross_entropy(target.train.labels, device),
             settings.teacher_recipe, seed=seed, device=device, checkpoint=run / "teacher.part", label="teacher",
-            evaluate=lambda: engine.accuracy(teacher, *watched, device=device), remedy="a smaller --teacher-lr")
+            evaluate=lambda: engine.accuracy(teacher, *watched, device=device), remedy="a smaller --teacher-lr", board=run.board("teacher"))
     figures = {
         "arch": teacher.arch, "input_size": teacher.input_size, "classes": teacher.classes,
         **evaluate(teacher, target, confidence, run / "teacher.npz", device),

@@ -15,11 +15,12 @@ import engine
 import models
 import report
 from distill import report_student, train_student
-from files import UserError, is_first, listed, say, stop_on
+from files import UserError, is_first, listed, read_json, say, stop_on
 from packing import Packed
+from progress import expect
 from record import Experiment
 from run import DATA_FREE_SIZE, RECIPES, RUN_FLAGS, Run, command, name_of, name_of_arch, parse, resolve
-from TeacherTrain import has_linear_head, load_checkpoint, report as report_teacher, train_teacher
+from TeacherTrain import has_linear_head, load_checkpoint, report as report_teacher, split_target, train_teacher
 from transfer import Scoring, bucket_size, criteria_of, make_thresholds, make_transfer_set, no_mms, report_thresholds, report_transfer_set
 
 
@@ -66,19 +67,44 @@ def check_teacher(settings, target):
     return classes
 
 
-def check_sizes(settings, target, classes, sources):
-    """Raises UserError where the command line asks for sizes that no student can have."""
+def largest_sizes(settings, target, classes, sources):
+    """(images of each class that are asked for, images of all sources, {approach: images that its student may have at most});
+    of sources in shards nobody knows yet: math.inf."""
     target_size = len(target.train) if target.train else None
     bucket = bucket_size(settings.transfer_size, target_size, len(classes))
-    counted = sources and all(isinstance(source, Packed) for source in sources.values())       # of shards nobody knows yet
+    counted = sources and all(isinstance(source, Packed) for source in sources.values())
     there = sum(map(len, sources.values())) if counted else math.inf
+    sizes = {"supervised": target_size and len(split_target(target_size, 0)[0]), "all": there}
+    return bucket, there, {approach: sizes.get(approach, min(there, bucket * len(classes))) for approach in settings.approaches}
+
+
+def check_sizes(settings, target, classes, sources):
+    """Raises UserError where the command line asks for sizes that no student can have."""
+    bucket, there, sizes = largest_sizes(settings, target, classes, sources)
     asked = settings.transfer_size and not (settings.data_free and settings.transfer_size == DATA_FREE_SIZE)
     if asked and bucket > there and settings.shortfall != "repeat":
         raise UserError(f"--transfer-size {settings.transfer_size:,} asks for {bucket:,} images of each class, and all sources together have {there:,}: give a smaller one, or --shortfall repeat")
-    sizes = {"supervised": target_size, "all": there}
-    largest = max(sizes.get(approach, min(there, bucket * len(classes))) for approach in settings.approaches)
+    largest = max(sizes.values())
     if settings.batch_size > largest and settings.batch_size != RECIPES[settings.recipe].student.batch_size:
         raise UserError(f"--batch-size {settings.batch_size:,} is more than the {largest:,} images that a student here can have: give a smaller one")
+
+
+def long_work(settings, target, classes, sources):
+    """[(label of its progress, images)] of what this run still has to do, as far as that is known before: of a selection the largest size."""
+    run, (_, _, sizes) = Run(settings), largest_sizes(settings, target, classes, sources)
+
+    def trained(recipe, count):
+        return (recipe.steps or recipe.epochs * max(1, count // recipe.batch_size)) * min(recipe.batch_size, count) if count < math.inf else 0
+    if not settings.teacher_checkpoint and not run.has("teacher.json"):
+        yield "teacher", trained(settings.teacher_recipe, len(split_target(len(target.train), 0)[0]))
+    for name, source in sources.items():
+        if isinstance(source, Packed) and not run.has(f"scores/{name}.npz"):
+            yield f"scoring {name}", len(source)
+    for approach, largest in sizes.items():
+        summary = f"transfer/{approach}/summary.json"
+        size = read_json(run / summary)["size"] if run.has(summary) else largest
+        if not run.has(f"students/{approach}.json"):
+            yield f"student {approach}", trained(settings.student_recipe, size)
 
 
 def describe(target, classes):
@@ -87,8 +113,8 @@ def describe(target, classes):
     return (" and ".join(splits) + " images" if splits else "no image") + f" of {len(classes):,} classes: {listed(classes, most=10)}"
 
 
-def run_once(settings, device):
-    """One seed: data, teacher, scores, transfer sets, students. Returns the run."""
+def run_once(settings, device, later=()):
+    """One seed: data, teacher, scores, transfer sets, students. later: the settings of the seeds that follow. Returns the run."""
     target = engine.first_alone(lambda: data.target_of(settings))
     classes = check_teacher(settings, target)
     target_size = len(target.train) if target.train else None
@@ -98,6 +124,10 @@ def run_once(settings, device):
     check_sizes(settings, target, classes, sources)
     run = engine.first_alone(lambda: Run(settings).open(device))
     say(f"target: {describe(target, classes)}")
+
+    def look_ahead():
+        expect([piece for each in (settings, *later) for piece in long_work(each, target, classes, sources)])
+    look_ahead()
     report_teacher(train_teacher(run, target, device))
     if selecting:
         scoring = Scoring(run, device, target, sources)
@@ -106,6 +136,7 @@ def run_once(settings, device):
             report_thresholds(name, scoring.criteria[name], thresholds[name], scoring.classes, settings.calibrate)
         for approach in selecting:
             report_transfer_set(approach, make_transfer_set(run, approach, scoring, target_size))
+    look_ahead()        # now the sizes of the transfer sets are known
     for approach in settings.approaches:
         report_student(train_student(run, approach, target, device))
     return run
@@ -116,10 +147,11 @@ def main(argv):
     settings = resolve(parse(argv, __doc__, RUN_FLAGS))
     device = engine.pick_device(settings.device)
     engine.first_alone(lambda: is_first() and check_everything_is_there(settings))
-    for each in of_each_seed(settings):
+    seeds = of_each_seed(settings)
+    for number, each in enumerate(seeds, 1):
         if len(settings.seeds) > 1:
             say(f"seed {each.seed}")
-        run_once(each, device)
+        run_once(each, device, seeds[number:])
     if is_first():
         say("\n" + report.write(settings))
         say(report.illustrate(Experiment(settings.run_dir, settings)))

@@ -117,7 +117,7 @@ def train_student(run, approach, target, device):
     training = engine.train(
         student, images, rows, objective, recipe, seed=seed, device=device,
         checkpoint=run.student(approach, "part"), label=f"student {approach}",
-        evaluate=(lambda: engine.accuracy(student, *watched, device=device)) if watched else None)
+        evaluate=(lambda: engine.accuracy(student, *watched, device=device)) if watched else None, board=run.board(f"student-{approach}"))
     figures |= evaluate(student, target, confidence, run.student(approach, "npz"), device)
     accuracy = figures["accuracy"]
     figures |= {"retention": accuracy / teacher_figures["accuracy"] if accuracy is not None and teacher_figures["accuracy"] else None,

@@ -22,6 +22,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from board import Board
 from data import augment, epoch_generator, shuffled_batches
 from files import UserError, is_first, read_sealed, say, write_sealed
 from packing import release_pages
@@ -292,12 +293,12 @@ class Training:
         return self.images / self.seconds if self.seconds else 0.0
 
 
-def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoint, label, evaluate=None, remedy="a smaller --lr"):
+def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoint, label, evaluate=None, remedy="a smaller --lr", board=None):
     """Trains `classifier` in place and returns the Training.
 
     images: (N, H, W, 3) uint8 array. rows: (n,) int64, those to train on. objective(logits, views, rows): the
     mean loss of a batch, where views are the augmented pixels that the classifier saw and rows says which
-    images they are. evaluate(): an accuracy to note after each epoch.
+    images they are. evaluate(): an accuracy to note after each epoch. board: the folder where board.Board writes, None for none.
 
     Between two steps, SAVE_INTERVAL after the last time, and when a signal asks to stop, everything is saved at `checkpoint`; a later call
     goes on from there and ends in the same bits as one that was never interrupted, since a step draws from (seed, epoch, step) alone.
@@ -305,7 +306,7 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
     """
     try:
         with orderly():
-            return _train(classifier, images, rows, objective, recipe, seed, device, Checkpoint(checkpoint, label), label, evaluate, remedy)
+            return _train(classifier, images, rows, objective, recipe, seed, device, Checkpoint(checkpoint, label), label, evaluate, remedy, board)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -361,7 +362,7 @@ class Checkpoint:
                 path.unlink(missing_ok=True)
 
 
-def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint, label, evaluate, remedy):
+def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint, label, evaluate, remedy, board):
     classifier.to(device)
     tensor = to_device(images, device)
     rows = torch.as_tensor(rows)
@@ -399,6 +400,7 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
                                "history": training.history, "seconds": training.seconds, "images": training.images})
     progress = Progress(label, steps * batch_size)
     progress.skip((start * per_epoch + first) * batch_size)
+    board = Board(board, start * per_epoch + first)
     # Each process has its share of every batch, whose gradient, the mean over all images, is that of one process; batch norm sees the share.
     network = classifier if processes == 1 else DistributedDataParallel(classifier, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     mine = slice(*share_of(batch_size))
@@ -432,12 +434,15 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
             losses.append(loss.detach())
             total += losses[-1]
             training.images += len(batch)
-            progress.update(len(batch), lambda: f"epoch {epoch + 1}/{epochs}, loss {total.item() / (step + 1):.4f}")
+            progress.update(len(batch), lambda: f"epoch {epoch + 1}/{epochs}, loss {total.item() / (step + 1):.4f}{_reached(training)}")
+            if step == 0 and epoch & (epoch + 1) == 0:      # epochs 1, 2, 4, 8, ...
+                board.views(epoch * per_epoch, views)
             stop, due = interrupted(), is_first() and checkpoint.due()
             if processes > 1:
                 stop, due = agreed(stop, due) if (step + 1) % AGREE_STEPS == 0 else (0, 0)
             if stop or due or len(losses) == check or step + 1 == len(batches):
                 require_finite(losses, label, epoch, step, optimizer, remedy)
+                board.losses(epoch * per_epoch + step, losses)
                 losses.clear()
             if stop or due:
                 tick()
@@ -445,6 +450,7 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
                 clock = time.monotonic()
             if stop:
                 progress.close()
+                board.close()
                 raise Interrupted(stop)
         if processes > 1:
             distributed.all_reduce(total)
@@ -458,14 +464,22 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
                 save(len(batches))
             raise
         training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"], "confidence_accuracy": reached})
+        board.epoch(epoch * per_epoch + len(batches) - 1, epoch_loss=mean_loss, learning_rate=training.history[-1]["lr"], confidence_accuracy=reached)
         total, first = torch.zeros((), device=device), 0
         if epoch == start and compiling_pays(device, training.seconds / training.images * (steps - (epoch + 1) * per_epoch) * batch_size):
             network = compiled(network)
         clock = time.monotonic()
     progress.close()
+    board.close()
     if average is not None:
         classifier.load_state_dict(average.module.state_dict())
     return training
+
+
+def _reached(training):
+    """The last accuracy on the confidence set, in words."""
+    reached = training.history and training.history[-1]["confidence_accuracy"]
+    return f", confidence set {reached:.2%}" if reached else ""
 
 
 @contextlib.contextmanager

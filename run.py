@@ -153,6 +153,7 @@ class Settings:
     weight_decay: float | None = None
     ema: float | None = None
     restart_from: str | None = None
+    tensorboard: bool = False
 
     @property
     def teacher_recipe(self):
@@ -383,6 +384,7 @@ FLAGS = {
                   help="use at most N images of every data set and split, evenly spaced, for a trial run"),
     "max_bad": dict(type=share, metavar="SHARE",
                     help="share of a folder's images that may be unreadable before that is an error, as 0.05 or 5%% (default: 0.01)"),
+    "tensorboard": dict(action="store_true", help="write losses, accuracies and what the networks are shown into the run folder's tensorboard/ (pip install tensorboard)"),
     "restart": dict(action="store_true", help="delete what this command's run folder holds and begin anew"),
     "restart_from": dict(choices=("teacher", "scores", "transfer", "students"), metavar="STAGE",
                          help="delete what STAGE and those after it have made in the run folder, of teacher, scores, transfer, students, and make it anew"),
@@ -412,6 +414,7 @@ MADE_BY = {
     "students": ("students/*", "results.json", "results.md"),
 }
 DRAWN = ("figures/*", "report.html")        # from all of those
+BOARDS = {"teacher": "tensorboard/teacher", "students": "tensorboard/student-*"}
 
 
 CONTRADICTORY = (("steps", "epochs"), ("seed", "seeds"))
@@ -680,6 +683,10 @@ class Run:
     def student(self, approach, suffix):
         return self.path / "students" / f"{approach}.{suffix}"
 
+    def board(self, name):
+        """Where --tensorboard has a training written; None without it."""
+        return self.path / "tensorboard" / name if self.settings.tensorboard else None
+
     def require(self, name, command):
         """The path of a file that an earlier stage makes; a UserError with the command where it is missing."""
         path, again = self.path / name, f"make it with `{command}{self._flags_to_repeat()}`"
@@ -705,6 +712,7 @@ class Run:
             return []
         stages = STAGES if self.settings.restart else STAGES[STAGES.index(self.settings.restart_from):]
         patterns = (["config.json", LEDGER] if self.settings.restart else []) + [pattern for stage in stages for pattern in MADE_BY[stage]] + list(DRAWN)
+        patterns += [BOARDS[stage] for stage in stages if stage in BOARDS]
         return patterns + [f"{pattern}.damaged" for pattern in patterns if "*" not in pattern]
 
     def holds(self, stage):
@@ -743,6 +751,8 @@ class Run:
             first = min(stages, key=STAGES.index)
             raise UserError(f"{self.path} was made {', '.join(dict.fromkeys(changed))}: use {'that' if len(changed) == 1 else 'those'}, another --run-dir, or "
                             f"{'--restart' if first == 'teacher' else f'--restart-from {first}, which keeps what comes before'}")
+        if self.settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
         if not os.access(nearest_existing(self.path), os.W_OK):
             raise UserError(f"{self.path} can't be written: choose another --run-dir")
 
@@ -757,7 +767,7 @@ class Run:
                                 for path in ([found] if found.is_file() else found.iterdir()) if path.suffix not in (".part", ".damaged")])
         earlier = self._made_with().get("criteria", {})
         criteria = {name: file for name, file in earlier.items() if Path(file).is_file()} | self.settings.criteria
-        write_json(self.path / "config.json", dataclasses.asdict(self.settings) | {"restart": False, "restart_from": None, "criteria": criteria, "device": device.type} | environment())
+        write_json(self.path / "config.json", dataclasses.asdict(self.settings) | {"restart": False, "restart_from": None, "tensorboard": False, "criteria": criteria, "device": device.type} | environment())
         return self
 
     def _made_with(self):

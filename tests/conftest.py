@@ -13,6 +13,8 @@ import run
 
 
 def pytest_addoption(parser):
+    parser.addoption("--kill-runs", type=int, default=30, help="how many runs the slow test in tests/test_survival.py kills again and again: 30, or fewer in one sitting")
+    parser.addoption("--kill-seed", type=int, default=1, help="which moments it kills them at: another one for another sitting")
     parser.addoption("--tries", type=int, default=60, help="how many inputs of each kind tests/test_fuzz.py makes up")
 
 

@@ -206,8 +206,8 @@ def outcome(folder):
     (2, 4, None, 0.1),
     pytest.param(30, 4, ["--target", "digits", "--device", "cpu"], 1.0, marks=pytest.mark.slow, id="the offline main job, 30 times"),
 ])
-def test_killed_at_random_moments_a_run_ends_in_the_same_bits(painted, tmp_path, runs, kills, argv, interval):
-    rng = random.Random(1)
+def test_killed_at_random_moments_a_run_ends_in_the_same_bits(painted, tmp_path, pytestconfig, runs, kills, argv, interval):
+    rng, runs = random.Random(pytestconfig.getoption("--kill-seed")), min(runs, pytestconfig.getoption("--kill-runs"))
     argv = [*(argv or [*small_run(*painted), "--augment", "crop,flip,mixup"]), "--data-dir", str(tmp_path / "data")]
     program = JOB.format(here=str(Path(__file__).resolve().parent.parent), interval=interval, share=1e9)
 
@@ -218,6 +218,7 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(painted, tmp_path,
     duration, expected = time.monotonic() - began, outcome(tmp_path / "undisturbed")
     assert len(expected) > 20
     killed, between = 0, 0
+    print(f"undisturbed: {duration:.0f} s, {len(expected)} things to compare", flush=True)
     for number in range(runs):
         folder, alive = tmp_path / f"run{number}", None
         for _ in range(kills):
@@ -234,8 +235,8 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(painted, tmp_path,
         assert ended.keys() == expected.keys() and [name for name in expected if ended[name] != expected[name]] == []
         assert not list(folder.rglob("*.part")) and not list(folder.rglob("*.damaged"))
         shutil.rmtree(folder)
+        print(f"run {number + 1} of {runs}: {killed} kills so far, {between} of them with a checkpoint there; the same bits", flush=True)
     assert killed >= 2 * runs and between >= runs / 2
-    print(f"{runs} runs, {killed} kills, {between} of them with a checkpoint there; all end in the same bits")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
