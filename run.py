@@ -70,7 +70,7 @@ RECIPES = {
                        schedule="onecycle", augment="crop,flip", temperature=4.0, steps=6_000),
         student_weights="auto"),
     "quick": RecipePair(
-        teacher=Recipe(epochs=12, batch_size=64, lr=0.05, momentum=0.9, weight_decay=5e-4,
+        teacher=Recipe(epochs=12, batch_size=64, lr=0.02, momentum=0.9, weight_decay=5e-4,
                        schedule="onecycle", augment="crop"),
         student=Recipe(epochs=16, batch_size=64, lr=0.1, momentum=0.9, weight_decay=5e-4,
                        schedule="onecycle", temperature=4.0)),
