@@ -294,7 +294,7 @@ def confusion(record, approach):
     for axes, (values, left, title) in zip(grid.flat, panels):
         axes.imshow(values, cmap="cividis", norm=matplotlib.colors.PowerNorm(0.4, vmin=0, vmax=max(1, values.max())))
         ticks = range(count) if count <= 25 else range(0, count, max(1, count // 20))
-        axes.set_xticks(ticks, [record.classes[i] for i in ticks], rotation=90)
+        axes.set_xticks(ticks, [record.classes[i] for i in ticks], rotation=90 if max(map(len, record.classes)) > 2 else 0)
         axes.set_yticks(ticks, [record.classes[i] for i in ticks])
         axes.set_xlabel("student")
         axes.set_ylabel(left)
@@ -378,7 +378,7 @@ def strip(record, criterion, pixels_of):
                 if number < len(members) and members[number] in pixels:
                     source, row = members[number]
                     axes.imshow(pixels[members[number]], interpolation="nearest")
-                    axes.set_title(f"{record.sources[source][:13]}\n{record.scores[record.sources[source]][criterion][row]:.2g}", fontsize=4.2, pad=1, linespacing=1)
+                    axes.set_title(f"{record.sources[source][:13]}\n{record.scores[record.sources[source]][criterion][row]:.3g}", fontsize=4.2, pad=1, linespacing=1)
     few = [record.classes[label] for label, kinds in groups.items() if not kinds[0]]
     return Figure(f"strip-{criterion}", f"Kept and rejected: {criterion}", "From the left: the surest images that were kept, the last that were, the first that fell below the threshold, the farthest below it; over each its "
                   "source and score." + _of_shown(record, shown), f"Images of each class by {criterion}." + (f" Nothing was kept for {', '.join(few)}." if few else ""), drawn)
