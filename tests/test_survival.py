@@ -204,7 +204,7 @@ def outcome(folder):
 
 @pytest.mark.parametrize("runs, kills, argv, interval", [
     (2, 4, None, 0.1),
-    pytest.param(30, 4, ["--target", "digits", "--device", "cpu"], 1.0, marks=pytest.mark.slow, id="the offline main job, 30 times"),
+    pytest.param(30, 4, ["--target", "digits", "--device", "cpu"], 5.0, marks=pytest.mark.slow, id="the offline main job, 30 times"),
 ])
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(painted, tmp_path, pytestconfig, runs, kills, argv, interval):
     rng, runs = random.Random(pytestconfig.getoption("--kill-seed")), min(runs, pytestconfig.getoption("--kill-runs"))
