@@ -15,6 +15,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
 LINES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP*X"
 MOST_CLASSES = 20       # that a figure with a panel or a row for each class shows
+MOST_ROWS = 100         # that a heat map shows
 STRIP = 4               # images of each kind in a strip
 WIDTH = 7.2             # inches: of a page of text
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "axes.spines.top": False, "axes.spines.right": False,
@@ -122,16 +123,16 @@ def sizes(experiments):
 # Scores and selection
 # --------------------------------------------------------------------------------------------------
 
-def shown_classes(record):
-    """The classes that a figure shows: all, or those to which most images of the sources are put."""
+def shown_classes(record, most=MOST_CLASSES):
+    """The classes that a figure shows: all, or the `most` to which most images of the sources are put."""
     count = len(record.classes)
-    if count <= MOST_CLASSES:
+    if count <= most:
         return list(range(count))
     votes = np.zeros(count, np.int64)
     for name, columns in record.scores.items():
         if name != "confidence":
             votes += np.bincount(columns["predicted"], minlength=count)
-    return sorted(np.argsort(-votes, kind="stable")[:MOST_CLASSES].tolist())
+    return sorted(np.argsort(-votes, kind="stable")[:most].tolist())
 
 
 def _of_shown(record, shown):
@@ -207,11 +208,12 @@ def counts(record):
     approaches = [approach for approach in record.summaries if record.summaries[approach]["size"]]
     if not approaches or record.classes is None:
         return None
-    classes, sources = len(record.classes), record.sources
+    every, sources, shown = len(record.classes), record.sources, shown_classes(record, MOST_ROWS)
+    classes, labels = len(shown), [record.classes[label] for label in shown]
     tables = {}
     for approach in approaches:
         selected = record.selected(approach)
-        tables[approach] = np.bincount(selected.predicted * len(sources) + selected.source, minlength=classes * len(sources)).reshape(classes, len(sources))
+        tables[approach] = np.bincount(selected.predicted * len(sources) + selected.source, minlength=every * len(sources)).reshape(every, len(sources))
     columns = min(len(approaches), max(1, 8 // max(2, len(sources))))
     rows = math.ceil(len(approaches) / columns)
     drawn, grid = pyplot.subplots(rows, columns, figsize=(WIDTH, rows * (1.0 + 0.14 * classes)), squeeze=False, layout="constrained")
@@ -220,13 +222,13 @@ def counts(record):
         if place >= len(approaches):
             axes.set_visible(False)
             continue
-        approach, table = approaches[place], tables[approaches[place]]
+        approach, table = approaches[place], tables[approaches[place]][shown]
         image = axes.imshow(table, aspect="auto", cmap="cividis", norm=matplotlib.colors.SymLogNorm(10, vmin=0, vmax=highest))
         short = record.summaries[approach]["shortfall"]
-        names = [f"{'▸ ' if name in short else ''}{name}" for name in record.classes]
+        names = [f"{'▸ ' if name in short else ''}{name}" for name in labels]
         axes.set_yticks(range(classes), names if place % columns == 0 or short else [""] * classes, fontsize=7 if classes <= 25 else 3.5)
         axes.set_xticks(range(len(sources)), sources, rotation=35, ha="right", rotation_mode="anchor")
-        axes.set_title(f"{approach}, {table.sum():,}")
+        axes.set_title(f"{approach}, {tables[approach].sum():,}")
         axes.grid(False)
         if classes <= 25:
             for y, x in np.ndindex(*table.shape):
@@ -234,7 +236,7 @@ def counts(record):
     drawn.colorbar(image, ax=grid, label="images", shrink=0.6)
     said = "; ".join(f"{approach}: " + ", ".join(f"{name} {table[:, number].sum():,}" for number, name in enumerate(sources)) + (
         f", short: {', '.join(record.summaries[approach]['shortfall'])}" if record.summaries[approach]["shortfall"] else "") for approach, table in tables.items())
-    return Figure("counts", "Which source feeds which class", "A number is how many images of a source (column) a class (row) got; ▸ marks a class that is short of its bucket.",
+    return Figure("counts", "Which source feeds which class", "A number is how many images of a source (column) a class (row) got; ▸ marks a class that is short of its bucket." + _of_shown(record, shown),
                   f"Images by source. {said}.", drawn)
 
 

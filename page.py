@@ -22,6 +22,7 @@ GALLERY = 6_000         # images on a page
 ACROSS, DOWN = 50, 30   # tiles of a sheet
 LARGEST_TILE = 48       # pixels
 LOSSLESS = 300_000      # bytes of a figure
+LARGEST_EDGE = 16_000   # pixels: WebP has no more
 QUALITY = 72            # of the sheets, WebP
 
 
@@ -47,6 +48,7 @@ def png_of(figure):
 def _as_webp(png):
     """Without loss where that is small enough; figures with photographs in them are not."""
     image, buffer = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    image.thumbnail((LARGEST_EDGE, LARGEST_EDGE))
     image.save(buffer, "WEBP", lossless=True, method=4)
     if buffer.tell() > LOSSLESS:
         buffer = io.BytesIO()

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import compile
@@ -16,6 +17,15 @@ def pytest_addoption(parser):
     parser.addoption("--kill-runs", type=int, default=30, help="how many runs the slow test in tests/test_survival.py kills again and again: 30, or fewer in one sitting")
     parser.addoption("--kill-seed", type=int, default=1, help="which moments it kills them at: another one for another sitting")
     parser.addoption("--tries", type=int, default=60, help="how many inputs of each kind tests/test_fuzz.py makes up")
+
+
+def pytest_configure(config):
+    """Several workers (pytest -n) share the cores: threads that wait for each other spin, and take each other's time."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:
+        threads = max(1, os.cpu_count() // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)        # for the processes that tests start
 
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}

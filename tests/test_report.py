@@ -145,7 +145,7 @@ def test_a_source_that_is_gone_leaves_what_was_selected(finished, painted, execu
 
 
 def test_a_criterion_of_the_users_own_has_its_figures_and_its_column(flags, execute, tmp_path):
-    mine = criterion_file(tmp_path / "mine.py", "KEEP = '<='\ndef score(z, w): return -z.max(1).values\ndef threshold(s, p, c): return [float('inf') if not (p == k).any() else float(s[p == k].mean()) for k in range(c)]\n")
+    mine = criterion_file(tmp_path / "mine.py", "KEEP = '<='\ndef score(z, w): return -z.max(1).values\ndef threshold(s, p, c): return [float('nan') if not (p == k).any() else float(s[p == k].mean()) for k in range(c)]\n")
     status, out, err = execute(compile.main, [*flags, "--approaches", f"mms,{mine}", "--teacher-epochs", "12"])
     assert (status, err) == (0, "")
     assert {"scores-mine", "strip-mine", "scores-mms"} <= figures_in(RUN)
@@ -231,7 +231,8 @@ def test_accuracy_is_drawn_against_the_number_of_images_where_there_are_several(
     few = [*flags, "--approaches", "random", "--transfer-size", "30", "--run-dir", "runs/few", "--teacher-checkpoint", str(RUN / "teacher.pt")]
     assert execute(compile.main, few)[0] == 0
     said = figures.sizes([Experiment(RUN), Experiment("runs/few")]).text
-    assert re.search(r"random: 15 images [\d.]+, 23 images [\d.]+;", said)
+    few, many = (json.loads((Path(run) / "transfer" / "random" / "summary.json").read_text())["size"] for run in ("runs/few", RUN))
+    assert few < many and re.search(rf"random: {few} images [\d.]+, {many} images [\d.]+;", said)
 
 
 # --------------------------------------------------------------------------------------------------
