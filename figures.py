@@ -90,7 +90,7 @@ def accuracy(experiments, published):
     seeds = max(len(values) for _, _, values in rows)
     said = "; ".join(f"{approach}{f' of {experiment.name}' if many else ''} {values.mean():.2f}" for experiment, approach, values in rows)
     return Figure("accuracy", "Accuracy", "A dot is the mean of an approach's students" + (", a bar one standard deviation over the seeds, a stroke one seed" if seeds > 1 else " (one seed)")
-                  + "; the dashed line is the teacher" + ("; circles are the published values, of other sources and weights." if published else "."), f"Accuracy in per cent: {said}.", drawn)
+                  + "; the dashed line is the teacher" + ("; circles are the published values, of other sources and weights." if any(approach in published for _, approach, _ in rows) else "."), f"Accuracy in per cent: {said}.", drawn)
 
 
 @styled
