@@ -85,7 +85,7 @@ def cells_of_recipe(seeds):
 def cells_of_mixed(seeds):
     """The same question where most of the pool has nothing to do with the target: a run folder whose sources are so."""
     for seed in seeds:
-        yield from (Cell(name, 15_000, seed) for name in ("random", "mms", "balanced", "tilted"))
+        yield from (Cell(name, 15_000, seed) for name in ("random", "mms", "balanced", "tilted", "entropy"))
 
 
 GRIDS = {"selection": cells_of_selection, "recipe": cells_of_recipe, "mixed": cells_of_mixed}
