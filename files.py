@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from pathlib import Path
 
@@ -166,6 +167,8 @@ def _ledger_above(path):
 
 def _digest(path):
     status = os.stat(path)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):     # opening a pipe would wait for a writer, for ever
+        raise UserError(f"{path} is no file: remove it")
     return _digest_of_version(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
 
 
@@ -276,7 +279,10 @@ def hold(folder):
     folder = Path(folder).absolute()
     if not is_first() or folder in _held:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError) as error:       # a file has its name; a file system where nothing can be made
+        raise UserError(f"{folder} can't be made ({first_line(error)}): choose another --run-dir") from None
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

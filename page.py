@@ -173,9 +173,11 @@ def settings_html(records):
     """Of each run folder its settings and the commands that repeat it."""
     parts = []
     for record, arguments in records:
-        command = "python compile.py " + " ".join(map(shlex.quote, arguments))
+        commands = [f"python compile.py --config {shlex.quote(str(record.folder / 'config.json'))} --run-dir runs/again"]
+        if not isinstance(record.config.get("classes"), list):      # names of classes come from a file
+            commands.append("python compile.py " + " ".join(map(shlex.quote, arguments)))
         facts = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(_said(value))}</dd>" for name, value in record.config.items())
-        parts.append(f"<h3>{escaped(record.folder)}</h3><pre tabindex=0>python compile.py --config {escaped(shlex.quote(str(record.folder / 'config.json')))} --run-dir runs/again\n{escaped(command)}</pre>"
+        parts.append(f"<h3>{escaped(record.folder)}</h3><pre tabindex=0>{escaped(chr(10).join(commands))}</pre>"
                      f"<details><summary>All settings, versions and the machine</summary><dl>{facts}</dl></details>")
     return "<section id=settings><h2>Settings, and the commands that repeat this</h2>" + "".join(parts) + "</section>"
 

@@ -15,7 +15,7 @@ import data
 import transfer
 from files import UserError, first_line, listed, say, write_atomically, write_json, write_text
 from record import Experiment
-from run import APPROACHES, EATS_SOURCES, Parser, as_arguments, command, name_of, name_of_arch
+from run import APPROACHES, EATS_SOURCES, Parser, as_arguments, command, name_of, name_of_arch, read_config
 
 STARTS = {"none": "random weights", "teacher": "their teacher's weights", "auto": "their teacher's weights where the two share their layers, else from random ones"}
 
@@ -229,7 +229,7 @@ def illustrate(experiment):
     body = (page.table(header, rows, words=(1, 2)) if rows else "<p>No student yet.</p>") + "<ul>" + "".join(f"<li>{page.escaped(note)}</li>" for note in results["notes"]) + "</ul>"
     body += "".join(page.figure_html(figure, png) for figure, png in drawn)
     body += page.gallery_html(gallery[0], gallery[2]) if gallery else "<section id=gallery><h2>Selected images</h2><p>Nothing has been selected yet.</p></section>"
-    body += page.settings_html([(record, as_arguments(record.folder / "config.json")) for record in experiment.records[:1]])
+    body += page.settings_html([(record, as_arguments(read_config(record.folder / "config.json"))) for record in experiment.records[:1]])
     text = page.page(f"{experiment.name}: {results['target']} without its images", _summary(results), body, f"Written {time.strftime('%Y-%m-%d %H:%M')} from {experiment.folder}.", gallery)
     write_text(experiment.folder / "report.html", text)
     return (f"{len(drawn)} figures in {experiment.folder / 'figures'}, the page is {experiment.folder / 'report.html'} ({len(text.encode()) / 1e6:.1f} MB), {time.monotonic() - began:,.0f} s")
@@ -300,7 +300,7 @@ def compare(folders, out):
         write_text(out / name, content)
     drawn = _written(out, [figures.accuracy(experiments, {}), figures.sizes(experiments)])
     body = page.table(COMPARED, rows) + "".join(page.figure_html(figure, png) for figure, png in drawn)
-    body += page.settings_html([(experiment.first, as_arguments(experiment.first.folder / "config.json")) for experiment in experiments])
+    body += page.settings_html([(experiment.first, as_arguments(read_config(experiment.first.folder / "config.json"))) for experiment in experiments])
     write_text(out / "report.html", page.page(f"{len(experiments)} runs compared", ", ".join(experiment.name for experiment in experiments), body, f"Written {time.strftime('%Y-%m-%d %H:%M')}."))
     return as_pipes(rows)
 

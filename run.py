@@ -81,6 +81,7 @@ MAX_BAD = 0.01              # share of unreadable images in a folder above which
 DATA_FREE_SIZE = 50_000     # images of a transfer set where no training split says how many
 LARGEST = 4_096             # pixels of an edge
 MOST_CLASSES = 1_000_000
+LARGEST_CONFIG = 100_000_000    # bytes; a million names of classes have fewer
 OTHERS_WAIT = 5.0           # seconds before another process than the first says what is wrong
 FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from trained weights
 
@@ -229,6 +230,12 @@ def data_set_spec(text):
     return text
 
 
+def _folder(text):
+    if not text:        # of a shell variable that is not set; Path("") is the working directory
+        raise argparse.ArgumentTypeError("names no folder")
+    return text
+
+
 def _list_of(convert, what):
     def parse(text):
         items = tuple(convert(item.strip()) for item in text.split(",") if item.strip())
@@ -292,11 +299,15 @@ def _classes(text):
         names = tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
     else:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor a file with a class a line")
-    if len(names) > MOST_CLASSES:
-        raise argparse.ArgumentTypeError(f"'{text}' gives more than {MOST_CLASSES:,} classes")
-    if len(set(names)) < max(2, len(names)):
-        raise argparse.ArgumentTypeError(f"'{text}' gives fewer than two classes, or one twice")
+    _require_classes(names, f"'{text}'")
     return len(names) if text.isdecimal() else names
+
+
+def _require_classes(names, where):
+    if len(names) > MOST_CLASSES:
+        raise argparse.ArgumentTypeError(f"{where} gives more than {MOST_CLASSES:,} classes")
+    if len(set(names)) < max(2, len(names)):
+        raise argparse.ArgumentTypeError(f"{where} gives fewer than two classes, or one twice")
 
 
 # name -> keywords of argparse. A default in the text is what `resolve` puts where the flag is not given.
@@ -317,8 +328,8 @@ FLAGS = {
                      help=f"which approach, of {','.join(APPROACHES + MORE_APPROACHES)}, or a Python file with a criterion (default: mms)"),
     "recipe": dict(choices=tuple(RECIPES), help="how the networks are trained: reference (the published protocol), "
                                                 "best, quick (default: reference; quick for digits)"),
-    "data_dir": dict(metavar="DIR", help="where data sets are looked for, fetched to and packed (default: data)"),
-    "run_dir": dict(metavar="DIR", help="the run folder (default: runs/<target>)"),
+    "data_dir": dict(type=_folder, metavar="DIR", help="where data sets are looked for, fetched to and packed (default: data)"),
+    "run_dir": dict(type=_folder, metavar="DIR", help="the run folder (default: runs/<target>)"),
     "device": dict(choices=("auto", "cpu", "cuda", "mps"), help="where to compute (default: auto)"),
     "seed": dict(type=seed_number, metavar="N", help="all randomness comes from it (default: 0)"),
     "seeds": dict(type=_list_of(seed_number, "seed"), metavar="N,N,...",
@@ -436,7 +447,14 @@ def parse(argv, description, flags):
         if one in given and other in given:
             parser.error(f"--{one} and --{other} contradict each other: give one of them")
     if "config" in given:
-        stored = _parsed(parser, as_arguments(given["config"]))
+        config = read_config(given["config"])
+        stored = _parsed(parser, as_arguments(config))
+        if isinstance(config.get("classes"), list):     # from a file, which need not be there any more
+            try:
+                _require_classes(config["classes"], f"--config {given['config']}")
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"argument --classes: {error}")
+            stored["classes"] = tuple(config["classes"])
         _require_named(stored, given, f"--config {given['config']}")
         for pair in CONTRADICTORY:
             if set(pair) & set(given):
@@ -465,10 +483,12 @@ def _parsed(parser, argv):
     return given
 
 
-def as_arguments(path):
-    """The command line that a config.json stands for. Raises UserError where it holds anything that is no setting."""
+def read_config(path):
+    """The settings in a config.json. Raises UserError where it holds anything that is no setting."""
     try:
-        config = json.loads(Path(path).read_text())
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_CONFIG + 1)
+        config = json.loads(content) if len(content) <= LARGEST_CONFIG else None
         if not isinstance(config, dict):
             raise ValueError
     except (OSError, ValueError, RecursionError) as error:
@@ -478,6 +498,12 @@ def as_arguments(path):
     unknown = [name for name in config if name not in known]
     if unknown:
         raise UserError(f"--config {path}: {listed(unknown)} {'is no setting' if len(unknown) == 1 else 'are no settings'}")
+    return config
+
+
+def as_arguments(config):
+    """The command line that a config.json stands for, but for names of classes, which no command line has."""
+    config = dict(config)
     if config.get("steps") == 0:
         del config["steps"]
     elif "steps" in config:
@@ -491,15 +517,13 @@ def as_arguments(path):
     arguments = []
     for name, value in config.items():
         flag = "--" + name.replace("_", "-")
-        if name not in FLAGS or value is None or name in ("restart", "restart_from") and value is False:
+        if name not in FLAGS or value is None or name in ("restart", "restart_from") and value is False or name == "classes" and isinstance(value, list):
             continue
         if FLAGS[name].get("action") == "store_true":
             arguments += [flag] if value else []
         elif name == "approaches":      # those of the user's own are stored by name, their files beside them
             own = config.get("criteria", {})
             arguments.append(f"{flag}={','.join(own.get(each, each) for each in value)}")
-        elif name == "classes" and isinstance(value, list):
-            arguments.append(f"{flag}={','.join(map(str, value))}")
         else:
             arguments.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
     return arguments
@@ -753,7 +777,7 @@ class Run:
                             f"{'--restart' if first == 'teacher' else f'--restart-from {first}, which keeps what comes before'}")
         if self.settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
-        if not os.access(nearest_existing(self.path), os.W_OK):
+        if not nearest_existing(self.path).is_dir() or not os.access(nearest_existing(self.path), os.W_OK):
             raise UserError(f"{self.path} can't be written: choose another --run-dir")
 
     def open(self, device):
@@ -764,7 +788,7 @@ class Run:
         if is_first():
             self.clear()
         open_ledger(self.path, [path for pattern in ("config.json", *itertools.chain.from_iterable(MADE_BY.values())) for found in self.path.glob(pattern)
-                                for path in ([found] if found.is_file() else found.iterdir()) if path.suffix not in (".part", ".damaged")])
+                                for path in (found.iterdir() if found.is_dir() else [found]) if path.suffix not in (".part", ".damaged")])
         earlier = self._made_with().get("criteria", {})
         criteria = {name: file for name, file in earlier.items() if Path(file).is_file()} | self.settings.criteria
         write_json(self.path / "config.json", dataclasses.asdict(self.settings) | {"restart": False, "restart_from": None, "tensorboard": False, "criteria": criteria, "device": device.type} | environment())
@@ -932,7 +956,7 @@ def command(main):
         sys.exit(141)
     except OSError as error:
         if error.errno in UNUSABLE:
-            print(f"{program}: {error.filename} can't be used ({first_line(error)})", file=sys.stderr)
+            print(f"{program}: {error.filename2 or error.filename} can't be used ({first_line(error)})", file=sys.stderr)
             sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

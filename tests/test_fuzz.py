@@ -4,6 +4,7 @@
 """
 import collections
 import contextlib
+import dataclasses
 import io
 import json
 import sys
@@ -155,6 +156,32 @@ def test_any_config_is_one_line_or_begins(nothing_begins, few, tmp_path, ends):
         (tmp_path / "config.json").write_text(json.dumps(config))
         require_one_line(compile.main, ["--config", "config.json"], nothing_begins, ends)
     check()
+
+
+def test_any_config_repeats_the_command_line_that_it_came_from(nothing_begins, few, tmp_path):
+    """But for the folder that is begun anew; code must be named again."""
+    names, count = [name for name in run.RUN_FLAGS if name not in ("config", "help")], collections.Counter()
+
+    @few
+    @given(st.data())
+    def check(drawn):
+        argv = []
+        for name in drawn.draw(st.lists(st.sampled_from(names), max_size=8, unique=True)):
+            how = run.FLAGS[name]
+            argv.append("--" + name.replace("_", "-") + ("" if how.get("action") == "store_true" else "=" + drawn.draw(st.sampled_from(how.get("choices") or FITTING[name]))))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                expected = run.resolve(run.parse(argv, "x", run.RUN_FLAGS))
+        except (SystemExit, files.UserError):
+            return
+        (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(expected) | {"restart": False, "restart_from": None, "tensorboard": False}))
+        code = [word for word in argv if ".py" in word and not word.startswith("--teacher-checkpoint")]
+        found = run.resolve(run.parse(["--config", "config.json", *code], "x", run.RUN_FLAGS))
+        assert found == dataclasses.replace(expected, restart=False, restart_from=None, tensorboard=False), argv
+        count["repeated"] += 1
+    check()
+    print(dict(count))
+    assert count["repeated"] > 10
 
 
 def test_any_bytes_in_a_run_folder_are_one_line_or_begin(nothing_begins, few, tmp_path, monkeypatch, ends):

@@ -89,6 +89,29 @@ def test_a_stage_by_hand_says_which_command_makes_a_damaged_file_again(flags, fi
     assert status == 2 and f"{name} is damaged: it is not what was written there; delete it and make it with `{again}" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["config.json", "teacher.pt", "thresholds.json", "transfer/mms/images.npy", "students/mms.pt"])
+@pytest.mark.parametrize("put_there", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_and_not_waited_for(flags, finished, execute, name, put_there):
+    (RUN / name).unlink()
+    put_there(RUN / name)
+    status, out, err = execute(compile.main, [*flags, *FLAGS])
+    assert status == 2 and err.count("\n") == 1 and name in err and (RUN / name).exists()
+
+
+def test_a_link_to_what_is_not_there_is_as_good_as_no_file(flags, finished, execute):
+    whole = (RUN / "students/mms.pt").read_bytes()
+    (RUN / "students/mms.pt").unlink()
+    (RUN / "students/mms.pt").symlink_to("nowhere")
+    assert execute(compile.main, [*flags, *FLAGS])[::2] == (0, "") and (RUN / "students/mms.pt").read_bytes() == whole
+
+
+@pytest.mark.parametrize("folder, said", [("", "names no folder"), ("a file", "can't be written"), ("a file/below", "can't be written"), ("/dev/null", "can't be written"), ("/proc/x", "choose another --run-dir")])
+def test_a_run_folder_that_can_not_be_is_refused(flags, execute, folder, said):
+    Path("a file").write_text("")
+    status, out, err = execute(compile.main, [*flags, "--run-dir", folder])
+    assert status == 2 and err.count("\n") == 1 and said in err and Path("a file").read_text() == "" and not Path("runs").exists()
+
+
 def test_a_run_folder_without_a_ledger_gets_one_and_what_is_no_longer_there_is_missed(flags, finished, execute):
     (RUN / files.LEDGER).unlink()
     assert execute(compile.main, flags)[0] == 0
@@ -143,6 +166,7 @@ def test_a_config_repeats_a_run_and_flags_go_before_it(flags, finished, execute)
     ('{"lr": {"a": 1}}', "lr can't be"), ('{"sources": ["../x=y"]}', "argument --sources"), ('{"restart": 3}', "restart can't be 3"), ('{"seeds": [0, 0]}', "names a seed twice"), ('{"lr": NaN}', "argument --lr"),
     ('{"run_dir": 5, "recipe": "none"}', "run_dir can't be 5"), ('{"recipe": "none"}', "argument --recipe"), ('{"sources": [["a"]]}', "sources can't be"), ('{"seed": true}', "seed can't be true"),
     ('{"run_dir": "a\\u0000b"}', "run_dir can't be"), ('{"target": "--"}', "argument --target"), ('{"criteria": {"mine": 3}}', "criteria can't be"), ("[" * 100_000, "is no config.json"),
+    ('{"classes": ["a", "a"]}', "one twice"), ('{"classes": ["a"]}', "fewer than two classes"), (" " * 100_000_001, "is no config.json"),
 ])
 def test_a_config_that_can_not_be_is_refused(flags, execute, content, said):
     Path("config.json").write_text(content)
