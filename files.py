@@ -128,9 +128,16 @@ def read_sealed(path):
     return content[:end] if end >= 0 and content[end:] == SEAL + hashlib.sha256(content[:end]).digest() else None
 
 
+def _require_no_pipe(path):
+    """Raises UserError where opening a path would wait for somebody to write there."""
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise UserError(f"{path} is a pipe and no file: remove it")
+
+
 def file_digest(path):
     """16 hexadecimal digits that tell a file from every other version of it."""
     try:
+        _require_no_pipe(path)
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
@@ -166,9 +173,8 @@ def _ledger_above(path):
 
 
 def _digest(path):
+    _require_no_pipe(path)
     status = os.stat(path)
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):     # opening a pipe would wait for a writer, for ever
-        raise UserError(f"{path} is no file: remove it")
     return _digest_of_version(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
 
 

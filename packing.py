@@ -365,7 +365,7 @@ def _done_so_far(part, made_from, size):
 
 def open_pack(folder, made_from, tell=True):
     """The pack in `folder`, or None where there is none, it was made from something else, or it is damaged, which is said if `tell`."""
-    if not (folder / "pack.json").exists():
+    if not (folder / "pack.json").is_file():
         return None
 
     def optional(name, read):

@@ -98,6 +98,19 @@ def test_what_is_no_file_is_refused_and_not_waited_for(flags, finished, execute,
     assert status == 2 and err.count("\n") == 1 and name in err and (RUN / name).exists()
 
 
+def test_a_pipe_in_a_pack_is_not_waited_for(flags, execute):
+    assert execute(compile.main, [*flags, *FLAGS])[0] == 0
+    pack = next(Path("data/packed").glob("pool-*"))
+    (pack / "images.npy").unlink()
+    os.mkfifo(pack / "images.npy")
+    status, out, err = execute(compile.main, [*flags, *FLAGS])
+    assert status == 2 and err == f"compile.py: {pack}/images.npy is a pipe and no file: remove it\n"
+    (pack / "images.npy").unlink()
+    (pack / "pack.json").unlink()
+    os.mkfifo(pack / "pack.json")
+    assert execute(compile.main, [*flags, *FLAGS])[::2] == (0, "") and (pack / "pack.json").is_file()
+
+
 def test_a_link_to_what_is_not_there_is_as_good_as_no_file(flags, finished, execute):
     whole = (RUN / "students/mms.pt").read_bytes()
     (RUN / "students/mms.pt").unlink()
