@@ -123,6 +123,8 @@ def write_sealed(path, content, everyone=False):
 
 def read_sealed(path):
     """The bytes that `write_sealed` was given; None where the file holds anything else."""
+    if not Path(path).is_file():        # a pipe would be waited for
+        return None
     content = Path(path).read_bytes()
     end = len(content) - len(SEAL) - hashlib.sha256().digest_size
     return content[:end] if end >= 0 and content[end:] == SEAL + hashlib.sha256(content[:end]).digest() else None

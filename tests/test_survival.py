@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -299,6 +300,9 @@ def test_scores_go_on_from_the_batch_that_a_signal_stopped(asked, tmp_path, monk
     assert sum(seen) == 6000
     part.write_bytes(part.read_bytes()[:-1])
     assert np.array_equal(work()["mms"], expected["mms"]) and sum(seen) == 9000
+    part.unlink()
+    os.mkfifo(part)
+    assert np.array_equal(work()["mms"], expected["mms"]) and sum(seen) == 12000
 
 
 def test_another_number_of_threads_selects_the_same(painted):
