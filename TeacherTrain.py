@@ -11,7 +11,7 @@ import torch
 import engine
 import models
 from data import specs_of, target_of, unavailable
-from files import UserError, is_first, is_usable, read_json, require_whole, say, stop_on, write_atomically, write_json
+from files import UserError, is_usable, read_json, require_whole, say, stop_on, write_atomically, write_json
 from run import command, default_teacher, name_of_arch, open_stage
 
 TRAIN_SHARE = 0.8       # of the target's training split; the rest is the confidence set
@@ -52,17 +52,19 @@ def watch(target, confidence):
     return target.train.images[rows], target.train.labels[rows]
 
 
-def evaluate(classifier, target, confidence, path, device):
-    """{"accuracy": on the test split, "confidence_accuracy": on the confidence set}, None where the target has no images for it.
+def answer_test_split(classifier, target, path, device):
+    """What a classifier says to each image of the test split, (N,) int64, which is written to `path` as well, {"predicted", "labels"}.
 
-    The test split is read here alone. What the classifier said to each of its images is written to `path`, {"predicted", "labels"}: (N,) int64.
+    The test split is read here alone.
     """
-    accuracy = None
-    if target.test:
-        predicted = engine.answers(classifier, target.test.images, device=device)
-        accuracy = float((predicted == target.test.labels).mean())
-        write_atomically(path, lambda file: np.savez(file, predicted=predicted, labels=target.test.labels))
-    return {"accuracy": accuracy,
+    predicted = engine.answers(classifier, target.test.images, device=device)
+    write_atomically(path, lambda file: np.savez(file, predicted=predicted, labels=target.test.labels))
+    return predicted
+
+
+def evaluate(classifier, target, confidence, path, device):
+    """{"accuracy": on the test split, "confidence_accuracy": on the confidence set}, None where the target has no images for it."""
+    return {"accuracy": float((answer_test_split(classifier, target, path, device) == target.test.labels).mean()) if target.test else None,
             "confidence_accuracy": engine.accuracy(classifier, target.train.images, target.train.labels, confidence, device) if target.train else None}
 
 
@@ -73,11 +75,15 @@ def train_teacher(run, target, device):
     target: a data.Target. With `teacher_checkpoint` in the settings that network is used as it is. An accuracy is None
     where the target has no images for it.
     """
+    checkpoint = engine.Checkpoint(run / "teacher.part", "teacher")
     if (run / "teacher.json").exists() and (run / "teacher.pt").exists():
         for name in ("teacher.json", "teacher.pt"):
             require_whole(run / name, "restore it, or train another teacher with --restart-from teacher")
         figures = read_json(run / "teacher.json")
         models.require_same_files(run / "teacher.pt", figures.get("files", {}))
+        if target.test and not is_usable(run / "teacher.npz"):
+            answer_test_split(models.load(run / "teacher.pt", run.settings.teacher_arch).to(device), target, run / "teacher.npz", device)
+        checkpoint.remove()
         return figures
     settings = run.settings
     files = models.files_of(settings.teacher_arch, settings.teacher_checkpoint or settings.teacher_weights)
@@ -94,7 +100,7 @@ def train_teacher(run, target, device):
         watched = watch(target, confidence)
         training = engine.train(
             teacher, target.train.images, train, engine.cross_entropy(target.train.labels, device),
-            settings.teacher_recipe, seed=seed, device=device, checkpoint=run / "teacher.part", label="teacher",
+            settings.teacher_recipe, seed=seed, device=device, checkpoint=checkpoint.path, label="teacher",
             evaluate=lambda: engine.accuracy(teacher, *watched, device=device), remedy="a smaller --teacher-lr", board=run.board("teacher"))
     figures = {
         "arch": teacher.arch, "input_size": teacher.input_size, "classes": teacher.classes,
@@ -104,8 +110,7 @@ def train_teacher(run, target, device):
     }
     models.save(run / "teacher.pt", teacher, accuracy=figures["accuracy"])
     write_json(run / "teacher.json", figures)
-    if is_first():
-        (run / "teacher.part").unlink(missing_ok=True)
+    checkpoint.remove()
     return figures
 
 

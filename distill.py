@@ -25,7 +25,7 @@ from data import MIXING, specs_of, target_of, unavailable
 from export import export, require_packages
 from files import UserError, file_digest, is_first, is_usable, read_json, say, stop_on, write_json
 from run import STAGE_FLAGS, command, name_of, name_of_approach, name_of_arch, open_stage
-from TeacherTrain import evaluate, saved_split, watch
+from TeacherTrain import answer_test_split, evaluate, saved_split, watch
 
 SMALLEST = 2        # images: fewer have no batch statistics
 
@@ -65,9 +65,15 @@ def train_student(run, approach, target, device):
     target: a data.Target; its test split is read once, at the end. An approach whose transfer set is too small
     to learn from gets no student: its history is empty. An accuracy is None where there is no student or no image for it.
     """
+    checkpoint = engine.Checkpoint(run.student(approach, "part"), f"student {approach}")
+    answers = engine.Checkpoint(run.student(approach, "answers.part"), f"student {approach}", own=True)
     if is_usable(run.student(approach, "json")) and (not read_json(run.student(approach, "json"))["history"] or is_usable(run.student(approach, "pt"))):
         figures = read_json(run.student(approach, "json"))
         models.require_same_files(run.student(approach, "pt"), figures.get("files", {}))
+        if target.test and figures["history"] and not is_usable(run.student(approach, "npz")):
+            answer_test_split(models.load(run.student(approach, "pt"), run.settings.student_arch).to(device), target, run.student(approach, "npz"), device)
+        answers.remove()
+        checkpoint.remove()
         return figures
     settings, recipe = run.settings, run.settings.student_recipe
     teacher_figures = read_json(run.require("teacher.json", "python TeacherTrain.py"))
@@ -96,7 +102,6 @@ def train_student(run, approach, target, device):
         write_json(run.student(approach, "json"), figures)
         return figures
 
-    answers = engine.Checkpoint(run.student(approach, "answers.part"), f"student {approach}", own=True)
     torch.manual_seed(seed)
     heir = figures["weights"] in ("teacher", "auto")
     student = models.require_logits(engine.first_alone(lambda: models.build(
@@ -116,7 +121,7 @@ def train_student(run, approach, target, device):
                      if recipe.augment == "none" else live_objective(teacher, recipe.temperature, device))
     training = engine.train(
         student, images, rows, objective, recipe, seed=seed, device=device,
-        checkpoint=run.student(approach, "part"), label=f"student {approach}",
+        checkpoint=checkpoint.path, label=checkpoint.label,
         evaluate=(lambda: engine.accuracy(student, *watched, device=device)) if watched else None, board=run.board(f"student-{approach}"))
     figures |= evaluate(student, target, confidence, run.student(approach, "npz"), device)
     accuracy = figures["accuracy"]
@@ -125,8 +130,7 @@ def train_student(run, approach, target, device):
     models.save(run.student(approach, "pt"), student, accuracy=accuracy)
     write_json(run.student(approach, "json"), figures)
     answers.remove()
-    if is_first():
-        run.student(approach, "part").unlink(missing_ok=True)
+    checkpoint.remove()
     return figures
 
 

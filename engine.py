@@ -407,7 +407,7 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
     weight = (mine.stop - mine.start) * processes / batch_size
 
     check = steps_between_checks(device)
-    losses = []                 # of the steps since it was last seen that they are finite
+    losses, rates = [], []      # of the steps since it was last seen that they are finite
     clock = time.monotonic()
 
     def tick():
@@ -428,6 +428,7 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            rates.append(optimizer.param_groups[0]["lr"])
             scheduler.step()
             if average is not None:
                 average.update_parameters(classifier)
@@ -440,10 +441,14 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
             stop, due = interrupted(), is_first() and checkpoint.due()
             if processes > 1:
                 stop, due = agreed(stop, due) if (step + 1) % AGREE_STEPS == 0 else (0, 0)
-            if stop or due or len(losses) == check or step + 1 == len(batches):
-                require_finite(losses, label, epoch, step, optimizer, remedy)
+            last = step + 1 == len(batches)
+            if stop or due or len(losses) == check or last:
+                require_finite(losses, rates, label, epoch, step, remedy)
+                if stop or due or (last and epoch + 1 == epochs):
+                    require_answers(classifier, views, rates[-1], label, epoch, step, remedy)
                 board.losses(epoch * per_epoch + step, losses)
                 losses.clear()
+                rates.clear()
             if stop or due:
                 tick()
                 save(step + 1)
@@ -508,14 +513,27 @@ def steps_between_checks(device):
     return 1 if device.type == "cpu" else CHECK_STEPS
 
 
-def require_finite(losses, label, epoch, step, optimizer, remedy):
-    """Raises UserError unless the losses of the steps up to this one are finite, all of them."""
+def require_finite(losses, rates, label, epoch, step, remedy):
+    """Raises UserError unless the losses of the steps up to this one, which were made at these learning rates, are finite, all of them."""
     finite = torch.stack(losses).isfinite().tolist()
-    if all(finite):
-        return
-    bad = finite.index(False)
-    raise UserError(f"{label}: the loss is {losses[bad].item()} in step {step + 2 - len(losses) + bad} of epoch {epoch + 1}, at a learning rate of "
-                    f"{optimizer.param_groups[0]['lr']:.3g}: give {remedy}, with --restart-from {'teacher' if label == 'teacher' else 'students'}")
+    if not all(finite):
+        bad = finite.index(False)
+        _diverged(f"{label}: the loss is {losses[bad].item()} in", step + 1 - len(losses) + bad, rates[bad], label, epoch, remedy)
+
+
+@torch.inference_mode()
+def require_answers(classifier, views, rate, label, epoch, step, remedy):
+    """Raises UserError unless the network that this step has left still answers these views in finite numbers: the loss of a step is that of
+    the network before it, so that the last step before a checkpoint, or of all, could break it unseen."""
+    training = classifier.training
+    finite = classifier.eval()(views).isfinite().all().item()
+    classifier.train(training)
+    if not finite:
+        _diverged(f"{label}: the network answers in NaN or infinity after", step, rate, label, epoch, remedy)
+
+
+def _diverged(what, step, rate, label, epoch, remedy):
+    raise UserError(f"{what} step {step + 1} of epoch {epoch + 1}, at a learning rate of {rate:.3g}: give {remedy}, with --restart-from {'teacher' if label == 'teacher' else 'students'}")
 
 
 def seed_dropout(seed, purpose, device):

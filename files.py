@@ -17,6 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from structure import misfit
+
 SPARE = 200_000_000         # bytes of disk that stay free
 LEDGER = "digests.json"
 SHOWN = ("report.html", "figures")      # what may be drawn while another process works in the run folder
@@ -99,9 +101,9 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path):
-    """The dict in a file. Raises UserError where it holds none, or, below a ledger, not what was written there."""
-    require_whole(path)
+def read_json(path, folder=None):
+    """The dict in a file. Raises UserError where it holds none, or where `damage` finds something wrong."""
+    require_whole(path, folder=folder)
     try:
         content = json.loads(Path(path).read_text())
     except (ValueError, RecursionError):
@@ -197,21 +199,23 @@ def _note(path, content):
         write_json(folder / LEDGER, ledger)
 
 
-def damage(path):
-    """What is wrong with a file below a ledger, or None."""
+def damage(path, folder=None):
+    """What is wrong with a file below a ledger, or, where there is none, with a file of the run folder `folder`; None where nothing is."""
     found = _ledger_above(path)
-    if found is None:
-        return None
-    folder, ledger = found
-    digests = ledger.get(Path(path).absolute().relative_to(folder).as_posix())
-    if digests is None:
-        return "was not written in this run"
-    return None if _digest(path) in digests else "is damaged: it is not what was written there"
+    if found is not None:
+        folder, ledger = found
+        digests = ledger.get(Path(path).absolute().relative_to(folder).as_posix())
+        if digests is None:
+            return "was not written in this run"
+        if _digest(path) not in digests:
+            return "is damaged: it is not what was written there"
+    wrong = folder and misfit(folder, Path(path).absolute().relative_to(Path(folder).absolute()).as_posix())
+    return f"is damaged: {wrong}" if wrong else None
 
 
-def require_whole(path, remedy="restore it, or delete it and run the command that made it again"):
-    """Raises UserError where a file below a ledger is not what was written there."""
-    wrong = damage(path) if Path(path).exists() else None
+def require_whole(path, remedy="restore it, or delete it and run the command that made it again", folder=None):
+    """Raises UserError where `damage` finds something wrong."""
+    wrong = damage(path, folder) if Path(path).exists() else None
     if wrong:
         raise UserError(f"{path} {wrong}; {remedy}")
 

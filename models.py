@@ -481,6 +481,8 @@ def require_logits(classifier, image_size=IMAGE_SIZE):
         raise UserError(f"{classifier.arch} does not take {classifier.input_size}x{classifier.input_size} images: {first_line(error)}; another size is --teacher-size") from None
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, len(classifier.classes)):
         raise UserError(f"{classifier.arch} gives {_shape(logits)} for two images of {len(classifier.classes)} classes, not (2, {len(classifier.classes)})")
+    if not logits.isfinite().all():
+        raise UserError(f"{classifier.arch} gives logits that are NaN or infinite, for black images")
     if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-4):
         raise UserError(f"{classifier.arch} gives probabilities, which add up to 1, not logits: leave its softmax out")
     return classifier.train(training)

@@ -19,6 +19,7 @@ import stat
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")      # what is le
 MAX_PIXELS = 89_478_485     # of one image: Pillow's own bound, a quarter of a gigabyte in RGB
 BLOCK = 1 << 19             # bytes, about, that a worker decodes at a time
 SAVE_INTERVAL = 2.0         # seconds: what a kill can cost
+READ_AT_ONCE = 1 << 24      # bytes, of what an earlier attempt has left
 FORKS = sys.platform == "linux"
 
 
@@ -279,7 +281,7 @@ def _header(count, size):
 def _fill_pack(images, part, label, size, max_bad):
     """Makes all of a pack in `part`, from where an earlier attempt was cut off."""
     head = _header(images.count, size)
-    start, bad, listed = _done_so_far(part, images.made_from, size)
+    start, bad, listed, checksums = _done_so_far(part, images.made_from, size)
     require_space(part.parent, (images.count - start) * size * size * 3, f"packing {label}")
     part.mkdir(exist_ok=True)
     progress = Progress(f"packing {label}", images.count)
@@ -294,13 +296,14 @@ def _fill_pack(images, part, label, size, max_bad):
         try:
             for numbers, (decoded, failed) in _decoded(images, size, start):
                 pixels.write(decoded)
-                for number, reason in failed:
-                    name = images.files[number] if images.files else str(number)
-                    listing.write(f"{one_field(name)}\t{one_field(reason)}\t{number}\n".encode("utf-8", "surrogateescape"))
-                    bad.append(number)
+                lines = "".join(f"{one_field(images.files[number] if images.files else str(number))}\t{one_field(reason)}\t{number}\n"
+                                for number, reason in failed).encode("utf-8", "surrogateescape")
+                listing.write(lines)
+                bad += [number for number, _ in failed]
+                checksums = [zlib.crc32(content, checksum) for content, checksum in zip((decoded, lines), checksums)]
                 progress.update(len(numbers))
                 if time.monotonic() - saved > SAVE_INTERVAL:
-                    _save_progress(part, images.made_from, size, numbers.stop, pixels, listing)
+                    _save_progress(part, images.made_from, size, numbers.stop, pixels, listing, checksums)
                     saved = time.monotonic()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -310,7 +313,7 @@ def _fill_pack(images, part, label, size, max_bad):
                             "file that breaks the decoder: this command goes on from there") from None
         finally:
             progress.close()
-        _save_progress(part, images.made_from, size, images.count, pixels, listing)
+        _save_progress(part, images.made_from, size, images.count, pixels, listing, checksums)
     if bad:
         _require_few(len(bad), images.count, max_bad, label, part / "bad.txt")
     if len(bad) == images.count:
@@ -338,29 +341,44 @@ def _save_array(path, array):
     write_atomically(path, lambda file: np.save(file, array))
 
 
-def _save_progress(part, made_from, size, done, pixels, listing):
+def _save_progress(part, made_from, size, done, pixels, listing, checksums):
     for file in (pixels, listing):      # what is counted as done must be on disk before it is
         file.flush()
         os.fsync(file.fileno())
-    write_json(part / "progress.json", {"made_from": made_from, "size": size, "done": done, "listed": listing.tell()})
+    write_json(part / "progress.json", {"made_from": made_from, "size": size, "done": done, "listed": listing.tell(), "checksums": checksums})
 
 
 def _done_so_far(part, made_from, size):
-    """How far an earlier attempt came: (images done, numbers of the bad ones among them, bytes of bad.txt).
-    Where there is none, or of other files, `part` is deleted."""
+    """How far an earlier attempt came: (images done, numbers of the bad ones among them, bytes of bad.txt, checksums of the pixels and of those bytes).
+    Where there is none, or it is of other files or damaged, `part` is deleted."""
     try:
         progress = json.loads((part / "progress.json").read_text())
         if (progress["made_from"], progress["size"]) != (made_from, size):
             raise ValueError("of other files")
+        if not ((part / "images.npy").is_file() and (part / "bad.txt").is_file()):       # a pipe would be waited for
+            raise ValueError("no files")
         with open(part / "bad.txt", "rb") as listing:
             listed = listing.read(progress["listed"])
         bad = [int(line.rpartition(b"\t")[2]) for line in listed.splitlines()]
-        if len(listed) < progress["listed"] or (part / "images.npy").stat().st_size < len(_header(0, size)) + (progress["done"] - len(bad)) * size * size * 3:
-            raise ValueError("cut short")
-        return progress["done"], bad, progress["listed"]
+        if [_checksum(part / "images.npy", len(_header(0, size)), (progress["done"] - len(bad)) * size * size * 3), zlib.crc32(listed)] != progress["checksums"]:
+            raise ValueError("damaged")
+        return progress["done"], bad, progress["listed"], progress["checksums"]
     except (OSError, ValueError, KeyError, TypeError):
         shutil.rmtree(part, ignore_errors=True)
-        return 0, [], 0
+        return 0, [], 0, [0, 0]
+
+
+def _checksum(path, start, length):
+    """CRC-32 of so many bytes of a file from `start` on. Raises ValueError where it has fewer."""
+    checksum = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        while length:
+            content = file.read(min(length, READ_AT_ONCE))
+            if not content:
+                raise ValueError("cut short")
+            checksum, length = zlib.crc32(content, checksum), length - len(content)
+    return checksum
 
 
 def open_pack(folder, made_from, tell=True):

@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from files import UserError, read_json, require_whole
-from run import LATER_DEFAULTS, Settings, name_of
-
-WHERE = ("index", "shard_images", "made_from", "seconds", "digests")     # what a file of scores holds beside scores
-
+from run import LATER_DEFAULTS, Settings, name_of, read_made_with
+from structure import ORIGIN, WHERE
 
 @dataclass(frozen=True)
 class Selected:
@@ -36,16 +34,16 @@ class Record:
         self.folder = Path(folder)
         if not (self.folder / "config.json").is_file():
             raise UserError(f"{self.folder} is no run folder: it has no config.json")
-        self.config = read_json(self.folder / "config.json")
+        self.config = read_made_with(self.folder)
 
     def _json(self, name):
-        return read_json(self.folder / name) if (self.folder / name).is_file() else None
+        return read_json(self.folder / name, self.folder) if (self.folder / name).is_file() else None
 
     def _arrays(self, name):
         path = self.folder / name
         if not path.is_file():
             return None
-        require_whole(path)
+        require_whole(path, folder=self.folder)
         with np.load(path) as saved:
             return {column: saved[column] for column in saved.files}
 
@@ -90,7 +88,7 @@ class Record:
         for name in [*self.sources, "confidence"]:
             columns = self._arrays(f"scores/{name}.npz")
             if columns is not None:
-                found[name] = {column: values for column, values in columns.items() if column not in WHERE}
+                found[name] = {column: values for column, values in columns.items() if column not in (*WHERE, *ORIGIN)}
         return found
 
     @property
@@ -115,7 +113,7 @@ class Record:
     def selected(self, approach):
         """The Selected of an approach that has a summary."""
         path = self.folder / "transfer" / approach / "manifest.csv"
-        require_whole(path)
+        require_whole(path, folder=self.folder)
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = list(csv.reader(file))[1:]
         if not rows:
@@ -127,7 +125,7 @@ class Record:
     def pixels(self, approach):
         """The images of a transfer set, (N, size, size, 3) uint8, memory-mapped."""
         path = self.folder / "transfer" / approach / "images.npy"
-        require_whole(path)
+        require_whole(path, folder=self.folder)
         return np.load(path, mmap_mode="r")
 
     @functools.lru_cache(maxsize=None)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from files import (LEDGER, UserError, damage, file_digest, first_line, hold, is_first, let_go, listed, nearest_existing, open_ledger, read_json, remove_beside, require_whole, say,
                    write_json)
+from structure import META, ORIGIN, WHERE
 
 # --------------------------------------------------------------------------------------------------
 # Recipes
@@ -93,7 +94,7 @@ APPROACHES = ("supervised", "eats", "balanced", "random", "mms", "entropy")
 MORE_CRITERIA = ("confidence", "energy", "cross_entropy")
 MORE_APPROACHES = ("all", *MORE_CRITERIA)       # which run when they are asked for
 # what else has a name in scores/*.npz, thresholds.json or a summary.json
-TAKEN = ("predicted", "index", "shard_images", "seconds", "made_from", "digests", "teacher", "sources", "classes", "scale", "quantile", "calibrated_on")
+TAKEN = ("predicted", *WHERE, *ORIGIN, *META)
 EATS_SOURCES = ("svhn", "tinyimagenet")     # arXiv 2011.09113
 PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "caltech101", "caltech256")
 BUILT_IN_SOURCES = ("glyphs", "photos", "noise")
@@ -501,6 +502,16 @@ def read_config(path):
     return config
 
 
+def read_made_with(folder):
+    """The content of a run folder's config.json. Raises UserError where that is not what a run writes there."""
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    _require_types(config, f"{path} is damaged")
+    if not set(DECIDES) - set(LATER_DEFAULTS) <= set(config):
+        raise UserError(f"{path} is damaged: it lacks settings; use another --run-dir")
+    return config
+
+
 def as_arguments(config):
     """The command line that a config.json stands for, but for names of classes, which no command line has."""
     config = dict(config)
@@ -756,7 +767,7 @@ class Run:
         if made:
             say(f"{'--restart' if settings.restart else '--restart-from ' + settings.restart_from} deletes {listed([path.relative_to(self.path).as_posix() for path in made])} in {self.path}")
         for path in made:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def check(self):
         """Raises UserError when a setting differs from the folder's `config.json` on which a file depends that is there."""
@@ -798,10 +809,8 @@ class Run:
         """What config.json says; nothing where it is not there, which is an error once something has been made."""
         path = self.path / "config.json"
         if path.exists():
-            config = read_json(path)
-            _require_types(config, f"{path} is damaged")
-            return config
-        if (self.path / LEDGER).exists() and self.holds("teacher"):
+            return read_made_with(self.path)
+        if self.holds("teacher"):
             raise UserError(f"{path} is missing, so that nothing says how the rest was made: restore it, use another --run-dir, or --restart")
         return {}
 
@@ -847,11 +856,8 @@ def _stored_flags(folder, given):
     """The settings in the folder's `config.json`, as if they had been given."""
     if not (folder / "config.json").exists():
         return {}
-    stored = read_json(folder / "config.json")
+    stored = read_made_with(folder)
     fields = {field.name for field in dataclasses.fields(Settings)} - {"run_dir", "restart", "restart_from", "device", "seeds"}
-    _require_types(stored, f"{folder / 'config.json'} is damaged")
-    if not set(DECIDES) - set(LATER_DEFAULTS) <= set(stored):
-        raise UserError(f"{folder / 'config.json'} is damaged: it lacks settings; use another --run-dir")
     other = any(name in given and given[name] != stored[name] for name in ("target", "recipe"))
     if other and not Run(resolve({"run_dir": str(folder)})).holds("teacher"):
         return {}       # nothing is made yet: what is stored follows from another target or recipe
@@ -913,6 +919,12 @@ def _on_signal(number, frame):
         raise Interrupted(number)
 
 
+def _how_to_go_on():
+    """What goes on with the work. --restart would begin it anew, once more."""
+    given = [word.partition("=")[0] for word in sys.argv if word.partition("=")[0] in ("--restart", "--restart-from")]
+    return f"the same command{' without ' + given[0] if given else ''} goes on from here"
+
+
 def _wait_to_be_ended():
     """Leaves the first process the time to speak; torchrun ends the others meanwhile."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -961,12 +973,12 @@ def command(main):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         what = "a file is larger than the limit allows" if error.errno == errno.EFBIG else "the disk is full"
-        print(f"{program}: {what}{f', at {error.filename}' if error.filename else ''}: make room; what is there is whole, and the same command goes on from here", file=sys.stderr)
+        print(f"{program}: {what}{f', at {error.filename}' if error.filename else ''}: make room; what is there is whole, and {_how_to_go_on()}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         number = error.args[0] if isinstance(error, Interrupted) else signal.SIGINT
         if is_first():
-            print(f"\n{program}: stopped by {signal.Signals(number).name}; the same command goes on from here", file=sys.stderr, flush=True)
+            print(f"\n{program}: stopped by {signal.Signals(number).name}; {_how_to_go_on()}", file=sys.stderr, flush=True)
         sys.exit(128 + number)
     finally:
         let_go()

@@ -42,10 +42,10 @@ from packing import release_pages
 from run import (DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, Interrupted, command, import_file, interrupted, name_of, name_of_approach, name_of_arch, open_stage, orderly,
                  running_own)
 from shards import Shards
+from structure import MANIFEST, WHERE
 from TeacherTrain import saved_split
 
 CRITERIA = {"mms": mms_threshold, "entropy": entropy, "confidence": confidence, "energy": energy, "cross_entropy": cross_entropy}
-WHERE = ("index", "shard_images")       # columns of a file of scores that say which images they are
 SOURCE_SHARE = 0.25     # of the candidates of a class that pass a threshold calibrated on the sources
 
 # --------------------------------------------------------------------------------------------------
@@ -499,7 +499,7 @@ def make_transfer_set(run, approach, scoring, target_size):
     scores = candidates.scores[approach if approach in scoring.criteria else "mms" if scoring.has_mms else "confidence"][chosen]
     listing = io.StringIO()
     writer = csv.writer(listing, lineterminator="\n")
-    writer.writerow(["source", "index", "file", "predicted", "score"])
+    writer.writerow(MANIFEST)
 
     def write_images(file):
         np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *[settings.image_size] * 2, 3)})

@@ -1,5 +1,6 @@
 """A run folder that something has happened to: every file, damaged in every way, is noticed, named, and made again or refused."""
 import errno
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import pytest
 import compile
 import distill
 import files
+import report
+import structure
 import transfer
 from conftest import small_run
 
@@ -20,7 +23,7 @@ HERE = Path(__file__).resolve().parent.parent
 RUN = Path("runs/colours")
 REFUSED = ("config.json", "teacher.pt", "teacher.json")         # what the user gave, and what took longest
 MADE_AGAIN = ("split.npz", "scores/pool.npz", "scores/confidence.npz", "thresholds.json", "transfer/mms/images.npy", "transfer/mms/manifest.csv",
-              "transfer/mms/summary.json", "students/mms.pt", "students/mms.json")
+              "transfer/mms/summary.json", "students/mms.pt", "students/mms.json", "teacher.npz", "students/mms.npz")
 READ_FOR = {"split.npz": "students/mms.json", "scores/pool.npz": "transfer/mms/summary.json", "scores/confidence.npz": "thresholds.json"}    # else they are not read
 WRITTEN_ALWAYS = ("results.json", "results.md")
 DAMAGE = {
@@ -77,6 +80,120 @@ def test_damage_is_noticed_and_named_and_the_file_is_made_again_or_refused(flags
             assert Path(f"{RUN / name}.damaged").read_bytes() == damaged
             assert name.endswith((".json", ".npz")) or (RUN / name).read_bytes() == whole
     assert figures() == expected and files.damage(RUN / name) is None
+
+
+# --------------------------------------------------------------------------------------------------
+# What no run can have written, where no ledger tells it
+# --------------------------------------------------------------------------------------------------
+
+def columns(**changed):
+    """Changes columns of a .npz; None takes one out."""
+    def change(content):
+        with np.load(io.BytesIO(content)) as saved:
+            found = {name: saved[name] for name in saved.files}
+        made = {name: change(found[name]) for name, change in changed.items() if change}
+        kept, buffer = {name: values for name, values in found.items() if name not in changed}, io.BytesIO()
+        np.savez(buffer, **kept, **made)
+        return buffer.getvalue()
+    return change
+
+
+def fields(**changed):
+    return lambda content: json.dumps(json.loads(content) | changed).encode()
+
+
+def array(make):
+    def change(content):
+        buffer = io.BytesIO()
+        np.save(buffer, make(np.load(io.BytesIO(content))))
+        return buffer.getvalue()
+    return change
+
+
+def header_of(*shape):
+    def change(content):
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        return buffer.getvalue()
+    return change
+
+
+def compressed(content):
+    with np.load(io.BytesIO(content)) as saved:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **{name: saved[name] for name in saved.files}, more=np.zeros(10_000_000))
+    return buffer.getvalue()
+
+
+IMPOSSIBLE = [
+    ("split.npz", columns(train=lambda rows: rows + 1000), "each image once"), ("split.npz", columns(train=lambda rows: rows * 0), "each image once"), ("split.npz", columns(train=None), "it lacks train"),
+    ("split.npz", columns(train=lambda rows: rows.astype(float)), "train is no row of numbers"), ("split.npz", columns(train=lambda rows: rows[None]), "train is no row"), ("split.npz", compressed, "compressed"),
+    ("split.npz", columns(train=lambda rows: np.array([object()])), "can be read"),
+    ("scores/pool.npz", columns(predicted=lambda labels: labels + 1000), "of other classes than the 3"), ("scores/pool.npz", columns(predicted=lambda labels: labels - 5), "predicted is no row"),
+    ("scores/pool.npz", columns(mms=lambda scores: scores[:5]), "differ in length"), ("scores/pool.npz", columns(mms=lambda scores: np.array(["x"] * len(scores))), "mms holds no scores"),
+    ("scores/pool.npz", columns(predicted=None), "it lacks predicted"), ("scores/pool.npz", columns(index=lambda rows: rows[::-1]), "index is not in order"),
+    ("scores/confidence.npz", columns(predicted=lambda labels: labels + 3), "of other classes than the 3"), ("scores/pool.npz", columns(digests=lambda text: np.array("[1]")), "digests is not"),
+    ("teacher.npz", columns(predicted=lambda labels: labels[:5]), "differ in length"), ("students/mms.npz", columns(labels=lambda labels: labels + 3), "of other classes than the 3"),
+    ("thresholds.json", fields(mms=[1.0]), "mms is not one number a class"), ("thresholds.json", fields(mms=["a", "b", "c"]), "mms is not"), ("thresholds.json", fields(classes=["a", "b"]), "not one number a class"),
+    ("thresholds.json", fields(mms=[1.0, float("nan"), 2.0]), "mms is not"), ("teacher.json", fields(accuracy="high"), "accuracy is not what"), ("teacher.json", fields(history=3), "history is not"),
+    ("teacher.json", fields(files=[1], classes=["a", "a"]), "classes, files are not"), ("teacher.json", lambda content: b"{}", "arch, classes, accuracy"), ("teacher.json", lambda content: b"[]", "not a JSON object"),
+    ("transfer/mms/summary.json", fields(size="x"), "size is not"), ("transfer/mms/summary.json", fields(size=1), "do not add up"), ("transfer/mms/summary.json", fields(per_source={"pool": -1}), "per_source is not"),
+    ("transfer/mms/images.npy", array(lambda images: images[:5]), "it holds 5 images, and summary.json says"), ("transfer/mms/images.npy", array(lambda images: images / 255), "it holds no images"),
+    ("transfer/mms/images.npy", array(lambda images: images.ravel()), "it holds no images"), ("transfer/mms/images.npy", header_of(10 ** 12, 32, 32, 3), "can be read"),
+    ("transfer/mms/manifest.csv", lambda content: content.replace(b"pool", b"loop"), "it names sources that summary.json does not"), ("transfer/mms/manifest.csv", lambda content: content[:-40], "summary.json says"),
+    ("transfer/mms/manifest.csv", lambda content: b"x\n" + content, "its first line is not source,index,file,predicted,score"), ("transfer/mms/manifest.csv", lambda content: content + b"pool,1\n", "is no image of a source"),
+    ("students/mms.json", fields(accuracy=1.5), "accuracy is not"), ("students/mms.json", fields(per_class=[1, 2]), "of other classes than the 3"), ("students/mms.json", fields(history=[{}]), "history is not"),
+]
+
+
+def test_of_a_finished_run_every_file_is_sound(finished):
+    checked = [path.relative_to(RUN).as_posix() for path in RUN.rglob("*") if path.is_file()]
+    assert len(checked) > 40 and {name: structure.misfit(RUN, name) for name in checked if structure.misfit(RUN, name)} == {}
+    assert not [pattern for pattern in structure.CHECKS if not list(RUN.glob(pattern))]
+
+
+@pytest.mark.parametrize("name, change, said", IMPOSSIBLE)
+def test_what_no_run_can_have_written_is_told_from_what_one_has(finished, name, change, said):
+    put(RUN / name, change((RUN / name).read_bytes()))
+    assert said in structure.misfit(RUN, name)
+
+
+@pytest.mark.parametrize("way", ["cut", "emptied", "noise"])
+@pytest.mark.parametrize("name", [*REFUSED, *MADE_AGAIN])
+def test_without_a_ledger_what_can_not_be_read_is_named_and_made_again_or_refused(flags, finished, execute, name, way):
+    expected, whole = figures(), (RUN / name).read_bytes()
+    put(RUN / name, DAMAGE[way](whole, b""))
+    (RUN / files.LEDGER).unlink()
+    if name in READ_FOR:
+        (RUN / READ_FOR[name]).unlink()
+    status, out, err = execute(report.main, [str(RUN)])
+    assert (status, err) == (0, "") or status == 2 and err.count("\n") == 1 and str(RUN / name) in err
+    status, out, err = execute(compile.main, [*flags, *FLAGS])
+    if name in REFUSED:
+        assert status == 2 and err.count("\n") == 1 and str(RUN / name) in err
+        return
+    assert (status, err) == (0, "") and f"{RUN / name} is damaged: " in out and f"it is set aside as {Path(name).name}.damaged and made again\n" in out
+    assert figures() == expected and (name.endswith((".json", ".npz")) or (RUN / name).read_bytes() == whole)
+
+
+@pytest.mark.parametrize("name, change, said", [IMPOSSIBLE[number] for number in (0, 7, 14, 16, 17, 24, 26, 29, 33, 37)])
+def test_a_ledger_that_somebody_made_does_not_help_what_no_run_can_have_written(flags, finished, execute, name, change, said):
+    expected = figures()
+    put(RUN / name, change((RUN / name).read_bytes()))
+    (RUN / files.LEDGER).unlink()
+    files.open_ledger(RUN, [path for path in RUN.rglob("*") if path.is_file()])
+    if name in READ_FOR:
+        (RUN / READ_FOR[name]).unlink()
+    status, out, err = execute(compile.main, [*flags, *FLAGS])
+    assert said in err if name in REFUSED else (status, err) == (0, "") and said in out and figures() == expected
+
+
+def test_config_json_without_settings_is_refused(flags, finished, execute):
+    put(RUN / "config.json", b"{}")
+    (RUN / files.LEDGER).unlink()
+    for main, argv in ((compile.main, flags), (report.main, [str(RUN)])):
+        status, out, err = execute(main, argv)
+        assert status == 2 and "runs/colours/config.json is damaged: it lacks settings" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("stage, name, again", [(distill, "transfer/mms/images.npy", "python transfer.py --approach mms"), (distill, "transfer/mms/summary.json", "python transfer.py --approach mms"),
@@ -144,6 +261,21 @@ def test_two_runs_in_one_run_folder_the_second_says_who_holds_it(flags, finished
     holder.kill()
     holder.wait()
     assert execute(compile.main, flags)[0] == 0
+
+
+def test_without_config_and_ledger_what_is_there_is_not_used(flags, finished, execute):
+    """As --restart leaves it that is killed while it deletes: it begins with these."""
+    for name in ("config.json", files.LEDGER):
+        (RUN / name).unlink()
+    status, out, err = execute(compile.main, flags)
+    assert status == 2 and "config.json is missing, so that nothing says how the rest was made" in err
+
+
+def test_restart_takes_a_link_away_and_leaves_what_it_leads_to(flags, finished, execute):
+    (RUN / "transfer/mms").rename("elsewhere")
+    (RUN / "transfer/mms").symlink_to(Path("elsewhere").resolve())
+    assert execute(compile.main, [*flags, *FLAGS, "--restart-from", "transfer"])[::2] == (0, "")
+    assert not (RUN / "transfer/mms").is_symlink() and (RUN / "transfer/mms/images.npy").exists() and Path("elsewhere/images.npy").exists()
 
 
 def test_restart_from_a_stage_keeps_what_comes_before_and_says_what_it_deletes(flags, finished, execute):

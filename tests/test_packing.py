@@ -841,8 +841,18 @@ def cut_lines(part, lines):
     (part / "bad.txt").write_bytes(b"".join(listing[:lines]))
 
 
+def flip(path, place):
+    """Changes one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGE = {
     "images.npy cut short": lambda part: os.truncate(part / "images.npy", 5000),
+    "images.npy with another pixel": lambda part: flip(part / "images.npy", 1000),
+    "images.npy noise": lambda part: (part / "images.npy").write_bytes(np.random.default_rng(0).bytes(300_000)),
+    "images.npy a pipe": lambda part: ((part / "images.npy").unlink(), os.mkfifo(part / "images.npy")),
     "images.npy gone": lambda part: (part / "images.npy").unlink(),
     "images.npy empty": lambda part: os.truncate(part / "images.npy", 0),
     "progress.json no JSON": lambda part: (part / "progress.json").write_text("{"),
@@ -855,6 +865,8 @@ DAMAGE = {
     "bad.txt cut after a line": lambda part: cut_lines(part, 2),
     "bad.txt cut after a line, and images.npy longer": lambda part: (cut_lines(part, 2), os.truncate(part / "images.npy", 400_000)),
     "bad.txt empty": lambda part: os.truncate(part / "bad.txt", 0),
+    "bad.txt with another reason": lambda part: flip(part / "bad.txt", (part / "bad.txt").read_bytes().index(b"\t") + 1),
+    "bad.txt a pipe": lambda part: ((part / "bad.txt").unlink(), os.mkfifo(part / "bad.txt")),
     "bad.txt gone": lambda part: (part / "bad.txt").unlink(),
     "bad.txt no text": lambda part: (part / "bad.txt").write_bytes(b"\xff" * 500),
     "of other files": lambda part: edit_progress(part, made_from="other files"),
