@@ -57,15 +57,23 @@ def answer_test_split(classifier, target, path, device):
 
     The test split is read here alone.
     """
-    predicted = engine.answers(classifier, target.test.images, device=device)
+    predicted = engine.answers(classifier, target.test.images, device=device, **_gone_on_from(path, "test", target.test, classifier))
     write_atomically(path, lambda file: np.savez(file, predicted=predicted, labels=target.test.labels))
     return predicted
 
 
+def _gone_on_from(path, what, images, classifier):
+    """The checkpoint of an evaluation, beside `path`, and what it is of."""
+    return dict(checkpoint=engine.Checkpoint(path.with_suffix(f".{what}.part"), f"{path.stem} on the {what} images", own=True),
+                mark=f"{images.made_from}, {engine.checksum(classifier)}, {engine.process()}")
+
+
 def evaluate(classifier, target, confidence, path, device):
-    """{"accuracy": on the test split, "confidence_accuracy": on the confidence set}, None where the target has no images for it."""
+    """{"accuracy": on the test split, "confidence_accuracy": on the confidence set}, None where the target has no images for it. The checkpoints of
+    this work lie beside `path` until `engine.remove_checkpoints`."""
     return {"accuracy": float((answer_test_split(classifier, target, path, device) == target.test.labels).mean()) if target.test else None,
-            "confidence_accuracy": engine.accuracy(classifier, target.train.images, target.train.labels, confidence, device) if target.train else None}
+            "confidence_accuracy": engine.accuracy(
+                classifier, target.train.images, target.train.labels, confidence, device, **_gone_on_from(path, "confidence", target.train, classifier)) if target.train else None}
 
 
 @engine.together
@@ -75,7 +83,7 @@ def train_teacher(run, target, device):
     target: a data.Target. With `teacher_checkpoint` in the settings that network is used as it is. An accuracy is None
     where the target has no images for it.
     """
-    checkpoint = engine.Checkpoint(run / "teacher.part", "teacher")
+    checkpoint = run / "teacher.part"
     if (run / "teacher.json").exists() and (run / "teacher.pt").exists():
         for name in ("teacher.json", "teacher.pt"):
             require_whole(run / name, "restore it, or train another teacher with --restart-from teacher")
@@ -83,7 +91,7 @@ def train_teacher(run, target, device):
         models.require_same_files(run / "teacher.pt", figures.get("files", {}))
         if target.test and not is_usable(run / "teacher.npz"):
             answer_test_split(models.load(run / "teacher.pt", run.settings.teacher_arch).to(device), target, run / "teacher.npz", device)
-        checkpoint.remove()
+        engine.remove_checkpoints(checkpoint)
         return figures
     settings = run.settings
     files = models.files_of(settings.teacher_arch, settings.teacher_checkpoint or settings.teacher_weights)
@@ -100,8 +108,9 @@ def train_teacher(run, target, device):
         watched = watch(target, confidence)
         training = engine.train(
             teacher, target.train.images, train, engine.cross_entropy(target.train.labels, device),
-            settings.teacher_recipe, seed=seed, device=device, checkpoint=checkpoint.path, label="teacher",
-            evaluate=lambda: engine.accuracy(teacher, *watched, device=device), remedy="a smaller --teacher-lr", board=run.board("teacher"))
+            settings.teacher_recipe, seed=seed, device=device, checkpoint=checkpoint, label="teacher",
+            evaluate=lambda network: engine.accuracy(network, *watched, device=device), remedy="a smaller --teacher-lr", board=run.board("teacher"),
+            mark=f"{target.train.made_from}, {files}")
     figures = {
         "arch": teacher.arch, "input_size": teacher.input_size, "classes": teacher.classes,
         **evaluate(teacher, target, confidence, run / "teacher.npz", device),
@@ -110,7 +119,7 @@ def train_teacher(run, target, device):
     }
     models.save(run / "teacher.pt", teacher, accuracy=figures["accuracy"])
     write_json(run / "teacher.json", figures)
-    checkpoint.remove()
+    engine.remove_checkpoints(checkpoint)
     return figures
 
 

@@ -15,11 +15,11 @@ import engine
 import models
 import report
 from distill import report_student, train_student
-from files import UserError, is_first, listed, read_json, say, stop_on
+from files import UserError, is_first, listed, read_json, remove_beside, say, stop_on
 from packing import Packed
 from progress import expect
 from record import Experiment
-from run import DATA_FREE_SIZE, RECIPES, RUN_FLAGS, Run, command, name_of, name_of_arch, parse, resolve
+from run import DATA_FREE_SIZE, RECIPES, RUN_FLAGS, TABLE, Run, command, name_of, name_of_arch, parse, resolve
 from TeacherTrain import has_linear_head, load_checkpoint, report as report_teacher, split_target, train_teacher
 from transfer import Scoring, bucket_size, criteria_of, make_thresholds, make_transfer_set, no_mms, report_thresholds, report_transfer_set
 
@@ -113,8 +113,19 @@ def describe(target, classes):
     return (" and ".join(splits) + " images" if splits else "no image") + f" of {len(classes):,} classes: {listed(classes, most=10)}"
 
 
-def run_once(settings, device, later=()):
-    """One seed: data, teacher, scores, transfer sets, students. later: the settings of the seeds that follow. Returns the run."""
+def open_runs(settings, device):
+    """Opens the run folder of every seed, so that all that --restart takes away is gone before the first one begins."""
+    for each in of_each_seed(settings):
+        Run(each).open(device)
+    if is_first() and len(settings.seeds) > 1:
+        remove_beside(settings.run_dir)
+        for path in [path for pattern in TABLE for path in Path(settings.run_dir).glob(pattern)] if settings.restart or settings.restart_from else []:
+            path.unlink()       # of all seeds together, as they were
+
+
+def run_once(settings, device, later=(), of=None):
+    """One seed: data, teacher, scores, transfer sets, students. later: the settings of the seeds that follow; of: those of all seeds, for the first
+    one, which opens the run folders. Returns the run."""
     target = engine.first_alone(lambda: data.target_of(settings))
     classes = check_teacher(settings, target)
     target_size = len(target.train) if target.train else None
@@ -122,7 +133,9 @@ def run_once(settings, device, later=()):
     # Whatever is wrong with a source shows here, before anything long.
     sources = engine.first_alone(lambda: {name_of(source): data.source_of(settings, source) for source in settings.sources}) if selecting else {}
     check_sizes(settings, target, classes, sources)
-    run = engine.first_alone(lambda: Run(settings).open(device))
+    if of is not None:
+        engine.first_alone(lambda: open_runs(of, device))
+    run = Run(settings)
     say(f"target: {describe(target, classes)}")
 
     def look_ahead():
@@ -151,7 +164,7 @@ def main(argv):
     for number, each in enumerate(seeds, 1):
         if len(settings.seeds) > 1:
             say(f"seed {each.seed}")
-        run_once(each, device, seeds[number:])
+        run_once(each, device, seeds[number:], settings if number == 1 else None)
     if is_first():
         say("\n" + report.write(settings))
         say(report.illustrate(Experiment(settings.run_dir, settings)))

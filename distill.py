@@ -65,15 +65,13 @@ def train_student(run, approach, target, device):
     target: a data.Target; its test split is read once, at the end. An approach whose transfer set is too small
     to learn from gets no student: its history is empty. An accuracy is None where there is no student or no image for it.
     """
-    checkpoint = engine.Checkpoint(run.student(approach, "part"), f"student {approach}")
-    answers = engine.Checkpoint(run.student(approach, "answers.part"), f"student {approach}", own=True)
+    checkpoint = run.student(approach, "part")
     if is_usable(run.student(approach, "json")) and (not read_json(run.student(approach, "json"))["history"] or is_usable(run.student(approach, "pt"))):
         figures = read_json(run.student(approach, "json"))
         models.require_same_files(run.student(approach, "pt"), figures.get("files", {}))
         if target.test and figures["history"] and not is_usable(run.student(approach, "npz")):
             answer_test_split(models.load(run.student(approach, "pt"), run.settings.student_arch).to(device), target, run.student(approach, "npz"), device)
-        answers.remove()
-        checkpoint.remove()
+        engine.remove_checkpoints(checkpoint)
         return figures
     settings, recipe = run.settings, run.settings.student_recipe
     teacher_figures = read_json(run.require("teacher.json", "python TeacherTrain.py"))
@@ -90,18 +88,21 @@ def train_student(run, approach, target, device):
         labels = target.train.labels
         figures |= {"sources": [name_of(settings.target)], "per_class": np.bincount(labels[train], minlength=len(classes)).tolist()}
         images, rows = target.train.images, train
+        made_from = target.train.made_from
     else:
         run.require(f"transfer/{approach}/summary.json", f"python transfer.py --approach {approach}")
         summary = read_json(run.transfer(approach) / "summary.json")
         figures |= {"sources": [name for name, count in summary["per_source"].items() if count], "per_class": summary["per_class"]}
         images = np.load(run.require(f"transfer/{approach}/images.npy", f"python transfer.py --approach {approach}"), mmap_mode="c")
         rows = np.arange(len(images))
+        made_from = f"{file_digest(teacher_path)}, {file_digest(run.transfer(approach) / 'manifest.csv')}"
     figures["transfer_size"] = len(rows)
     if len(rows) < SMALLEST:
         figures |= {"accuracy": None, "confidence_accuracy": None, "retention": None, "seconds": 0.0, "images_per_second": 0.0, "history": []}
         write_json(run.student(approach, "json"), figures)
         return figures
 
+    answers = engine.Checkpoint(run.student(approach, "answers.part"), f"student {approach}", own=True)
     torch.manual_seed(seed)
     heir = figures["weights"] in ("teacher", "auto")
     student = models.require_logits(engine.first_alone(lambda: models.build(
@@ -117,20 +118,20 @@ def train_student(run, approach, target, device):
     else:
         teacher = models.folded(models.load(teacher_path, settings.teacher_arch).to(device))
         objective = (fixed_objective(teacher, images, recipe.temperature, device, checkpoint=answers,
-                                     mark=f"{file_digest(teacher_path)}, {file_digest(run.transfer(approach) / 'manifest.csv')}, {engine.process()}")
+                                     mark=f"{made_from}, {engine.process()}")
                      if recipe.augment == "none" else live_objective(teacher, recipe.temperature, device))
     training = engine.train(
         student, images, rows, objective, recipe, seed=seed, device=device,
-        checkpoint=checkpoint.path, label=checkpoint.label,
-        evaluate=(lambda: engine.accuracy(student, *watched, device=device)) if watched else None, board=run.board(f"student-{approach}"))
+        checkpoint=checkpoint, label=f"student {approach}",
+        evaluate=(lambda network: engine.accuracy(network, *watched, device=device)) if watched else None, board=run.board(f"student-{approach}"),
+        mark=f"{made_from}, {figures['files']}, {figures['weights']}")
     figures |= evaluate(student, target, confidence, run.student(approach, "npz"), device)
     accuracy = figures["accuracy"]
     figures |= {"retention": accuracy / teacher_figures["accuracy"] if accuracy is not None and teacher_figures["accuracy"] else None,
                 "seconds": training.seconds, "images_per_second": training.images_per_second, "history": training.history}
     models.save(run.student(approach, "pt"), student, accuracy=accuracy)
     write_json(run.student(approach, "json"), figures)
-    answers.remove()
-    checkpoint.remove()
+    engine.remove_checkpoints(checkpoint)
     return figures
 
 

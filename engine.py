@@ -37,6 +37,7 @@ COMPILING_PAYS = 300.0      # seconds of training left, on CUDA, from which torc
 COMPILER = "inductor"
 SAVE_INTERVAL = 20.0        # seconds of work after which a checkpoint is worth its time, and
 SAVE_SHARE = 0.02           # of all time, at most, that checkpoints may take
+UNSAVED_SHARE = 0.1         # of that interval, from which on a training that has come to its end is saved, since what follows it may take long too
 CHECK_STEPS = 50            # steps after which the host waits for the device, to see whether the loss is still finite
 AGREE_STEPS = 10            # steps after which several processes agree whether to save or to stop
 
@@ -253,7 +254,7 @@ def _predict(classifier, images, rows, batch_size, device, label, then, shared, 
         if unreleased > READ_AT_ONCE:
             release_pages(images)
             unreleased = 0
-        stop = interrupted()
+        stop = interrupted() if checkpoint or not distributed.is_initialized() else 0       # several processes stop where they agree about it
         if checkpoint and (stop or checkpoint.due()):
             checkpoint.save(mark, {"batches": number + (saved["batches"] if saved else 0), "columns": [column[begin:done].clone() for column in columns]})
         if stop:
@@ -266,14 +267,14 @@ def _predict(classifier, images, rows, batch_size, device, label, then, shared, 
     return columns if len(columns) > 1 else columns[0]
 
 
-def answers(classifier, images, rows=None, device=torch.device("cpu")):
-    """The class with the largest logit of each image, (n,) int64."""
-    return predict(classifier, images, rows, device).argmax(1).numpy()
+def answers(classifier, images, rows=None, device=torch.device("cpu"), **how):
+    """The class with the largest logit of each image, (n,) int64. how: checkpoint and mark, as in `predict`."""
+    return predict(classifier, images, rows, device, **how).argmax(1).numpy()
 
 
-def accuracy(classifier, images, labels, rows=None, device=torch.device("cpu")):
-    """Share of images, in [0, 1], whose label is the class with the largest logit. labels: (N,) int64."""
-    return float((answers(classifier, images, rows, device) == (labels if rows is None else labels[rows])).mean())
+def accuracy(classifier, images, labels, rows=None, device=torch.device("cpu"), **how):
+    """Share of images, in [0, 1], whose label is the class with the largest logit. labels: (N,) int64. how: as in `answers`."""
+    return float((answers(classifier, images, rows, device, **how) == (labels if rows is None else labels[rows])).mean())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,12 +294,13 @@ class Training:
         return self.images / self.seconds if self.seconds else 0.0
 
 
-def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoint, label, evaluate=None, remedy="a smaller --lr", board=None):
+def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoint, label, evaluate=None, remedy="a smaller --lr", board=None, mark=""):
     """Trains `classifier` in place and returns the Training.
 
     images: (N, H, W, 3) uint8 array. rows: (n,) int64, those to train on. objective(logits, views, rows): the
     mean loss of a batch, where views are the augmented pixels that the classifier saw and rows says which
-    images they are. evaluate(): an accuracy to note after each epoch. board: the folder where board.Board writes, None for none.
+    images they are. evaluate(network): an accuracy to note after each epoch, of the network as it would end. board: the folder where board.Board
+    writes, None for none. mark: what, beside these, decides how it ends: a checkpoint with another one is not gone on from.
 
     Between two steps, SAVE_INTERVAL after the last time, and when a signal asks to stop, everything is saved at `checkpoint`; a later call
     goes on from there and ends in the same bits as one that was never interrupted, since a step draws from (seed, epoch, step) alone.
@@ -306,12 +308,12 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, checkpoi
     """
     try:
         with orderly():
-            return _train(classifier, images, rows, objective, recipe, seed, device, Checkpoint(checkpoint, label), label, evaluate, remedy, board)
+            return _train(classifier, images, rows, objective, recipe, seed, device, Checkpoint(checkpoint, label), label, evaluate, remedy, board, mark)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"{label}: {memory_of(device)} does not suffice for batches of {recipe.batch_size:,} images of "
-                        f"{images.shape[1]}x{images.shape[2]}: give a smaller --batch-size, or a smaller network") from None
+        raise UserError(f"{label}: {memory_of(device)} does not suffice for batches of {recipe.batch_size:,} images of {images.shape[1]}x{images.shape[2]}: give a smaller "
+                        + ("network, with --teacher-arch, or --teacher-size" if label == "teacher" else "--batch-size, or a smaller network")) from None
 
 
 def memory_of(device):
@@ -362,7 +364,21 @@ class Checkpoint:
                 path.unlink(missing_ok=True)
 
 
-def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint, label, evaluate, remedy, board):
+def remove_checkpoints(path):
+    """Deletes the checkpoint of a training, NAME.part, and those of what comes before and after it."""
+    for what in ("", ".answers", ".test", ".confidence"):
+        Checkpoint(path.with_name(f"{path.stem}{what}.part"), "", own=True).remove()
+
+
+def checksum(classifier):
+    """A number that tells a network from one of other weights."""
+    number = 0
+    for value in classifier.state_dict().values():
+        number = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), number)
+    return number
+
+
+def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint, label, evaluate, remedy, board, mark):
     classifier.to(device)
     tensor = to_device(images, device)
     rows = torch.as_tensor(rows)
@@ -379,8 +395,8 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
                  if recipe.schedule == "onecycle" else torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
     average = AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
     training = Training()
-    total, first = torch.zeros((), device=device), 0
-    mark = f"{label}, {classifier.arch}, {recipe}, {seed}, {len(rows)} images, {zlib.crc32(np.ascontiguousarray(images[rows[:256].numpy()]))}, {processes} processes"
+    total, first, rate = torch.zeros((), device=device), 0, recipe.lr
+    mark = f"{mark}, {label}, {classifier.arch}, {recipe}, {seed}, {len(rows)} images, {zlib.crc32(np.ascontiguousarray(images[rows[:256].numpy()]))}, {processes} processes"
     saved = checkpoint.load(mark, device)
     if saved is not None:
         classifier.network.load_state_dict(saved["state_dict"])
@@ -389,14 +405,14 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
         if average is not None:
             average.load_state_dict(saved["average"])
         training = Training(saved["history"], saved["seconds"], saved["images"])
-        total, first = saved["total"], saved["step"]
+        total, first, rate = saved["total"], saved["step"], saved["rate"]
         del saved
     start = len(training.history)
 
     def save(step):
         state = {name: value for name, value in scheduler.state_dict().items() if isinstance(value, (int, float, list, bool))}
         checkpoint.save(mark, {"state_dict": classifier.network.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": state,
-                               "average": None if average is None else average.state_dict(), "total": total if processes == 1 else _summed(total) / processes, "step": step,
+                               "average": None if average is None else average.state_dict(), "total": total if processes == 1 else _summed(total) / processes, "step": step, "rate": rate,
                                "history": training.history, "seconds": training.seconds, "images": training.images})
     progress = Progress(label, steps * batch_size)
     progress.skip((start * per_epoch + first) * batch_size)
@@ -428,24 +444,23 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            rates.append(optimizer.param_groups[0]["lr"])
+            rate = optimizer.param_groups[0]["lr"]
             scheduler.step()
             if average is not None:
                 average.update_parameters(classifier)
             losses.append(loss.detach())
+            rates.append(rate)
             total += losses[-1]
             training.images += len(batch)
             progress.update(len(batch), lambda: f"epoch {epoch + 1}/{epochs}, loss {total.item() / (step + 1):.4f}{_reached(training)}")
             if step == 0 and epoch & (epoch + 1) == 0:      # epochs 1, 2, 4, 8, ...
                 board.views(epoch * per_epoch, views)
-            stop, due = interrupted(), is_first() and checkpoint.due()
+            stop, due, last = interrupted(), is_first() and checkpoint.due(), step + 1 == len(batches)
             if processes > 1:
-                stop, due = agreed(stop, due) if (step + 1) % AGREE_STEPS == 0 else (0, 0)
-            last = step + 1 == len(batches)
+                stop, due = agreed(stop, due) if last or (step + 1) % AGREE_STEPS == 0 else (0, 0)
             if stop or due or len(losses) == check or last:
-                require_finite(losses, rates, label, epoch, step, remedy)
-                if stop or due or (last and epoch + 1 == epochs):
-                    require_answers(classifier, views, rates[-1], label, epoch, step, remedy)
+                left = largest_answer(classifier, views) if stop or due or (last and epoch + 1 == epochs) else None
+                require_finite(losses, rates, left, label, epoch, step, remedy)
                 board.losses(epoch * per_epoch + step, losses)
                 losses.clear()
                 rates.clear()
@@ -462,18 +477,20 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
         mean_loss = total.item() / len(batches) / processes     # waits for the device, so the clock is right
         tick()
         try:
-            with _averaged(classifier, average):
-                reached = evaluate() if evaluate else None
+            reached = evaluate(classifier if average is None else average.module) if evaluate else None
         except Interrupted:
             if processes == 1:
                 save(len(batches))
             raise
-        training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"], "confidence_accuracy": reached})
+        training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": rate, "confidence_accuracy": reached})
         board.epoch(epoch * per_epoch + len(batches) - 1, epoch_loss=mean_loss, learning_rate=training.history[-1]["lr"], confidence_accuracy=reached)
         total, first = torch.zeros((), device=device), 0
         if epoch == start and compiling_pays(device, training.seconds / training.images * (steps - (epoch + 1) * per_epoch) * batch_size):
             network = compiled(network)
         clock = time.monotonic()
+    unsaved = is_first() and time.monotonic() - checkpoint.saved > checkpoint.interval * UNSAVED_SHARE
+    if unsaved if processes == 1 else agreed(unsaved)[0]:
+        save(0)
     progress.close()
     board.close()
     if average is not None:
@@ -485,20 +502,6 @@ def _reached(training):
     """The last accuracy on the confidence set, in words."""
     reached = training.history and training.history[-1]["confidence_accuracy"]
     return f", confidence set {reached:.2%}" if reached else ""
-
-
-@contextlib.contextmanager
-def _averaged(classifier, average):
-    """The classifier with the averaged weights; with its own where there is no average."""
-    if average is None:
-        yield
-        return
-    own = {name: value.clone() for name, value in classifier.state_dict().items()}
-    classifier.load_state_dict(average.module.state_dict())
-    try:
-        yield
-    finally:
-        classifier.load_state_dict(own)
 
 
 def _loss(objective, logits, views, rows):
@@ -513,27 +516,26 @@ def steps_between_checks(device):
     return 1 if device.type == "cpu" else CHECK_STEPS
 
 
-def require_finite(losses, rates, label, epoch, step, remedy):
-    """Raises UserError unless the losses of the steps up to this one, which were made at these learning rates, are finite, all of them."""
-    finite = torch.stack(losses).isfinite().tolist()
-    if not all(finite):
-        bad = finite.index(False)
-        _diverged(f"{label}: the loss is {losses[bad].item()} in", step + 1 - len(losses) + bad, rates[bad], label, epoch, remedy)
-
-
 @torch.inference_mode()
-def require_answers(classifier, views, rate, label, epoch, step, remedy):
-    """Raises UserError unless the network that this step has left still answers these views in finite numbers: the loss of a step is that of
-    the network before it, so that the last step before a checkpoint, or of all, could break it unseen."""
-    training = classifier.training
-    finite = classifier.eval()(views).isfinite().all().item()
-    classifier.train(training)
-    if not finite:
-        _diverged(f"{label}: the network answers in NaN or infinity after", step, rate, label, epoch, remedy)
+def largest_answer(classifier, views):
+    """The largest logit, without its sign, that a network has for these views in eval mode; NaN or infinity where any is. The loss of a step is that of
+    the network before it: what the last step before a checkpoint, or the last of all, has broken shows only here."""
+    classifier.eval()
+    largest = classifier(views).abs().amax()
+    classifier.train()
+    return largest
 
 
-def _diverged(what, step, rate, label, epoch, remedy):
-    raise UserError(f"{what} step {step + 1} of epoch {epoch + 1}, at a learning rate of {rate:.3g}: give {remedy}, with --restart-from {'teacher' if label == 'teacher' else 'students'}")
+def require_finite(losses, rates, left, label, epoch, step, remedy):
+    """Raises UserError unless the losses of the steps up to this one, which were made at these learning rates, are finite, all of them, and the
+    `largest_answer` of the network that the last one has left, where that is not None."""
+    finite = torch.stack(losses if left is None else [*losses, left.to(losses[0].dtype)]).isfinite().tolist()
+    if all(finite):
+        return
+    bad = finite.index(False)
+    what, of = (f"the loss is {losses[bad].item()} in", bad) if bad < len(losses) else ("the network answers in NaN or infinity after", bad - 1)
+    raise UserError(f"{label}: {what} step {step + 2 - len(losses) + of} of epoch {epoch + 1}, at a learning rate of {rates[of]:.3g}: "
+                    f"give {remedy}, with --restart-from {'teacher' if label == 'teacher' else 'students'}")
 
 
 def seed_dropout(seed, purpose, device):

@@ -311,8 +311,20 @@ def remove_beside(folder):
     """Removes what a process that was killed has left beside the files that it was writing in a run folder that this one holds."""
     if is_first():
         for path in itertools.chain.from_iterable(Path(folder).glob(f"{below}.*.part") for below in ("", "*/", "transfer/*/")):
-            if re.fullmatch(r"\..+\.\d+\.part", path.name):
+            found = re.fullmatch(r"(\..+)\.(\d+)\.part", path.name)
+            if found and not ((path.parent.name in SHOWN or found[1][1:] in SHOWN) and _runs(int(found[2]))):      # a report may be drawn meanwhile
                 path.unlink(missing_ok=True)
+
+
+def _runs(process):
+    """Whether there is a process of that number on this machine."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def let_go():

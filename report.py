@@ -15,7 +15,7 @@ import data
 import transfer
 from files import UserError, first_line, listed, say, write_atomically, write_json, write_text
 from record import Experiment
-from run import APPROACHES, EATS_SOURCES, Parser, as_arguments, command, name_of, name_of_arch, read_config
+from run import APPROACHES, DECIDES, EATS_SOURCES, Parser, as_arguments, command, name_of, name_of_arch, read_config
 
 STARTS = {"none": "random weights", "teacher": "their teacher's weights", "auto": "their teacher's weights where the two share their layers, else from random ones"}
 
@@ -61,6 +61,9 @@ def notes(experiment):
     unfinished = [approach for approach in experiment.approaches if any(approach not in record.students for record in records)]
     if unfinished:
         found.insert(0, f"Not finished: {listed(unfinished)}{'' if len(records) == 1 else ' of some seed'}.")
+    different = [name for name in DECIDES if name != "seed" and any(record.config.get(name) != records[0].config.get(name) for record in records)]
+    if different:
+        found.insert(0, f"The seeds differ in more than the seed, so that they are no repetitions: {listed(different)}.")
     if settings.data_free:
         found.append("Data-free: no training image of the target was there; the teacher is as it was given.")
     teacher = experiment.first.teacher or {"accuracy": 0.0}
@@ -207,7 +210,7 @@ def _written(folder, drawn):
         write_atomically(folder / "figures" / f"{figure.name}.png", lambda file: file.write(found[-1][1]))
     for path in (folder / "figures").glob("*.png"):
         if path.stem not in {figure.name for figure, _ in found}:
-            path.unlink()
+            path.unlink(missing_ok=True)      # another report may be at it
     return found
 
 

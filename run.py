@@ -420,12 +420,13 @@ DECIDES = {
     "steps": "students", **dict.fromkeys(CHANGEABLE, "students"),
 }
 MADE_BY = {
-    "teacher": ("split.npz", "teacher.pt", "teacher.json", "teacher.npz", "teacher.part"),
+    "teacher": ("split.npz", "teacher.pt", "teacher.json", "teacher.npz", "teacher.*part"),
     "scores": ("scores/*", "thresholds.json"),
     "transfer": ("transfer/*",),
     "students": ("students/*", "results.json", "results.md"),
 }
 DRAWN = ("figures/*", "report.html")        # from all of those
+TABLE = ("results.json", "results.md", *DRAWN)
 BOARDS = {"teacher": "tensorboard/teacher", "students": "tensorboard/student-*"}
 
 
@@ -976,6 +977,8 @@ def command(main):
         print(f"{program}: {what}{f', at {error.filename}' if error.filename else ''}: make room; what is there is whole, and {_how_to_go_on()}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
+        for number in STOPPING:     # who asks three times
+            signal.signal(number, signal.SIG_IGN)
         number = error.args[0] if isinstance(error, Interrupted) else signal.SIGINT
         if is_first():
             print(f"\n{program}: stopped by {signal.Signals(number).name}; {_how_to_go_on()}", file=sys.stderr, flush=True)

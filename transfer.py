@@ -181,16 +181,17 @@ def saved_scores(path, made_from, index, criteria, compute):
         scores = {name: column for name, column in scores.items() if name not in digests or digests[name] == then.get(name)}
         digests = then | digests
     lacking = {name: criterion for name, criterion in criteria.items() if name not in scores}
+    checkpoint = engine.Checkpoint(path.with_suffix(".part"), f"scoring {path.stem}", own=True)
     if lacking:
-        began, checkpoint = time.monotonic(), engine.Checkpoint(path.with_suffix(".part"), f"scoring {path.stem}", own=True)
+        began = time.monotonic()
         which = zlib.crc32(np.ascontiguousarray(index)) if index is not None else "shards"
         scores |= compute(lacking, checkpoint=checkpoint, mark=f"{made_from}, {which}, {', '.join(f'{name} {digests.get(name, 0)}' for name in lacking)}, {engine.process()}")
         where |= {name: scores.pop(name) for name in WHERE if name in scores}
         elapsed, count = time.monotonic() - began, len(scores["predicted"])
         say(f"scores: {path.stem}, {count:,} images in {elapsed:,.1f} s, {count / elapsed:,.0f} img/s")
         write_atomically(path, lambda file: np.savez(file, made_from=made_from, seconds=seconds + elapsed, digests=json.dumps(digests), **where, **scores))
-        checkpoint.remove()
         engine.wait()
+    checkpoint.remove()
     return scores
 
 

@@ -267,7 +267,7 @@ def test_training_is_repeatable_and_an_interrupted_one_ends_in_the_same_bits(tmp
         network.network.append(nn.Dropout(0.1))     # which draws from torch's own state
         stopping, steps = iter(range(100)), iter(range(100))
 
-        def evaluate():
+        def evaluate(network):
             if stop_after is not None and next(stopping) == stop_after:
                 raise KeyboardInterrupt
             return 0.0
@@ -303,7 +303,7 @@ def test_ema_is_the_moving_average_of_the_weights_of_every_step(tmp_path):
     for decay in (0.0, 0.8):        # one step an epoch, so that each is seen
         network, seen = tiny(), []
         engine.train(network, images, np.arange(8), engine.cross_entropy(labels, cpu), dataclasses.replace(RECIPE, epochs=5, ema=decay), seed=7, device=cpu,
-                     checkpoint=tmp_path / "part", label="test", evaluate=lambda: seen.append({name: value.clone() for name, value in network.state_dict().items()}))
+                     checkpoint=tmp_path / "part", label="test", evaluate=lambda network: seen.append({name: value.clone() for name, value in network.state_dict().items()}))
         ended[decay] = (network.state_dict(), seen)
     expected = ended[0.0][1][0]
     for weights, averaged in zip(ended[0.0][1], ended[0.8][1]):

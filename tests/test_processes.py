@@ -79,7 +79,7 @@ images = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8)
 labels = np.random.default_rng(1).integers(0, 3, 50)
 cpu = torch.device("cpu")
 training = engine.train(classifier, images, np.arange(50), engine.cross_entropy(labels, cpu), Recipe(3, 9, 0.05, 0.9, schedule="onecycle", augment="crop,flip"),
-                        seed=0, device=cpu, checkpoint=Path("part"), label="test", evaluate=lambda: engine.accuracy(classifier, images, labels))
+                        seed=0, device=cpu, checkpoint=Path("part"), label="test", evaluate=lambda network: engine.accuracy(network, images, labels))
 if engine.process()[0] == 0:
     torch.save({{"state": network.state_dict(), "loss": [e["loss"] for e in training.history], "images": training.images,
                 "logits": engine.predict(classifier, images, np.arange(3, 40)) if engine.process()[1] == 1 else None}}, sys.argv[1])

@@ -353,12 +353,12 @@ def test_a_training_stopped_while_it_is_evaluated_goes_on_from_there(tmp_path):
         training = engine.train(network, images, np.arange(128), lambda *given: steps.append(1) or objective(*given), recipe, seed=0, device=torch.device("cpu"),
                                 checkpoint=tmp_path / folder, label="student", evaluate=evaluate)
         return training, network, len(steps)
-    expected, whole, _ = work(lambda: 0.5, "a.part")
+    expected, whole, _ = work(lambda network: 0.5, "a.part")
 
-    def stopped():
+    def stopped(network):
         raise Interrupted(signal.SIGTERM)
     with pytest.raises(Interrupted):
         work(stopped, "b.part")
-    found, network, steps = work(lambda: 0.5, "b.part")
+    found, network, steps = work(lambda network: 0.5, "b.part")
     assert steps == 8 and found.history == expected.history
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in whole.state_dict().items())
