@@ -102,9 +102,9 @@ def train_teacher(run, target, device):
         training = engine.Training()
     else:
         torch.manual_seed(seed)
-        teacher = models.require_logits(engine.first_alone(lambda: models.build(
+        teacher = models.require_trainable(models.require_logits(engine.first_alone(lambda: models.build(
             settings.teacher_arch, target.classes, settings.teacher_weights, size_of(settings), settings.teacher_mean, settings.teacher_std)),
-            settings.image_size)
+            settings.image_size), settings.image_size)
         watched = watch(target, confidence)
         training = engine.train(
             teacher, target.train.images, train, engine.cross_entropy(target.train.labels, device),

@@ -48,7 +48,7 @@ class _Counted:
         return content
 
 
-class _Member(tarfile.TarInfo):
+class Member(tarfile.TarInfo):
     """A member of a tar. Headers that describe the next member are read into memory whole, and searched."""
 
     @classmethod
@@ -130,7 +130,7 @@ def _extract_tar(folder, archive, budget, progress):
         stream = gzip.GzipFile(fileobj=file) if archive.name.endswith(".gz") else file
         # Read as a stream, front to back: no member is larger than what the budget has let through.
         counted = _Counted(stream, budget)
-        with tarfile.open(fileobj=counted, mode="r|", tarinfo=_Member) as content:
+        with tarfile.open(fileobj=counted, mode="r|", tarinfo=Member) as content:
             for member in content:
                 _require_inside(member.name)
                 if member.isdev():

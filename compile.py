@@ -44,9 +44,9 @@ def check_everything_is_there(settings):
     if "supervised" in settings.approaches and not is_made("students/supervised.json"):
         weights.append(("student", settings.student_arch, settings.supervised_weights, None))
     weights.append(("student", settings.student_arch, settings.student_weights, None))
-    given = models.read_tensors(settings.teacher_checkpoint) if settings.teacher_checkpoint else None
+    teacher_arch = models.arch_of(settings.teacher_checkpoint, settings.teacher_arch) if settings.teacher_checkpoint else settings.teacher_arch
     if settings.student_weights == "teacher":
-        models.require_heir(settings.student_arch, given.get("arch", settings.teacher_arch) if isinstance(given, dict) else settings.teacher_arch)
+        models.require_heir(settings.student_arch, teacher_arch)
     criteria_of(settings)
     if not settings.restart:
         for run in runs:
@@ -55,11 +55,18 @@ def check_everything_is_there(settings):
     stop_on(data.obtain(specs, settings.data_dir))
 
 
-def check_teacher(settings, target):
-    """Raises UserError where the teacher that is given doesn't fit, or can't give an approach. Returns the names of its classes."""
+def of_any_kind(arch):
+    """Whether a network is none of torchvision's, of which it is known what they do."""
+    return models.is_own(arch) or arch.startswith(models.TIMM)
+
+
+def check_networks(settings, target):
+    """Raises UserError where the teacher that is given doesn't fit, or can't give an approach, or where the student can't be trained. Returns the names of the classes."""
     classes = target.classes or load_checkpoint(settings, None).classes
-    of_any_kind = settings.teacher_checkpoint or models.is_own(settings.teacher_arch) or settings.teacher_arch.startswith(models.TIMM)
-    if of_any_kind and not Run(settings).has("teacher.json") and not has_linear_head(settings, classes):
+    if of_any_kind(settings.student_arch):
+        size = settings.image_size
+        models.require_trainable(models.require_logits(models.build(settings.student_arch, classes, input_size=models.input_size_of(settings.student_arch, size)), size), size)
+    if (settings.teacher_checkpoint or of_any_kind(settings.teacher_arch)) and not Run(settings).has("teacher.json") and not has_linear_head(settings, classes):
         if not settings.mms_plain and {"mms", "random"} & set(settings.approaches):
             raise UserError(no_mms(name_of_arch(settings.teacher_arch)))
         say(f"the logits of {name_of_arch(settings.teacher_arch)} are made by no linear layer"
@@ -127,7 +134,7 @@ def run_once(settings, device, later=(), of=None):
     """One seed: data, teacher, scores, transfer sets, students. later: the settings of the seeds that follow; of: those of all seeds, for the first
     one, which opens the run folders. Returns the run."""
     target = engine.first_alone(lambda: data.target_of(settings))
-    classes = check_teacher(settings, target)
+    classes = check_networks(settings, target)
     target_size = len(target.train) if target.train else None
     selecting = [approach for approach in settings.approaches if approach != "supervised"]
     # Whatever is wrong with a source shows here, before anything long.

@@ -24,7 +24,7 @@ from archives import extract, remove_left_over
 from download import RemoteFile, fetch, fetch_all, part_of, reachable, remaining, verify
 from files import UserError, listed, require_space, say, stop_on
 from layouts import has_images, list_images, read_class_folders, read_files
-from packing import IMAGE_SIZE, Images, Packed, digest, first_line, pack
+from packing import IMAGE_SIZE, Images, Packed, digest, first_line, open_pack, pack
 from run import FLAGS, MAX_BAD, Parser, command, data_set_spec
 from shards import expanded, is_shards, open_shards
 
@@ -261,9 +261,9 @@ def _read_layout(record, folder, split, named=None):
     named = named or folder
     try:
         images = record.read(folder, split)
-    except PermissionError:
+    except (PermissionError, UserError, MemoryError):
         raise
-    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+    except Exception as error:      # whatever a broken layout makes its reader raise
         raise UserError(f"{named} is incomplete or damaged ({first_line(error)}): delete it, it is made again") from None
     expected = record.images.get(split, images.count)
     if images.count != expected:
@@ -402,6 +402,14 @@ def source_of(settings, spec):
     return load_source(spec, settings.data_dir, settings.seed, settings.limit, settings.image_size, settings.max_bad)
 
 
+def source_at_hand(settings, spec):
+    """As `source_of`, where it needs neither fetching, extracting nor packing; UserError elsewhere: to look at a run makes nothing."""
+    name, equals, _ = spec.partition("=")
+    if missing([(spec, "source")], settings.data_dir) or not equals and locate(_record(name), settings.data_dir).kind == "archive":
+        raise UserError(f"{name} is not in {settings.data_dir}, ready to be read")
+    return load_source(spec, settings.data_dir, settings.seed, settings.limit, settings.image_size, settings.max_bad, make=False)
+
+
 def _in_order(images, names, spec):
     """`images` with their classes in the order of `names`; None, or their number in place of names, leaves them as they are."""
     if names is None or names == len(images.classes):
@@ -432,14 +440,15 @@ def load_target(spec, data_dir="data", seed=0, limit=None, size=IMAGE_SIZE, max_
     return Target(*packs, train.classes)
 
 
-def load_source(spec, data_dir="data", seed=0, limit=None, size=IMAGE_SIZE, max_bad=MAX_BAD):
-    """Packs and opens the source `NAME` or `NAME=PATH`, or opens the shards of `NAME=PATTERN.tar`. Its labels, if it has any, are not kept."""
+def load_source(spec, data_dir="data", seed=0, limit=None, size=IMAGE_SIZE, max_bad=MAX_BAD, make=True):
+    """Packs and opens the source `NAME` or `NAME=PATH`, or opens the shards of `NAME=PATTERN.tar`. Its labels, if it has any, are not kept.
+    make=False: raises UserError where it is not packed yet."""
     name, _, path = spec.partition("=")
     if is_shards(path):
         return open_shards(name, path, size, limit)
     images = _read(spec, data_dir, "source", "source", seed)
     unlabelled = Images(images.count, images.read, images.made_from, files=images.files, rows=images.rows)
-    return _pack_spec(unlabelled.limited(limit), spec, "source", data_dir, seed, limit, size, max_bad)
+    return _pack_spec(unlabelled.limited(limit), spec, "source", data_dir, seed, limit, size, max_bad, make)
 
 
 def _read(spec, data_dir, role, split, seed):
@@ -465,7 +474,7 @@ def _read(spec, data_dir, role, split, seed):
     return images
 
 
-def _pack_spec(images, spec, split, data_dir, seed, limit, size, max_bad):
+def _pack_spec(images, spec, split, data_dir, seed, limit, size, max_bad, make=True):
     name, _, path = spec.partition("=")
     parts = [name, split, str(size)]
     if path:
@@ -474,7 +483,13 @@ def _pack_spec(images, spec, split, data_dir, seed, limit, size, max_bad):
         parts.append(f"seed{seed}")
     if limit is not None:
         parts.append(f"limit{limit}")
-    return pack(images, Path(data_dir) / "packed" / "-".join(parts), name if split == "source" else f"{name} {split}", size, max_bad)
+    folder = Path(data_dir) / "packed" / "-".join(parts)
+    if make:
+        return pack(images, folder, name if split == "source" else f"{name} {split}", size, max_bad)
+    packed = open_pack(folder, images.made_from, tell=False)
+    if packed is None:
+        raise UserError(f"{name} is not packed in {data_dir}, or has changed since")
+    return packed
 
 
 # --------------------------------------------------------------------------------------------------

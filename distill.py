@@ -105,8 +105,8 @@ def train_student(run, approach, target, device):
     answers = engine.Checkpoint(run.student(approach, "answers.part"), f"student {approach}", own=True)
     torch.manual_seed(seed)
     heir = figures["weights"] in ("teacher", "auto")
-    student = models.require_logits(engine.first_alone(lambda: models.build(
-        settings.student_arch, classes, "none" if heir else figures["weights"], models.input_size_of(settings.student_arch, settings.image_size))), settings.image_size)
+    student = models.require_trainable(models.require_logits(engine.first_alone(lambda: models.build(
+        settings.student_arch, classes, "none" if heir else figures["weights"], models.input_size_of(settings.student_arch, settings.image_size))), settings.image_size), settings.image_size)
     if heir:
         teacher = models.load(teacher_path, settings.teacher_arch)
         if figures["weights"] == "teacher":

@@ -19,7 +19,7 @@ MOST_ROWS = 100         # that a heat map shows
 STRIP = 4               # images of each kind in a strip
 WIDTH = 7.2             # inches: of a page of text
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "axes.spines.top": False, "axes.spines.right": False,
-         "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True, "savefig.dpi": 150, "figure.dpi": 150, "legend.frameon": False}
+         "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True, "savefig.dpi": 150, "figure.dpi": 150, "legend.frameon": False, "text.parse_math": False}
 
 
 @dataclass(frozen=True)

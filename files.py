@@ -55,8 +55,11 @@ def stop_on(lines):
 
 def first_line(error):
     """What an exception says, in one line."""
-    text = getattr(error, "strerror", None) or str(error)
-    return (text.splitlines() or [type(error).__name__])[0]
+    try:
+        text = getattr(error, "strerror", None)
+        return (text if isinstance(text, str) and text else str(error)).splitlines()[0]
+    except Exception:       # it says nothing, or can't even do that
+        return type(error).__name__
 
 
 def listed(items, most=20):

@@ -88,7 +88,10 @@ def _read_cifar(root, batches, meta, label_key, names_key):
     contents = [_unpickle(root / name) for name in batches]
     arrays = [np.asarray(batch["data"], np.uint8).reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE).transpose(0, 2, 3, 1) for batch in contents]
     labels = np.concatenate([batch[label_key] for batch in contents])
-    return read_arrays(root, batches, arrays, labels, list(_unpickle(root / meta)[names_key]))
+    names = list(_unpickle(root / meta)[names_key])
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"{meta} holds no names of classes")
+    return read_arrays(root, batches, arrays, labels, names)
 
 
 def read_cifar10(root, split):
@@ -110,7 +113,10 @@ def read_svhn(root, split):
         content = loadmat(root / name)
     except Exception as error:
         raise UserError(f"{root / name} is not a MATLAB file ({error}): delete it and fetch it again") from None
-    return read_arrays(root, [name], [content["X"].transpose(3, 0, 1, 2)], content["y"].ravel() % 10, [str(digit) for digit in range(10)])
+    digits = np.asarray(content["y"]).ravel()
+    if not np.isin(digits, np.arange(1, 11)).all():
+        raise ValueError(f"{name} has other labels than 1 to 10")
+    return read_arrays(root, [name], [content["X"].transpose(3, 0, 1, 2)], digits % 10, [str(digit) for digit in range(10)])
 
 
 class _Stl10Images:

@@ -9,7 +9,6 @@ import functools
 import inspect
 import io
 import itertools
-import math
 import re
 import warnings
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from download import RemoteFile, fetch, reachable
 from files import UserError, file_digest, first_line, listed, require_whole, write_atomically
 from packing import IMAGE_SIZE
-from run import LARGEST, import_file, is_own, name_of_arch, running_own
+from run import LARGEST, failing_in_a_line, import_file, is_own, name_of_arch, running_own
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
 INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
@@ -33,6 +32,7 @@ TIMM = "timm:"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "teacher")     # keys that a state dict is saved under
 STARTS = ("none", "imagenet", "teacher", "auto")    # of a network's weights, if it is not a file
 ENOUGH_SHARED = 0.5     # of a student's parameters, for a start from the teacher's
+PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool)
 CENTERED = (0.5, 0.5, 0.5)      # as mean and as deviation: pixels in [-1, 1]
 
 
@@ -163,24 +163,24 @@ def _own_network(arch, count, input_size):
     """What the user's function makes. It is given the number of classes where it has a parameter for it: one called
     num_classes, or else one without a default. Layers that take their size from their first input are shown one."""
     factory = _factory(arch)
-    try:
+    with failing_in_a_line(lambda said: f"{arch} raised {said}"):
         parameters = inspect.signature(factory).parameters
         required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty
                     and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)]
         with running_own(arch.rpartition(":")[0]):
             network = factory(num_classes=count) if "num_classes" in parameters else factory(count) if required else factory()
-    except Exception as error:
-        raise UserError(f"{arch} raised {type(error).__name__}: {first_line(error)}") from None
     if not isinstance(network, nn.Module):
         raise UserError(f"{arch} gives a {type(network).__name__}, not a torch.nn.Module")
     if any(isinstance(tensor, nn.parameter.UninitializedTensorMixin) for tensor in itertools.chain(network.parameters(), network.buffers())):
-        try:
-            with torch.no_grad():
-                network.eval()(torch.zeros(2, 3, input_size, input_size))
-        except Exception as error:
-            raise UserError(f"{arch} does not take {input_size}x{input_size} images: {first_line(error)}; another size is --teacher-size") from None
+        with _taking_images(arch, input_size), torch.no_grad():
+            network.eval()(torch.zeros(2, 3, input_size, input_size))
         network.train()
     return network
+
+
+def _taking_images(arch, size):
+    """A context in which what a network raises says that it does not take images of that size."""
+    return failing_in_a_line(lambda said: f"{arch} does not take {size}x{size} images: {said.partition(': ')[2] or said}; another size is --teacher-size")
 
 
 def input_size_of(arch, image_size=IMAGE_SIZE):
@@ -462,7 +462,7 @@ def require_fits(arch, image_size=IMAGE_SIZE, input_size=None):
         except UserError:
             if device == "cpu":
                 raise
-        except Exception as error:
+        except (Exception, SystemExit, GeneratorExit) as error:
             reason = first_line(error)
     else:
         raise UserError(f"{arch} does not take {input_size}x{input_size} images: {reason}; another size is --teacher-size")
@@ -473,18 +473,37 @@ def require_fits(arch, image_size=IMAGE_SIZE, input_size=None):
 def require_logits(classifier, image_size=IMAGE_SIZE):
     """Raises UserError unless the classifier gives a logit for each of its classes. Returns it, in the mode it was in."""
     training = classifier.training
-    images = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8, device=classifier.scale.device)
-    try:
-        with torch.no_grad():
-            logits = classifier.eval()(images)
-    except Exception as error:
-        raise UserError(f"{classifier.arch} does not take {classifier.input_size}x{classifier.input_size} images: {first_line(error)}; another size is --teacher-size") from None
+    images = torch.zeros(3, image_size, image_size, 3, dtype=torch.uint8, device=classifier.scale.device)
+    with _taking_images(classifier.arch, classifier.input_size), torch.no_grad():
+        logits = classifier.eval()(images[:2])
+        classifier(images)      # as many as there are
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, len(classifier.classes)):
         raise UserError(f"{classifier.arch} gives {_shape(logits)} for two images of {len(classifier.classes)} classes, not (2, {len(classifier.classes)})")
+    if not logits.is_floating_point():
+        raise UserError(f"{classifier.arch} gives logits of {logits.dtype}, not of real numbers")
     if not logits.isfinite().all():
         raise UserError(f"{classifier.arch} gives logits that are NaN or infinite, for black images")
     if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-4):
         raise UserError(f"{classifier.arch} gives probabilities, which add up to 1, not logits: leave its softmax out")
+    return classifier.train(training)
+
+
+def require_trainable(classifier, image_size=IMAGE_SIZE):
+    """Raises UserError unless the classifier gives logits that can be learned from while it trains, and its weights can be saved. Leaves them, and torch's random numbers, as they were."""
+    state, classes = classifier.state_dict(), len(classifier.classes)
+    odd = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if odd:
+        raise UserError(f"{classifier.arch} can't be saved as plain tensors: {listed(odd, 3)} in its state_dict {'is' if len(odd) == 1 else 'are'} no tensor")
+    state, training = {name: value.clone() for name, value in state.items()}, classifier.training
+    images = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8, device=classifier.scale.device)
+    with torch.random.fork_rng(devices=[]), failing_in_a_line(lambda said: f"{classifier.arch} can't be trained: {said}"):
+        answer = classifier.train()(images)
+        logits = [each for each in answer if each is not None] if isinstance(answer, tuple) else [answer]
+        classifier.load_state_dict(state)
+    if not logits or not all(isinstance(each, torch.Tensor) and each.shape == (2, classes) and each.is_floating_point() for each in logits):
+        raise UserError(f"{classifier.arch} gives {', '.join(map(_shape, logits))} in train mode for two images of {classes} classes, not (2, {classes})")
+    if not sum(each.sum() for each in logits).requires_grad:
+        raise UserError(f"{classifier.arch} can't be trained: none of its weights takes a gradient")
     return classifier.train(training)
 
 
@@ -561,7 +580,7 @@ def read_tensors(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # of TorchScript, which is refused below
-            return torch.load(path, weights_only=True, map_location="cpu")
+            return _bare(torch.load(path, weights_only=True, map_location="cpu"))
     except Exception as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named or "TorchScript" in str(error):
@@ -571,6 +590,28 @@ def read_tensors(path):
         raise UserError(f"{path} is not a checkpoint of tensors and plain types ({first_line(error)[:120]})") from None
 
 
+def _bare(value):
+    """What was read, without the attributes that a file may give to its dicts and tensors, where they would stand in the way of methods."""
+    if isinstance(value, torch.Tensor):
+        return torch.Tensor.detach(value)
+    if not isinstance(value, dict):
+        return value
+    bare, versions = collections.OrderedDict((key, _bare(each)) for key, each in dict.items(value)), getattr(value, "_metadata", None)
+    if isinstance(versions, dict) and all(isinstance(name, str) and isinstance(of, dict) and all(isinstance(number, int) for number in dict.values(of)) for name, of in dict.items(versions)):
+        bare._metadata = versions
+    return bare
+
+
+def arch_of(path, arch):
+    """The architecture of the teacher in a checkpoint that is given with `arch`: what it says of itself, if it is one of this project."""
+    content = read_tensors(path)
+    if not _is_ours(content):
+        return arch
+    _require_sound(content, path)
+    _require_named(content, path, arch)
+    return arch if is_own(content["arch"]) else content["arch"]
+
+
 def _is_ours(content):
     return isinstance(content, dict) and {"arch", "classes", "input_size", "mean", "std", "state_dict"} <= set(content)
 
@@ -578,13 +619,13 @@ def _is_ours(content):
 def _require_sound(content, path):
     """Raises UserError unless the parts of a checkpoint of this project are what they should be."""
     def three(values, least):
-        return isinstance(values, (tuple, list)) and len(values) == 3 and all(isinstance(value, (int, float)) and least <= value < math.inf for value in values)
+        return isinstance(values, (tuple, list)) and len(values) == 3 and all(type(value) in (int, float) and least <= value <= 1e12 for value in values)
     classes, size = content["classes"], content["input_size"]
     sound = {
         "arch": isinstance(content["arch"], str),
         "classes": isinstance(classes, (list, tuple)) and all(isinstance(name, (str, int)) for name in classes) and len(set(classes)) == len(classes) >= 2,
-        "input_size": isinstance(size, int) and 1 <= size <= LARGEST, "mean": three(content["mean"], -math.inf), "std": three(content["std"], 1e-12),
-        "state_dict": isinstance(content["state_dict"], dict) and all(isinstance(value, torch.Tensor) for value in content["state_dict"].values()),
+        "input_size": type(size) is int and 1 <= size <= LARGEST, "mean": three(content["mean"], -1e12), "std": three(content["std"], 1e-12),
+        "state_dict": isinstance(content["state_dict"], dict) and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content["state_dict"].items()),
     }
     wrong = [name for name, right in sound.items() if not right]
     if wrong:
@@ -635,8 +676,8 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
         classifier = _load_ours(content | {"input_size": input_size or content["input_size"], "mean": mean or content["mean"],
                                            "std": std or content["std"]}, path, arch)
         if classes is not None and classifier.classes != list(classes):
-            raise UserError(f"{path} knows {len(classifier.classes)} classes ({', '.join(classifier.classes[:3])}, ...), "
-                            f"the target has {len(classes)} ({', '.join(classes[:3])}, ...)")
+            raise UserError(f"{path} knows {len(classifier.classes)} classes ({', '.join(map(str, classifier.classes[:3]))}, ...), "
+                            f"the target has {len(classes)} ({', '.join(map(str, classes[:3]))}, ...)")
         return require_logits(classifier, image_size)
     if classes is None:
         raise UserError(f"{path} does not say which classes it knows: give --classes")
@@ -665,6 +706,10 @@ def _fit(network, state, path, arch, remedy=None):
     expected = network.state_dict()
     versions = getattr(state, "_metadata", expected._metadata)      # of its layers; MNASNet takes no state dict without
     state = collections.OrderedDict(state)
+    plain = {key for key, value in state.items() if value.layout == torch.strided and value.dtype in PLAIN and not (value.is_meta or value.is_nested)}
+    if len(plain) < len(state):
+        odd = [key for key in state if key not in plain]
+        raise UserError(f"{path} can't be used: {listed(odd, 3)} {'holds' if len(odd) == 1 else 'hold'} no dense real numbers")
     while state and not state.keys() & expected.keys():
         prefixes = {key.partition(".")[0] for key in state}
         if len(prefixes) > 1 or "" in (key.partition(".")[2] for key in state):
@@ -685,10 +730,8 @@ def _fit(network, state, path, arch, remedy=None):
     said = [f"{what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}" for what, keys in wrong.items() if keys]
     if said:
         raise UserError(f"{path} does not fit {arch}: {'; '.join(said)}" + (f": {remedy}" if remedy else ""))
-    plain = {key: value for key, value in state.items() if value.layout == torch.strided and not (value.is_meta or value.is_complex() or value.is_quantized)}
-    unusable = [key for key in state if key not in plain] or [key for key, value in plain.items() if not value.isfinite().all()]
-    if unusable:
-        raise UserError(f"{path} can't be used: {listed(unusable, 3)} {'holds' if len(unusable) == 1 else 'hold'} "
-                        + ("NaN or infinity" if len(plain) == len(state) else "no dense real numbers"))
+    broken = [key for key, value in state.items() if not value.isfinite().all() and (key not in expected or expected[key].isfinite().all())]      # a mask may hold infinity from the start
+    if broken:
+        raise UserError(f"{path} can't be used: {listed(broken, 3)} {'holds' if len(broken) == 1 else 'hold'} NaN or infinity")
     state._metadata = versions
     network.load_state_dict(state, strict=False)

@@ -55,6 +55,8 @@ class Images:
     def __post_init__(self):
         if self.labels is not None and len(self.labels) != self.count:
             raise ValueError(f"{self.count:,} images have {len(self.labels):,} labels")
+        if self.labels is not None and self.classes is not None and len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise ValueError(f"a label is not among its {len(self.classes):,} classes")
 
     def take(self, rows):
         """Those images alone. rows: (n,) int64."""

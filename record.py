@@ -8,9 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from files import UserError, read_json, require_whole
+from files import UserError, one_field, read_json, require_whole
 from run import LATER_DEFAULTS, Settings, name_of, read_made_with
 from structure import ORIGIN, WHERE
+
+def shown(name):
+    """A name, of a class or of anything, as every page and figure can show it."""
+    return one_field(str(name).encode("utf-8", "backslashreplace").decode())
+
 
 @dataclass(frozen=True)
 class Selected:
@@ -69,7 +74,7 @@ class Record:
     def classes(self):
         for held in (self.teacher, self.thresholds):
             if held:
-                return [str(name) for name in held["classes"]]
+                return [shown(name) for name in held["classes"]]
         return None
 
     @functools.cached_property

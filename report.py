@@ -5,6 +5,7 @@
 """
 import csv
 import io
+import re
 import statistics
 import time
 from pathlib import Path
@@ -126,7 +127,7 @@ def as_markdown(results):
         cells = [row["approach"], row["student"], ", ".join(row["sources"]), f"{row['transfer_size']:,}",
                  f"{min(row['per_class']):,} to {max(row['per_class']):,}", *figures]
         cells += [f"{PUBLISHED[row['approach']]:.2f}" if row["approach"] in PUBLISHED else "-"] * published
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines + [""] + [f"- {note}" for note in results["notes"]]) + "\n"
 
 
@@ -154,7 +155,7 @@ def pixel_reader(record):
 
     def open_source(name):
         try:
-            source = data.source_of(settings, next(spec for spec in settings.sources if name_of(spec) == name))
+            source = data.source_at_hand(settings, next(spec for spec in settings.sources if name_of(spec) == name))
             with np.load(record.folder / "scores" / f"{name}.npz") as saved:
                 if str(saved["made_from"]).rpartition("/")[0] == source.made_from:
                     return source
@@ -217,7 +218,7 @@ def _written(folder, drawn):
 def table_of(results):
     """(header, rows) of the table of `as_markdown`, of text."""
     lines = [line for line in as_markdown(results).splitlines() if line.startswith("| ")]
-    header, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    header, *rows = ([cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines)
     return header, rows
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from files import (LEDGER, UserError, damage, file_digest, first_line, hold, is_first, let_go, listed, nearest_existing, open_ledger, read_json, remove_beside, require_whole, say,
                    write_json)
-from structure import META, ORIGIN, WHERE
+from structure import META, ORIGIN, WHERE, plain
 
 # --------------------------------------------------------------------------------------------------
 # Recipes
@@ -81,6 +81,9 @@ AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
 MAX_BAD = 0.01              # share of unreadable images in a folder above which something else is wrong
 DATA_FREE_SIZE = 50_000     # images of a transfer set where no training split says how many
 LARGEST = 4_096             # pixels of an edge
+MOST = 10 ** 12             # of anything that is counted
+MOST_SELECTED = 10 ** 8     # images of a transfer set
+HOTTEST = 1e6               # temperature: its square and the logits over it still are numbers
 MOST_CLASSES = 1_000_000
 LARGEST_CONFIG = 100_000_000    # bytes; a million names of classes have fewer
 OTHERS_WAIT = 5.0           # seconds before another process than the first says what is wrong
@@ -188,7 +191,21 @@ def _positive_int(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"more than {MOST:,}")
     return value
+
+
+def _selected(text):
+    if _positive_int(text) > MOST_SELECTED:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MOST_SELECTED:,} images")
+    return int(text)
+
+
+def _temperature(text):
+    if not 1 / HOTTEST <= _positive_float(text) <= HOTTEST:
+        raise argparse.ArgumentTypeError(f"{text} is not in {1 / HOTTEST:g} ... {HOTTEST:,.0f}")
+    return float(text)
 
 
 def _edge(text):
@@ -226,7 +243,7 @@ def share(text):
 
 def data_set_spec(text):
     name, equals, path = text.partition("=")
-    if not name or name != Path(name).name or name.startswith(".") or (equals and not path):
+    if not name or not plain(name) or (equals and not path):
         raise argparse.ArgumentTypeError(f"'{text}' is neither NAME nor NAME=PATH")
     return text
 
@@ -376,10 +393,10 @@ FLAGS = {
     "shortfall": dict(choices=("keep", "relax", "repeat"),
                       help="where a class is short of images: leave it, take the next best below its threshold, "
                            "or repeat those it has (default: keep)"),
-    "transfer_size": dict(type=_positive_int, metavar="N",
+    "transfer_size": dict(type=_selected, metavar="N",
                           help="images of a full transfer set, shared equally by the classes "
                                f"(default: the size of the target's training split; {DATA_FREE_SIZE} with --data-free)"),
-    "temperature": dict(type=_positive_float, metavar="T", help="of the KD loss (default: the recipe's)"),
+    "temperature": dict(type=_temperature, metavar="T", help="of the KD loss (default: the recipe's)"),
     "epochs": dict(type=_positive_int, metavar="N", help="of every student (default: the recipe's)"),
     "teacher_epochs": dict(type=_positive_int, metavar="N", help="of the teacher (default: the recipe's)"),
     "teacher_lr": dict(type=_positive_float, metavar="RATE", help="learning rate of the teacher (default: the recipe's, a tenth of it from trained weights)"),
@@ -438,12 +455,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def parse(argv, description, flags):
-    """What was given on the command line, and only that, as {flag: value}. Exits with status 2 in one line."""
-    parser = Parser(description=description.strip().splitlines()[0], argument_default=argparse.SUPPRESS,
-                     allow_abbrev=False)
+class _StoredParser(Parser):
+    """Of settings that were read from a file, which is its prog."""
+
+    def error(self, message):
+        raise UserError(f"{self.prog} is damaged: {message}")
+
+
+def _with_flags(parser, flags):
     for name in flags:
         parser.add_argument("--" + name.replace("_", "-"), dest=name, **FLAGS[name])
+    return parser
+
+
+def parse(argv, description, flags):
+    """What was given on the command line, and only that, as {flag: value}. Exits with status 2 in one line."""
+    parser = _with_flags(Parser(description=description.strip().splitlines()[0], argument_default=argparse.SUPPRESS, allow_abbrev=False), flags)
     given = _parsed(parser, argv)
     for one, other in CONTRADICTORY:
         if one in given and other in given:
@@ -510,6 +537,8 @@ def read_made_with(folder):
     _require_types(config, f"{path} is damaged")
     if not set(DECIDES) - set(LATER_DEFAULTS) <= set(config):
         raise UserError(f"{path} is damaged: it lacks settings; use another --run-dir")
+    values = {name: value for name, value in config.items() if name != "seeds" and not (name == "steps" and value == 0)}
+    _parsed(_with_flags(_StoredParser(prog=str(path), argument_default=argparse.SUPPRESS, allow_abbrev=False), RUN_FLAGS), _as_words(values))
     return config
 
 
@@ -526,6 +555,11 @@ def as_arguments(config):
         pass        # was given, since without it the supervised student would have started from ImageNet's
     elif start is not None and start == getattr(RECIPES.get(config.get("recipe")), "student_weights", None):
         del config["student_weights"]       # so that the supervised student starts from what its own default is
+    return _as_words(config)
+
+
+def _as_words(config):
+    """[--flag=value] of settings, each as a command line would give it."""
     arguments = []
     for name, value in config.items():
         flag = "--" + name.replace("_", "-")
@@ -628,6 +662,8 @@ def _with_criteria(given, approaches):
     for name, file in criteria.items():
         if name in known or name in TAKEN:
             raise UserError(f"{file}: {name} is the name of something else in a run folder: rename the file")
+        if not name or not plain(name) or name.endswith(".py"):
+            raise UserError(f"{file}: {name[:40]!r} can't be the name of an approach: rename the file")
     names = tuple(name_of_approach(approach) for approach in approaches)
     for name in (*names, name_of_approach(given.get("approach", "mms"))):
         if name not in known and name not in criteria:
@@ -657,6 +693,17 @@ def name_of_arch(arch):
 # --------------------------------------------------------------------------------------------------
 
 _beside = {}        # {folder of the user's: {name: module} that its files have imported and that a module of ours has the name of}
+
+
+@contextlib.contextmanager
+def failing_in_a_line(line):
+    """Within it, whatever code of the user's raises is the UserError `line(what it says)`: sys.exit as well, which would end the tool as if all were well."""
+    try:
+        yield
+    except (UserError, Interrupted):
+        raise
+    except (Exception, SystemExit, GeneratorExit, KeyboardInterrupt) as error:       # a signal's is an Interrupted
+        raise UserError(line(f"{type(error).__name__}: {first_line(error)}")) from None
 
 
 @contextlib.contextmanager
@@ -692,11 +739,11 @@ def import_file(path):
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
-        with running_own(path):
+        with failing_in_a_line(lambda said: f"{path} can't be imported ({said})"), running_own(path):
             spec.loader.exec_module(module)
-    except Exception as error:
+    except UserError:
         del sys.modules[name]
-        raise UserError(f"{path} can't be imported ({type(error).__name__}: {first_line(error)})") from None
+        raise
     return module
 
 
@@ -933,7 +980,7 @@ def _wait_to_be_ended():
 
 
 # of a path: what the user, and nobody else, can put right
-UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE)
+UNUSABLE = (errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE)
 
 
 def command(main):

@@ -7,7 +7,10 @@ selected images, from those shards alone that have any, and nothing else is kept
 """
 import functools
 import io
+import itertools
+import math
 import os
+import re
 import tarfile
 import warnings
 from dataclasses import dataclass
@@ -16,11 +19,15 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from archives import Member
 from files import UserError, first_line
 from layouts import IMAGE_SUFFIXES
 from packing import FORMATS, cores, decode, in_order, load, state_of, what_is_wrong
 
 SUFFIX = ".tar"
+META = re.compile(r"__[^/]*__($|/)")        # members that WebDataset keeps for itself
+LARGEST_MEMBER = 300_000_000                # bytes
+MOST_SHARDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -80,12 +87,12 @@ class _Shards(Dataset):
         last = max(wanted) if wanted is not None else None if self.each is None else self.each - 1
         pixels, numbers, members, bad, seen = [], [], [], [], 0
         try:
-            for name, content in _members(self.paths[number]):
+            for name, read in _members(self.paths[number]):
                 if wanted is None or seen in wanted:
                     try:
                         with warnings.catch_warnings():
                             warnings.simplefilter("ignore")
-                            pixels.append(decode(_image(content), self.size))
+                            pixels.append(decode(_image(read()), self.size))
                         numbers.append(seen)
                         members.append(name)
                     except Exception as error:      # whatever a broken file makes a decoder raise
@@ -93,18 +100,25 @@ class _Shards(Dataset):
                 seen += 1
                 if last is not None and seen > last:
                     break
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except Exception as error:      # whatever a broken archive makes its reader raise
             return f"{self.paths[number]} is damaged or can't be read ({first_line(error)})"
         pixels = np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), np.uint8)
         return Shard(number, pixels, numbers, members, seen, bad)
 
 
 def _members(path):
-    """Yields (name, content) of the images in a shard."""
-    from webdataset.tariterators import tar_file_iterator
-    with open(path, "rb") as file:
-        for member in tar_file_iterator(file, select_files=lambda name: os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES):
-            yield member["fname"], member["data"]
+    """Yields (name, a function that reads the content) of the images in a shard. WebDataset's own iterator reads every member whole, however large it says it is."""
+    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=Member) as shard:
+        for member in shard:
+            if member.isreg() and os.path.splitext(member.name)[1].lower() in IMAGE_SUFFIXES and not META.match(member.name):
+                yield member.name, functools.partial(_content, shard, member)
+            shard.members = []      # which it would keep, of millions
+
+
+def _content(shard, member):
+    if member.issparse() or member.size > LARGEST_MEMBER:
+        raise ValueError(f"{member.size:,} bytes are more than {LARGEST_MEMBER:,}" if member.size > LARGEST_MEMBER else "a file with holes")
+    return shard.extractfile(member).read()
 
 
 def _image(content):
@@ -121,10 +135,16 @@ def is_shards(path):
 def expanded(name, pattern):
     """The paths that a pattern like /data/{000000..000099}.tar stands for. Raises UserError where one is not there."""
     try:
-        from webdataset.shardlists import expand_urls
+        from braceexpand import braceexpand
     except ImportError:
-        raise UserError(f"{name}={pattern}: to read shards, pip install webdataset") from None
-    paths = tuple(expand_urls(pattern))
+        raise UserError(f"{name}={pattern}: to read shards, pip install braceexpand") from None
+    try:
+        count = math.prod(abs(int(last) - int(first)) + 1 for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)[.}]", pattern))       # all of a range are made at once
+        paths = tuple(itertools.islice(braceexpand(pattern), MOST_SHARDS + 1)) if count <= MOST_SHARDS else range(count)
+    except ValueError as error:     # braces that are not closed
+        raise UserError(f"{name}={pattern}: no pattern of shards ({first_line(error)})") from None
+    if len(paths) > MOST_SHARDS:
+        raise UserError(f"{name}={pattern}: more than {MOST_SHARDS:,} shards")
     absent = [path for path in paths if not os.path.isfile(path)]
     if absent:
         raise UserError(f"{name}={pattern}: {len(absent):,} of {len(paths):,} shards are not there, the first is {absent[0]}")

@@ -17,7 +17,14 @@ import numpy as np
 META = ("calibrated_on", "teacher", "scale", "quantile", "digests", "sources", "classes")      # in thresholds.json, beside the criteria
 WHERE = ("index", "shard_images")                   # columns of a file of scores that say which images they are,
 ORIGIN = ("made_from", "seconds", "digests")        # and where they come from
+LONGEST_NAME = 180                                  # bytes
 MANIFEST = ["source", "index", "file", "predicted", "score"]
+
+
+def plain(name):
+    """Whether a name may be that of a file and be shown: nothing that leads elsewhere, is hidden or can't be printed, and no longer than a file system takes
+    with what is added to it."""
+    return name.isprintable() and name == Path(name).name and not name.startswith(".") and len(name.encode()) <= LONGEST_NAME
 
 
 class Misfit(Exception):
@@ -138,7 +145,7 @@ def _teacher(path):
 def _thresholds(path):
     content = _read_object(path, {"classes": _names, "calibrated_on": _text, "teacher?": _text, "digests?": _dict_of(_text)})
     limits = _list_of(_or_none(_number))
-    wrong = [name for name, values in content.items() if name not in META and not (limits(values) and len(values) == len(content["classes"]))]
+    wrong = [name for name, values in content.items() if name not in META and not (plain(name) and limits(values) and len(values) == len(content["classes"]))]
     _require(not wrong, f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not one number a class")
     return {"classes": len(content["classes"])}
 
@@ -199,7 +206,7 @@ def _scores(path):
     _require(_dict_of(_text)(json.loads(str(columns.get("digests", "{}")))), "digests is not what a run writes there")
     _require((np.diff(columns["index"]) > 0).all(), "index is not in order")
     wrong = [name for name, values in columns.items() if name not in ("predicted", *WHERE, *ORIGIN) and values.dtype != np.float32]
-    _require(not wrong, f"{', '.join(wrong)} {'holds' if len(wrong) == 1 else 'hold'} no scores")
+    _require(not wrong and all(map(plain, columns)), f"{', '.join(wrong or columns)} {'holds' if len(wrong) == 1 else 'hold'} no scores")
     _require(all(values.shape == columns["predicted"].shape for name, values in columns.items() if values.ndim and name != "shard_images"), "its columns differ in length")
     return {"labels": int(columns["predicted"].max(initial=-1)) + 1}
 

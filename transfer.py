@@ -39,7 +39,7 @@ import models
 from data import source_of, specs_of, target_of, unavailable
 from files import UserError, file_digest, first_line, is_usable, listed, one_field, read_json, say, stop_on, write_atomically, write_json, write_text
 from packing import release_pages
-from run import (DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, Interrupted, command, import_file, interrupted, name_of, name_of_approach, name_of_arch, open_stage, orderly,
+from run import (DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, Interrupted, command, failing_in_a_line, import_file, interrupted, name_of, name_of_approach, name_of_arch, open_stage, orderly,
                  running_own)
 from shards import Shards
 from structure import MANIFEST, WHERE
@@ -63,37 +63,37 @@ class OwnCriterion:
         self.path, self._module, self.digest = path, import_file(path), file_digest(path)
         self.KEEP = getattr(self._module, "KEEP", None)
         lacking = [name for name in ("score", "threshold") if not callable(getattr(self._module, name, None))]
-        if self.KEEP not in (">=", "<="):
+        if not isinstance(self.KEEP, str) or self.KEEP not in (">=", "<="):
             lacking.append("KEEP = '>=' or '<='")
         if lacking:
             raise UserError(f"{path} is no criterion: it lacks {' and '.join(lacking)} (see mms_threshold.py)")
 
     def score(self, logits, weight):
-        scores = self._called("score", logits, weight)
-        if not isinstance(scores, torch.Tensor) or scores.shape != logits.shape[:1]:
+        scores = self._called("score", logits.clone(), None if weight is None else weight.clone())       # it may work in place
+        if not (isinstance(scores, torch.Tensor) and scores.layout == torch.strided and not (scores.is_nested or scores.is_meta or scores.is_complex()) and scores.shape == logits.shape[:1]):
             raise UserError(f"{self.path}: score gives {_shape(scores)} for logits of {tuple(logits.shape)}, not one number an image, ({len(logits)},)")
         return scores.float()
 
     def threshold(self, scores, predicted, classes):
-        thresholds = self._called("threshold", scores, predicted, classes)
+        thresholds = self._called("threshold", scores.copy(), predicted.copy(), classes)
         try:
-            numbers = np.asarray(thresholds, np.float64)
-        except (TypeError, ValueError):
+            numbers = None if np.iscomplexobj(thresholds) else np.asarray(thresholds, np.float64)
+        except Exception:       # whatever is no number
             numbers = None
         if np.shape(numbers) != (classes,):
             raise UserError(f"{self.path}: threshold gives {_shape(thresholds)}, not one number for each of {classes} classes")
         return numbers
 
     def _called(self, name, *args):
-        try:
-            with running_own(self.path):
-                return getattr(self._module, name)(*args)
-        except Exception as error:
-            raise UserError(f"{self.path}: {name} raised {type(error).__name__}: {first_line(error)}") from None
+        with failing_in_a_line(lambda said: f"{self.path}: {name} raised {said}"), running_own(self.path):
+            return getattr(self._module, name)(*args)
 
 
 def _shape(value):
-    return f"a {type(value).__name__} of {tuple(value.shape)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
+    try:
+        return f"a {type(value).__name__} of {tuple(value.shape)}"
+    except Exception:       # it has no shape, or none that can be told
+        return f"a {type(value).__name__}"
 
 
 def criteria_of(settings):
@@ -443,10 +443,12 @@ def make_thresholds(run, scoring):
         for name, criterion in criteria.items():
             values = (criterion.threshold(scores[name], scores["predicted"], count) if passing is None else
                       quantile_threshold(scores[name], scores["predicted"], count, criterion.KEEP, passing))
+            with np.errstate(over="ignore"):
+                values = values * settings.threshold_scale
             if np.isinf(values).any():
                 label = int(np.flatnonzero(np.isinf(values))[0])
                 raise UserError(f"{getattr(criterion, 'path', name)}: the threshold of {scoring.classes[label]} is {values[label]}, which no image or every image passes")
-            thresholds[name] = [value * settings.threshold_scale if math.isfinite(value) else None for value in values.tolist()]
+            thresholds[name] = [value if math.isfinite(value) else None for value in values.tolist()]
         saved = thresholds | basis | {"classes": scoring.classes}
         write_json(path, saved)
     return {name: np.array([math.nan if value is None else value for value in saved[name]]) for name in criteria}

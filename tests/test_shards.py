@@ -15,7 +15,7 @@ import transfer
 from shards import open_shards
 from test_processes import torchrun
 
-pytest.importorskip("webdataset", reason="webdataset is an optional extra: pip install -r requirements-extra.txt")
+pytest.importorskip("braceexpand", reason="braceexpand is an optional extra: pip install -r requirements-extra.txt")
 RUN = Path("runs/colours")
 
 
@@ -147,9 +147,9 @@ def test_shards_that_have_changed_are_not_taken_for_what_was_scored(painted, poo
 
 
 def test_without_the_library_it_is_named(monkeypatch, execute, tmp_path):
-    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    monkeypatch.setitem(sys.modules, "braceexpand", None)
     status, out, err = execute(data.main, ["pool=/data/{0..3}.tar"], "data.py")
-    assert status == 2 and "to read shards, pip install webdataset" in err and len(err.splitlines()) == 1
+    assert status == 2 and "to read shards, pip install braceexpand" in err and len(err.splitlines()) == 1
 
 
 def test_data_py_has_nothing_to_do_for_shards(pool_files, execute, tmp_path):
