@@ -269,7 +269,7 @@ def _predict(classifier, images, rows, batch_size, device, label, then, shared, 
 
 def answers(classifier, images, rows=None, device=torch.device("cpu"), **how):
     """The class with the largest logit of each image, (n,) int64. how: checkpoint and mark, as in `predict`."""
-    return predict(classifier, images, rows, device, **how).argmax(1).numpy()
+    return predict(classifier, images, rows, device, then=lambda logits: (logits.argmax(1),), **how).numpy()
 
 
 def accuracy(classifier, images, labels, rows=None, device=torch.device("cpu"), **how):

@@ -15,7 +15,7 @@ import numpy as np
 import data
 import transfer
 from files import UserError, first_line, listed, say, write_atomically, write_json, write_text
-from record import Experiment
+from record import Experiment, shown
 from run import APPROACHES, DECIDES, EATS_SOURCES, Parser, as_arguments, command, name_of, name_of_arch, read_config
 
 STARTS = {"none": "random weights", "teacher": "their teacher's weights", "auto": "their teacher's weights where the two share their layers, else from random ones"}
@@ -128,7 +128,7 @@ def as_markdown(results):
                  f"{min(row['per_class']):,} to {max(row['per_class']):,}", *figures]
         cells += [f"{PUBLISHED[row['approach']]:.2f}" if row["approach"] in PUBLISHED else "-"] * published
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines + [""] + [f"- {note}" for note in results["notes"]]) + "\n"
+    return "\n".join(lines + [""] + [f"- {shown(note)}" for note in results["notes"]]) + "\n"
 
 
 def write(settings):

@@ -23,7 +23,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import (LEDGER, UserError, damage, file_digest, first_line, hold, is_first, let_go, listed, nearest_existing, open_ledger, read_json, remove_beside, require_whole, say,
+from files import (LEDGER, UserError, damage, file_digest, first_line, hold, is_first, let_go, listed, nearest_existing, one_field, open_ledger, read_json, remove_beside, require_whole, say,
                    write_json)
 from structure import META, ORIGIN, WHERE, plain
 
@@ -452,7 +452,7 @@ CONTRADICTORY = (("steps", "epochs"), ("seed", "seeds"))
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: {one_field(message)} (see --help)\n")
 
 
 class _StoredParser(Parser):

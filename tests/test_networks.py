@@ -333,6 +333,33 @@ def test_a_loss_that_is_not_finite_stops_the_training_at_once_and_what_was_good_
         assert saved["step"] == 1 and all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_network_that_its_last_step_breaks_is_told_and_not_saved(tmp_path, monkeypatch, steps):
+    """The loss of that step, which is that of the network before, is finite."""
+    monkeypatch.setattr(engine, "SAVE_INTERVAL", 0.0)
+    monkeypatch.setattr(engine, "steps_between_checks", lambda device: 50)
+    rate = iter([0.0] * (steps - 1) + [1e30])
+
+    def objective(logits, views, rows):
+        return logits.sum() * next(rate)
+    with pytest.raises(UserError, match=rf"^test: the network answers in NaN or infinity after step {steps} of epoch 1, at a learning rate of 1e\+10: give a smaller --lr, with --restart-from students$"):
+        engine.train(tiny(), random_images(16), np.arange(16), objective, dataclasses.replace(RECIPE, epochs=1, steps=steps, lr=1e10, schedule="constant", momentum=0.0, weight_decay=0.0), seed=0,
+                     device=torch.device("cpu"), checkpoint=tmp_path / "part", label="test")
+    assert (tmp_path / "part").exists() == (steps == 2)
+    if steps == 2:
+        assert torch.load(io.BytesIO(files.read_sealed(tmp_path / "part")), weights_only=True)["step"] == 1
+
+
+def test_a_checkpoint_of_other_files_is_not_gone_on_from(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engine, "SAVE_INTERVAL", 0.0)
+    cpu, images, labels = torch.device("cpu"), random_images(32), np.arange(32) % 3
+
+    def trained(mark):
+        engine.train(tiny(), images, np.arange(32), engine.cross_entropy(labels, cpu), RECIPE, seed=0, device=cpu, checkpoint=tmp_path / "part", label="test", mark=mark)
+        return capsys.readouterr().out
+    assert [trained(mark) for mark in ("one", "one", "two")] == ["", "", f"test: {tmp_path / 'part'} is of another run and is not used\n"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "emptied", "noise", "one bit", "of another run", "no seal"])
 def test_a_checkpoint_that_is_not_whole_or_not_its_own_is_named_and_not_used(tmp_path, monkeypatch, capsys, damage):
     monkeypatch.setattr(engine, "SAVE_INTERVAL", 0.0)
@@ -362,6 +389,13 @@ def test_too_little_memory_is_said_with_the_batch_size(tmp_path, error):
         raise error
     with pytest.raises(UserError, match=r"^test: the memory does not suffice for batches of 8 images of 32x32: give a smaller --batch-size"):
         engine.train(tiny(), random_images(32), np.arange(32), objective, RECIPE, seed=0, device=torch.device("cpu"), checkpoint=tmp_path / "part", label="test")
+
+
+def test_too_little_memory_for_the_teacher_names_what_changes_it(tmp_path):
+    def objective(logits, views, rows):
+        raise MemoryError
+    with pytest.raises(UserError, match="give a smaller network, with --teacher-arch, or --teacher-size"):      # --batch-size is of the students
+        engine.train(tiny(), random_images(32), np.arange(32), objective, RECIPE, seed=0, device=torch.device("cpu"), checkpoint=tmp_path / "part", label="teacher")
 
 
 def test_checkpoints_take_a_small_share_of_the_time(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """Two processes on this machine against one: the same scores, to the bit, the same selection, to the row."""
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import files
 import run
 from conftest import small_run
 
@@ -132,3 +134,33 @@ def test_a_batch_that_is_too_small_for_the_processes_is_named(painted, tmp_path)
     flags = [*small_run(*painted), "--approaches", "balanced", "--batch-size", "3", "--run-dir", str(tmp_path / "run"), "--data-dir", str(tmp_path / "data")]
     done = torchrun(2, "compile.py", flags)
     assert done.returncode != 0 and "a batch of 3 images is too small for 2 processes" in done.stderr
+
+
+def test_two_processes_save_where_an_epoch_has_few_batches(tmp_path):
+    """Fewer than AGREE_STEPS: they agree at the end of the epoch."""
+    (tmp_path / "train.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import os
+from pathlib import Path
+import numpy as np
+import torch
+from torch import nn
+import engine, models
+from run import Recipe
+engine.start_processes()
+engine.SAVE_INTERVAL = 0.0
+classifier = models.Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), "tiny", ["a", "b", "c"])
+images, cpu, steps = np.zeros((30, 32, 32, 3), np.uint8), torch.device("cpu"), []
+learn = engine.cross_entropy(np.arange(30) % 3, cpu)
+def objective(*given):
+    steps.append(1)
+    if len(steps) == 5:         # in the second epoch of three batches
+        os._exit(9)
+    return learn(*given)
+engine.train(classifier, images, np.arange(30), objective, Recipe(3, 10, 0.05), seed=0, device=cpu, checkpoint=Path({str(tmp_path)!r}) / "part", label="test")
+""")
+    done = torchrun(2, tmp_path / "train.py", [])
+    assert done.returncode != 0
+    saved = torch.load(io.BytesIO(files.read_sealed(tmp_path / "part")), weights_only=True)
+    assert (saved["step"], saved["images"]) == (3, 30)

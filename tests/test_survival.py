@@ -25,12 +25,19 @@ import pytest
 import torch
 from PIL import Image
 
+import compile
 import distill
 import engine
 import files
 import models
+import record
+import report
+import run
+import TeacherTrain
 import transfer
 from conftest import small_run
+from data import Target
+from packing import Packed
 from run import RECIPES, Interrupted
 from shards import Shards, open_shards
 from test_networks import random_images, tiny
@@ -342,9 +349,10 @@ def test_the_teachers_answers_go_on_from_where_they_were_stopped(asked, tmp_path
     assert objective(expected[:40], None, rows).item() == 0.0
 
 
-def test_a_training_stopped_while_it_is_evaluated_goes_on_from_there(tmp_path):
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+def test_a_training_stopped_while_it_is_evaluated_goes_on_from_there(tmp_path, ema):
     images, labels = random_images(128), np.arange(128) % 3
-    recipe = dataclasses.replace(RECIPES["quick"].student, epochs=3, batch_size=32, lr=0.01)
+    recipe = dataclasses.replace(RECIPES["quick"].student, epochs=3, batch_size=32, lr=0.01, ema=ema)
 
     def work(evaluate, folder):
         torch.manual_seed(0)
@@ -356,9 +364,64 @@ def test_a_training_stopped_while_it_is_evaluated_goes_on_from_there(tmp_path):
     expected, whole, _ = work(lambda network: 0.5, "a.part")
 
     def stopped(network):
+        with torch.no_grad():       # whatever an evaluation that is stopped leaves of what it looks at
+            [value.zero_() for value in network.parameters() if ema]
         raise Interrupted(signal.SIGTERM)
     with pytest.raises(Interrupted):
         work(stopped, "b.part")
     found, network, steps = work(lambda network: 0.5, "b.part")
     assert steps == 8 and found.history == expected.history
-    assert all(torch.equal(value, network.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in whole.state_dict().items()) == (not ema)      # the average was zeroed, the weights were not
+    saved = torch.load(io.BytesIO(files.read_sealed(tmp_path / "b.part")), weights_only=True)
+    assert saved["history"] == expected.history[:len(saved["history"])]
+
+
+def test_an_evaluation_goes_on_from_the_batch_that_a_signal_stopped(asked, tmp_path, monkeypatch):
+    network, images, labels = tiny(), random_images(3000), np.arange(3000) % 3
+    split = Packed(images, labels, ["a", "b", "c"], None, np.arange(3000), "made")
+    target, cpu = Target(split, split, split.classes), torch.device("cpu")
+    expected, seen, forward = TeacherTrain.evaluate(network, target, np.arange(2000), tmp_path / "whole.npz", cpu), [], network.forward
+    monkeypatch.setattr(network, "forward", lambda pixels: seen.append(len(pixels)) or forward(pixels))
+    found = interrupted_at([2, 1], asked, lambda: TeacherTrain.evaluate(network, target, np.arange(2000), tmp_path / "student.npz", cpu))
+    assert found == expected and sum(seen) == 5000      # no image twice
+    assert (tmp_path / "student.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    engine.remove_checkpoints(tmp_path / "student.part")
+    assert not list(tmp_path.glob("student*.part"))
+
+
+def test_what_killed_runs_have_left_goes_with_the_next_one(flags, finished, execute):
+    left = [Path("runs/colours") / name for name in ("teacher.part", "teacher.test.part", "students/mms.part", "students/mms.answers.part", "students/mms.confidence.1-of-2.part")]
+    for path in left:
+        path.write_bytes(b"x")
+    assert execute(compile.main, flags)[0] == 0 and not [path for path in left if path.exists()]
+
+
+@pytest.mark.parametrize("given, said", [([], "the same command goes on from here"), (["--restart"], "the same command without --restart goes on from here"),
+                                         (["--restart-from=students"], "the same command without --restart-from goes on from here")])
+def test_who_is_stopped_is_told_what_goes_on(execute, given, said):
+    def main(argv):
+        raise Interrupted(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in run.STOPPING}
+    try:
+        status, out, err = execute(main, given)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert status == 143 and err == f"\ncompile.py: stopped by SIGTERM; {said}\n"
+
+
+def test_restart_of_several_seeds_clears_all_of_them_before_the_first_begins(flags, execute, monkeypatch):
+    argv = [*flags, "--approaches", "balanced", "--seeds", "0,1"]
+    assert execute(compile.main, argv)[0] == 0 and Path("runs/colours/results.json").exists()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as once:
+        once.setattr(compile, "train_teacher", killed)
+        assert execute(compile.main, [*argv, "--epochs", "3", "--restart"])[0] == 130
+    left = {path.relative_to("runs/colours").as_posix() for path in Path("runs/colours").rglob("*") if path.is_file() and not path.name.startswith(".")}
+    assert left == {f"seed-{seed}/{name}" for seed in (0, 1) for name in ("config.json", files.LEDGER)}
+    assert execute(compile.main, [*argv, "--epochs", "3"])[0] == 0
+    assert "differ in more than the seed" not in Path("runs/colours/results.md").read_text()
+    assert execute(compile.main, [*flags, "--approaches", "balanced", "--epochs", "3", "--seed", "1", "--lr", "0.02", "--run-dir", "runs/colours/seed-1", "--restart-from", "students"])[0] == 0
+    assert report.collect(record.Experiment("runs/colours"))["notes"][0] == "The seeds differ in more than the seed, so that they are no repetitions: lr."
