@@ -122,10 +122,13 @@ def describe(target, classes):
 
 def open_runs(settings, device):
     """Opens the run folder of every seed, so that all that --restart takes away is gone before the first one begins."""
-    for each in of_each_seed(settings):
-        Run(each).open(device)
+    runs = [Run(each) for each in of_each_seed(settings)]
+    for run in runs:
+        run.claim()
+    for run in runs:
+        run.open(device)
     if is_first() and len(settings.seeds) > 1:
-        remove_beside(settings.run_dir)
+        remove_beside(settings.run_dir, ("", "figures/"), held=False)
         for path in [path for pattern in TABLE for path in Path(settings.run_dir).glob(pattern)] if settings.restart or settings.restart_from else []:
             path.unlink()       # of all seeds together, as they were
 

@@ -424,6 +424,7 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
 
     check = steps_between_checks(device)
     losses, rates = [], []      # of the steps since it was last seen that they are finite
+    views = None
     clock = time.monotonic()
 
     def tick():
@@ -476,10 +477,12 @@ def _train(classifier, images, rows, objective, recipe, seed, device, checkpoint
             distributed.all_reduce(total)
         mean_loss = total.item() / len(batches) / processes     # waits for the device, so the clock is right
         tick()
+        if processes > 1:
+            _share_buffers(classifier, average)
         try:
             reached = evaluate(classifier if average is None else average.module) if evaluate else None
         except Interrupted:
-            if processes == 1:
+            if processes == 1 and (views is None or largest_answer(classifier, views).isfinite()):
                 save(len(batches))
             raise
         training.history.append({"epoch": epoch + 1, "loss": mean_loss, "lr": rate, "confidence_accuracy": reached})
@@ -514,6 +517,13 @@ def _loss(objective, logits, views, rows):
 def steps_between_checks(device):
     """After how many steps it is seen whether the loss is finite: a look makes the host wait for the device."""
     return 1 if device.type == "cpu" else CHECK_STEPS
+
+
+def _share_buffers(*networks):
+    """Gives every process the statistics that the first one, which saves, has of its share of the images."""
+    for network in networks:
+        for buffer in network.buffers() if network is not None else ():
+            distributed.broadcast(buffer, 0)
 
 
 @torch.inference_mode()

@@ -64,7 +64,7 @@ def first_line(error):
 
 def listed(items, most=20):
     """Joined by commas; of a thousand the first few, and how many more."""
-    return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
+    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most:,} more" if len(items) > most else "")
 
 
 def one_field(text):
@@ -310,12 +310,13 @@ def hold(folder):
     (folder / ".holder").write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
 
 
-def remove_beside(folder):
-    """Removes what a process that was killed has left beside the files that it was writing in a run folder that this one holds."""
+def remove_beside(folder, below=("", "*/", "transfer/*/"), held=True):
+    """Removes what a process that was killed has left beside the files that it was writing in a folder and in these `below` it. held: this process holds
+    the folder, so that nothing but a report can be at work there meanwhile."""
     if is_first():
-        for path in itertools.chain.from_iterable(Path(folder).glob(f"{below}.*.part") for below in ("", "*/", "transfer/*/")):
-            found = re.fullmatch(r"(\..+)\.(\d+)\.part", path.name)
-            if found and not ((path.parent.name in SHOWN or found[1][1:] in SHOWN) and _runs(int(found[2]))):      # a report may be drawn meanwhile
+        for path in itertools.chain.from_iterable(Path(folder).glob(f"{each}.*.part") for each in below):
+            found = re.fullmatch(r"\.(.+)\.(\d+)\.part", path.name)
+            if found and not ((not held or path.parent.name in SHOWN or found[1] in SHOWN) and _runs(int(found[2]))):
                 path.unlink(missing_ok=True)
 
 

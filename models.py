@@ -473,33 +473,40 @@ def require_fits(arch, image_size=IMAGE_SIZE, input_size=None):
 def require_logits(classifier, image_size=IMAGE_SIZE):
     """Raises UserError unless the classifier gives a logit for each of its classes. Returns it, in the mode it was in."""
     training = classifier.training
-    images = torch.zeros(3, image_size, image_size, 3, dtype=torch.uint8, device=classifier.scale.device)
+    images = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8, device=classifier.scale.device)
     with _taking_images(classifier.arch, classifier.input_size), torch.no_grad():
-        logits = classifier.eval()(images[:2])
-        classifier(images)      # as many as there are
+        logits = classifier.eval()(images)
+        of_noise = classifier(_random_images(classifier)[:3])       # more of them, and not all of one colour
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, len(classifier.classes)):
         raise UserError(f"{classifier.arch} gives {_shape(logits)} for two images of {len(classifier.classes)} classes, not (2, {len(classifier.classes)})")
     if not logits.is_floating_point():
         raise UserError(f"{classifier.arch} gives logits of {logits.dtype}, not of real numbers")
-    if not logits.isfinite().all():
-        raise UserError(f"{classifier.arch} gives logits that are NaN or infinite, for black images")
+    if not of_noise.isfinite().all():
+        raise UserError(f"{classifier.arch} gives logits that are NaN or infinite, for images of noise")
     if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-4):
         raise UserError(f"{classifier.arch} gives probabilities, which add up to 1, not logits: leave its softmax out")
     return classifier.train(training)
 
 
 def require_trainable(classifier, image_size=IMAGE_SIZE):
-    """Raises UserError unless the classifier gives logits that can be learned from while it trains, and its weights can be saved. Leaves them, and torch's random numbers, as they were."""
-    state, classes = classifier.state_dict(), len(classifier.classes)
+    """Raises UserError unless the classifier gives logits that can be learned from while it trains, and its weights can be saved. Returns it as it was, as long as
+    it can be copied; where not, its weights and torch's random numbers are as they were."""
+    classes, state = len(classifier.classes), classifier.state_dict()
     odd = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if odd:
         raise UserError(f"{classifier.arch} can't be saved as plain tensors: {listed(odd, 3)} in its state_dict {'is' if len(odd) == 1 else 'are'} no tensor")
-    state, training = {name: value.clone() for name, value in state.items()}, classifier.training
+    try:
+        tried = copy.deepcopy(classifier)
+    except Exception:       # a network of the user's may refuse it
+        tried = classifier
+    training, kept = classifier.training, {name: value.clone() for name, value in state.items()} if tried is classifier else {}
     images = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8, device=classifier.scale.device)
     with torch.random.fork_rng(devices=[]), failing_in_a_line(lambda said: f"{classifier.arch} can't be trained: {said}"):
-        answer = classifier.train()(images)
-        logits = [each for each in answer if each is not None] if isinstance(answer, tuple) else [answer]
-        classifier.load_state_dict(state)
+        answer = tried.train()(images)
+    with torch.no_grad():
+        for name, value in kept.items():
+            state[name].copy_(value)
+    logits = [each for each in answer if each is not None] if isinstance(answer, tuple) else [answer]
     if not logits or not all(isinstance(each, torch.Tensor) and each.shape == (2, classes) and each.is_floating_point() for each in logits):
         raise UserError(f"{classifier.arch} gives {', '.join(map(_shape, logits))} in train mode for two images of {classes} classes, not (2, {classes})")
     if not sum(each.sum() for each in logits).requires_grad:
@@ -623,7 +630,7 @@ def _require_sound(content, path):
     classes, size = content["classes"], content["input_size"]
     sound = {
         "arch": isinstance(content["arch"], str),
-        "classes": isinstance(classes, (list, tuple)) and all(isinstance(name, (str, int)) for name in classes) and len(set(classes)) == len(classes) >= 2,
+        "classes": isinstance(classes, (list, tuple)) and all(isinstance(name, str) or type(name) is int and name >= 0 for name in classes) and len(set(classes)) == len(classes) >= 2,
         "input_size": type(size) is int and 1 <= size <= LARGEST, "mean": three(content["mean"], -1e12), "std": three(content["std"], 1e-12),
         "state_dict": isinstance(content["state_dict"], dict) and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content["state_dict"].items()),
     }

@@ -16,7 +16,7 @@ import data
 import transfer
 from files import UserError, first_line, listed, say, write_atomically, write_json, write_text
 from record import Experiment, shown
-from run import APPROACHES, DECIDES, EATS_SOURCES, Parser, as_arguments, command, name_of, name_of_arch, read_config
+from run import APPROACHES, DECIDES, EATS_SOURCES, LATER_DEFAULTS, Parser, as_arguments, command, name_of, name_of_arch, read_config
 
 STARTS = {"none": "random weights", "teacher": "their teacher's weights", "auto": "their teacher's weights where the two share their layers, else from random ones"}
 
@@ -62,7 +62,7 @@ def notes(experiment):
     unfinished = [approach for approach in experiment.approaches if any(approach not in record.students for record in records)]
     if unfinished:
         found.insert(0, f"Not finished: {listed(unfinished)}{'' if len(records) == 1 else ' of some seed'}.")
-    different = [name for name in DECIDES if name != "seed" and any(record.config.get(name) != records[0].config.get(name) for record in records)]
+    different = [name for name in DECIDES if name != "seed" and len({str((LATER_DEFAULTS | record.config).get(name)) for record in records}) > 1]
     if different:
         found.insert(0, f"The seeds differ in more than the seed, so that they are no repetitions: {listed(different)}.")
     if settings.data_free:

@@ -459,7 +459,7 @@ class _StoredParser(Parser):
     """Of settings that were read from a file, which is its prog."""
 
     def error(self, message):
-        raise UserError(f"{self.prog} is damaged: {message}")
+        raise UserError(f"{self.prog} is damaged: {one_field(message)}")
 
 
 def _with_flags(parser, flags):
@@ -537,7 +537,11 @@ def read_made_with(folder):
     _require_types(config, f"{path} is damaged")
     if not set(DECIDES) - set(LATER_DEFAULTS) <= set(config):
         raise UserError(f"{path} is damaged: it lacks settings; use another --run-dir")
+    own = config.get("criteria", {})
+    if not all(map(plain, own)):
+        raise UserError(f"{path} is damaged: criteria can't be {listed(list(own))}")
     values = {name: value for name, value in config.items() if name != "seeds" and not (name == "steps" and value == 0)}
+    values["approaches"] = [approach for approach in config.get("approaches", ()) if approach not in own] or None      # a path may have commas
     _parsed(_with_flags(_StoredParser(prog=str(path), argument_default=argparse.SUPPRESS, allow_abbrev=False), RUN_FLAGS), _as_words(values))
     return config
 
@@ -803,8 +807,8 @@ class Run:
         later = STAGES[STAGES.index(stage):]
         return any(next(self.path.glob(pattern), None) for name in later for pattern in MADE_BY[name])
 
-    def clear(self):
-        """Deletes what the stages made that are to begin anew, and nothing else that may lie in the folder. Raises UserError where that has been given as an input."""
+    def _to_clear(self):
+        """The paths of what --restart or --restart-from takes away. Raises UserError where one has been given as an input."""
         made = [path for pattern in self._cleared() for path in sorted(self.path.glob(pattern))]
         settings = self.settings
         for given in (settings.teacher_checkpoint, settings.teacher_weights, settings.student_weights, *settings.criteria.values(),
@@ -812,6 +816,11 @@ class Run:
             inside = given and [path for path in made if Path(given).resolve().is_relative_to(path.resolve())]
             if inside:
                 raise UserError(f"--restart would delete {given}, which is given as an input: copy it to another folder first")
+        return made
+
+    def clear(self):
+        """Deletes what the stages made that are to begin anew, and nothing else that may lie in the folder."""
+        made, settings = self._to_clear(), self.settings
         if made:
             say(f"{'--restart' if settings.restart else '--restart-from ' + settings.restart_from} deletes {listed([path.relative_to(self.path).as_posix() for path in made])} in {self.path}")
         for path in made:
@@ -839,11 +848,16 @@ class Run:
         if not nearest_existing(self.path).is_dir() or not os.access(nearest_existing(self.path), os.W_OK):
             raise UserError(f"{self.path} can't be written: choose another --run-dir")
 
-    def open(self, device):
-        """Checks, and writes `config.json`; device: the torch.device that computes. Returns the run."""
+    def claim(self):
+        """Holds the folder. Raises UserError where it can't be opened; deletes nothing."""
         hold(self.path)
-        remove_beside(self.path)
         self.check()
+        self._to_clear()
+
+    def open(self, device):
+        """Checks, deletes what is to begin anew, and writes `config.json`; device: the torch.device that computes. Returns the run."""
+        self.claim()
+        remove_beside(self.path)
         if is_first():
             self.clear()
         open_ledger(self.path, [path for pattern in ("config.json", *itertools.chain.from_iterable(MADE_BY.values())) for found in self.path.glob(pattern)
@@ -858,7 +872,7 @@ class Run:
         path = self.path / "config.json"
         if path.exists():
             return read_made_with(self.path)
-        if self.holds("teacher"):
+        if any(next(self.path.glob(pattern), None) for patterns in MADE_BY.values() for pattern in patterns if pattern not in TABLE):      # the table may be that of several seeds
             raise UserError(f"{path} is missing, so that nothing says how the rest was made: restore it, use another --run-dir, or --restart")
         return {}
 

@@ -139,7 +139,8 @@ def expanded(name, pattern):
     except ImportError:
         raise UserError(f"{name}={pattern}: to read shards, pip install braceexpand") from None
     try:
-        count = math.prod(abs(int(last) - int(first)) + 1 for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)[.}]", pattern))       # all of a range are made at once
+        ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}", pattern)
+        count = math.prod(abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1 for first, last, step in ranges)       # all of a range are made at once
         paths = tuple(itertools.islice(braceexpand(pattern), MOST_SHARDS + 1)) if count <= MOST_SHARDS else range(count)
     except ValueError as error:     # braces that are not closed
         raise UserError(f"{name}={pattern}: no pattern of shards ({first_line(error)})") from None

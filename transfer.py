@@ -37,7 +37,7 @@ import entropy
 import mms_threshold
 import models
 from data import source_of, specs_of, target_of, unavailable
-from files import UserError, file_digest, first_line, is_usable, listed, one_field, read_json, say, stop_on, write_atomically, write_json, write_text
+from files import UserError, file_digest, is_usable, listed, one_field, read_json, say, stop_on, write_atomically, write_json, write_text
 from packing import release_pages
 from run import (DATA_FREE_SIZE, EATS_SOURCES, STAGE_FLAGS, Interrupted, command, failing_in_a_line, import_file, interrupted, name_of, name_of_approach, name_of_arch, open_stage, orderly,
                  running_own)
@@ -501,7 +501,7 @@ def make_transfer_set(run, approach, scoring, target_size):
     # An approach without a criterion of its own shows the margin, for comparison.
     scores = candidates.scores[approach if approach in scoring.criteria else "mms" if scoring.has_mms else "confidence"][chosen]
     listing = io.StringIO()
-    writer = csv.writer(listing, lineterminator="\n")
+    writer, quoting = (csv.writer(listing, lineterminator="\n", quoting=how) for how in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
     writer.writerow(MANIFEST)
 
     def write_images(file):
@@ -511,7 +511,7 @@ def make_transfer_set(run, approach, scoring, target_size):
             for pixels, numbers, files in scoring.images(name, index[of]) if len(of) else ():
                 file.write(np.ascontiguousarray(pixels).data)
                 rows = of[done:done + len(pixels)]
-                writer.writerows(zip([name] * len(rows), numbers.tolist(), files, predicted[rows].tolist(), scores[rows].tolist()))
+                (quoting if any("\r" in file for file in files) else writer).writerows(zip([name] * len(rows), numbers.tolist(), files, predicted[rows].tolist(), scores[rows].tolist()))
                 done += len(pixels)
     write_atomically(folder / "images.npy", write_images)
     write_text(folder / "manifest.csv", listing.getvalue())

@@ -75,7 +75,7 @@ def test_code_that_only_a_checkpoint_names_does_not_run(flags, execute, tmp_path
 
 
 @pytest.mark.parametrize("content, said", [
-    (lambda: ours(arch=5), "arch is not what"), (lambda: ours(classes=[True, 1, 2]), "classes is not what"), (lambda: ours(classes=[7, 8, 9]), "knows 3 classes (7, 8, 9, ...)"),
+    (lambda: ours(arch=5), "arch is not what"), (lambda: ours(classes=[True, 1, 2]), "classes is not what"), (lambda: ours(classes=[-1, 0, 1]), "classes is not what"), (lambda: ours(classes=[7, 8, 9]), "knows 3 classes (7, 8, 9, ...)"),
     (lambda: ours(mean=[10 ** 400] * 3), "mean is not what"), (lambda: ours(input_size=True), "input_size is not what"), (lambda: ours(state_dict={5: torch.zeros(1)}), "state_dict is not what"),
     (lambda: {"arch": "resnet9", "model": {"weight": torch.zeros(1)}}, "does not fit squeezenet1_0"),
     (lambda: with_weight(lambda value: torch.nested.nested_tensor([value])), "features.0.bias holds no dense real numbers"), (lambda: with_weight(torch.Tensor.to_sparse), "no dense real numbers"),
@@ -238,6 +238,13 @@ class Complex(Net):
 class Fixed(Net):
     def forward(self, images):
         return self.all(images).view(2, -1)
+class Keeps(Net):
+    def forward(self, images):
+        self.seen = self.all(images)
+        return self.seen
+class Standard(Net):
+    def forward(self, images):
+        return self.all((images - images.mean((1, 2, 3), keepdim=True)) / images.std((1, 2, 3), keepdim=True))
 class Nan(Net):
     def forward(self, images):
         return self.all(images) * torch.nan
@@ -263,15 +270,20 @@ def test_a_network_that_can_not_be_trained_is_told_before_anything_is(flags, exe
     assert not (RUN / "teacher.pt").exists()
 
 
-def test_a_network_with_infinity_in_a_mask_is_its_own_teacher_again(flags, execute):
+@pytest.mark.parametrize("factory", ["Mask", "Keeps", "Standard"])
+def test_a_network_with_infinity_in_a_mask_or_a_tensor_that_it_keeps_or_that_divides_by_contrast_is_welcome(flags, execute, factory):
     Path("nets.py").write_text(NETWORKS)
-    flags[flags.index("--teacher-arch") + 1] = "nets.py:Mask"
-    assert execute(compile.main, [*flags, "--approaches", "balanced", "--student-arch", "nets.py:Net"])[::2] == (0, "")
+    flags[flags.index("--teacher-arch") + 1] = f"nets.py:{factory}"
+    assert execute(compile.main, [*flags, "--approaches", "balanced", "--student-arch", f"nets.py:{factory}", "--ema", "0.9"])[::2] == (0, "")
 
 
-def test_a_look_at_how_a_network_trains_leaves_it_as_it_was():
+@pytest.mark.parametrize("arch", ["resnet18", "mnasnet0_5", "googlenet", "densenet121"])
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_look_at_how_a_network_trains_leaves_it_as_it_was(monkeypatch, arch, copied):
+    if not copied:
+        monkeypatch.setattr(models.copy, "deepcopy", None)
     torch.manual_seed(0)
-    network = models.build("resnet18", CLASSES).eval()
+    network = models.build(arch, CLASSES).eval()
     before, numbers = {name: value.clone() for name, value in network.state_dict().items()}, torch.random.get_rng_state()
     models.require_trainable(network)
     assert not network.training and torch.equal(torch.random.get_rng_state(), numbers)
@@ -309,6 +321,25 @@ def shard_of(path, members):
             member = tarfile.TarInfo(name)
             member.size, member.pax_headers = len(content), headers
             shard.addfile(member, io.BytesIO(content))
+
+
+def test_a_name_with_a_line_end_stays_one_row_of_the_manifest(flags, execute, painted, tmp_path):
+    shutil.copytree(painted[1], "odd")
+    next(Path("odd").rglob("*.png")).rename("odd/a\rb.png")
+    flags[flags.index("--sources") + 1] = "pool=odd"
+    for _ in range(2):
+        status, out, err = execute(compile.main, [*flags, "--approaches", "all"])
+        assert (status, err) == (0, "") and "damaged" not in out
+    assert "a\rb.png" in record.Record(RUN).selected("all").files
+
+
+def test_own_criteria_may_lie_in_a_folder_with_a_comma(flags, execute, monkeypatch, tmp_path):
+    Path("a,b").mkdir()
+    monkeypatch.chdir("a,b")
+    given = [*flags, "--approaches", ",".join(criterion(name) for name in ("one.py", "two.py"))]
+    assert [execute(compile.main, given)[::2] for _ in range(2)] == [(0, "")] * 2
+    configured(criteria={"../x": "y.py"})
+    one_line(execute(report.main, [str(RUN)]), "config.json is damaged: criteria can't be ../x")
 
 
 def png():

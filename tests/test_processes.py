@@ -164,3 +164,29 @@ engine.train(classifier, images, np.arange(30), objective, Recipe(3, 10, 0.05), 
     assert done.returncode != 0
     saved = torch.load(io.BytesIO(files.read_sealed(tmp_path / "part")), weights_only=True)
     assert (saved["step"], saved["images"]) == (3, 30)
+
+
+def test_every_process_ends_with_the_statistics_of_the_first_whose_are_saved(tmp_path):
+    (tmp_path / "train.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from pathlib import Path
+import numpy as np
+import torch
+from torch import nn
+import engine, models
+from run import Recipe
+engine.start_processes()
+torch.manual_seed(0)
+classifier = models.Classifier(nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 3)), "tiny", ["a", "b", "c"])
+images, cpu, seen = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8), torch.device("cpu"), []
+for ema in (0.0, 0.5):
+    engine.train(classifier, images, np.arange(40), engine.cross_entropy(np.arange(40) % 3, cpu), Recipe(2, 10, 0.05, ema=ema), seed=0, device=cpu, checkpoint=Path({str(tmp_path)!r}) / "part", label=f"test{{ema}}",
+                 evaluate=lambda network: seen.append(engine.checksum(network)) or 0.5)
+    seen.append(engine.checksum(classifier))
+found = engine.gathered(seen)
+assert found[0] == found[1] and len(set(found[0])) >= 4, found
+engine.end_processes()
+""")
+    done = torchrun(2, tmp_path / "train.py", [])
+    assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import pytest
 import compile
 import data
 import transfer
-from shards import open_shards
+from shards import expanded, open_shards
 from test_processes import torchrun
 
 pytest.importorskip("braceexpand", reason="braceexpand is an optional extra: pip install -r requirements-extra.txt")
@@ -144,6 +144,13 @@ def test_shards_that_have_changed_are_not_taken_for_what_was_scored(painted, poo
     shutil.rmtree(RUN / "students")
     status, out, err = execute(compile.main, given)
     assert status == 2 and "scores/pool.npz was computed from other images" in err
+
+
+def test_a_pattern_may_have_steps(tmp_path):
+    names = [f"{number:07}.tar" for number in range(0, 2_000_001, 1_000_000)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    assert expanded("pool", f"{tmp_path}/{{0000000..2000000..1000000}}.tar") == tuple(f"{tmp_path}/{name}" for name in names)
 
 
 def test_without_the_library_it_is_named(monkeypatch, execute, tmp_path):

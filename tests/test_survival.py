@@ -410,6 +410,30 @@ def test_who_is_stopped_is_told_what_goes_on(execute, given, said):
     assert status == 143 and err == f"\ncompile.py: stopped by SIGTERM; {said}\n"
 
 
+def test_a_single_run_may_follow_one_of_several_seeds_in_the_same_folder(flags, execute):
+    given = [*flags, "--approaches", "balanced"]
+    assert [execute(compile.main, [*given, *more])[::2] for more in (["--seeds", "0,1"], [], ["--seeds", "0,1"])] == [(0, "")] * 3
+
+
+def test_restart_of_several_seeds_deletes_nothing_where_one_is_held_and_leaves_what_others_write(flags, execute):
+    given = [*flags, "--approaches", "balanced", "--seeds", "0,1"]
+    assert execute(compile.main, given)[0] == 0
+    holder = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(files.__file__).parent)!r})\nimport files, time\n"
+                               "files.hold('runs/colours/seed-1'); print('held', flush=True); time.sleep(100)"], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    before = {path: path.stat().st_mtime_ns for path in Path("runs/colours").rglob("*") if path.is_file() and not path.name.startswith(".")}
+    status, out, err = execute(compile.main, [*given, "--restart"])
+    files.let_go()
+    assert status == 2 and "runs/colours/seed-1 is in use by process" in err and before == {path: path.stat().st_mtime_ns for path in before}
+    holder.kill()
+    holder.wait()
+    others = [Path("runs/colours") / name for name in (f"seed-7/.teacher.pt.{os.getppid()}.part", f".results.json.{os.getppid()}.part", ".results.md.999999999.part")]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    assert execute(compile.main, given)[0] == 0 and [path.exists() for path in others] == [True, True, False]
+
+
 def test_restart_of_several_seeds_clears_all_of_them_before_the_first_begins(flags, execute, monkeypatch):
     argv = [*flags, "--approaches", "balanced", "--seeds", "0,1"]
     assert execute(compile.main, argv)[0] == 0 and Path("runs/colours/results.json").exists()
