@@ -167,7 +167,7 @@ def scores(record, criterion):
                     axes.stairs(counts / len(members), edges, color=colour_of(number), linestyle=line_of(number), linewidth=1)
         if limits is not None and np.isfinite(limits[label]):
             axes.axvline(limits[label], color="black", linestyle="--", linewidth=1)
-        axes.set_title(record.classes[label] + ("" if limits is None or np.isfinite(limits[label]) else " (no threshold)"), pad=2)
+        axes.set_title(record.labels[label] + ("" if limits is None or np.isfinite(limits[label]) else " (no threshold)"), pad=2)
         axes.set_yticks([])
         axes.locator_params(axis="x", nbins=4)
         axes.grid(False)
@@ -209,7 +209,7 @@ def counts(record):
     if not approaches or record.classes is None:
         return None
     every, sources, shown = len(record.classes), record.sources, shown_classes(record, MOST_ROWS)
-    classes, labels = len(shown), [record.classes[label] for label in shown]
+    classes, labels = len(shown), [record.labels[label] for label in shown]
     tables = {}
     for approach in approaches:
         selected = record.selected(approach)
@@ -296,8 +296,8 @@ def confusion(record, approach):
     for axes, (values, left, title) in zip(grid.flat, panels):
         axes.imshow(values, cmap="cividis", norm=matplotlib.colors.PowerNorm(0.4, vmin=0, vmax=max(1, values.max())))
         ticks = range(count) if count <= 25 else range(0, count, max(1, count // 20))
-        axes.set_xticks(ticks, [record.classes[i] for i in ticks], rotation=90 if max(map(len, record.classes)) > 2 else 0)
-        axes.set_yticks(ticks, [record.classes[i] for i in ticks])
+        axes.set_xticks(ticks, [record.labels[i] for i in ticks], rotation=90 if max(map(len, record.labels)) > 2 else 0)
+        axes.set_yticks(ticks, [record.labels[i] for i in ticks])
         axes.set_xlabel("student")
         axes.set_ylabel(left)
         axes.set_title(title)
@@ -308,7 +308,7 @@ def confusion(record, approach):
                     axes.text(x, y, f"{values[y, x]:.0f}", ha="center", va="center", fontsize=5.5, color="black" if values[y, x] > values.max() * 0.25 else "white")
     worst = np.unravel_index(np.argmax(confused - np.diag(np.diag(confused))), confused.shape)
     return Figure(f"confusion-{approach}", f"What the student confuses: {approach}", "Off the diagonal on the left are its mistakes; on the right, where it departs from what it was taught.",
-                  f"{said}. Most often it takes {record.classes[worst[0]]} for {record.classes[worst[1]]}, {confused[worst]:,} times.", drawn)
+                  f"{said}. Most often it takes {record.labels[worst[0]]} for {record.labels[worst[1]]}, {confused[worst]:,} times.", drawn)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -374,13 +374,13 @@ def strip(record, criterion, pixels_of):
                 if place == 0 and number == 0:
                     axes.annotate(KINDS[kind], (0, 1), xytext=(0, 18), xycoords="axes fraction", textcoords="offset points", fontsize=8, fontweight="bold")
                 if kind == number == 0:
-                    axes.annotate(record.classes[label], (0, 0.5), xytext=(-4, 0), xycoords="axes fraction", textcoords="offset points", ha="right", va="center", fontsize=7)
+                    axes.annotate(record.labels[label], (0, 0.5), xytext=(-4, 0), xycoords="axes fraction", textcoords="offset points", ha="right", va="center", fontsize=7)
                 if number == 0 and not members:
                     axes.text(0, 0.5, "none", fontsize=6, color="#777777", va="center")
                 if number < len(members) and members[number] in pixels:
                     source, row = members[number]
                     axes.imshow(pixels[members[number]], interpolation="nearest")
                     axes.set_title(f"{record.sources[source][:13]}\n{record.scores[record.sources[source]][criterion][row]:.3g}", fontsize=4.2, pad=1, linespacing=1)
-    few = [record.classes[label] for label, kinds in groups.items() if not kinds[0]]
+    few = [record.labels[label] for label, kinds in groups.items() if not kinds[0]]
     return Figure(f"strip-{criterion}", f"Kept and rejected: {criterion}", "From the left: the surest images that were kept, the last that were, the first that fell below the threshold, the farthest below it; over each its "
                   "source and score." + _of_shown(record, shown), f"Images of each class by {criterion}." + (f" Nothing was kept for {', '.join(few)}." if few else ""), drawn)

@@ -12,6 +12,9 @@ from files import UserError, one_field, read_json, require_whole
 from run import LATER_DEFAULTS, Settings, name_of, read_made_with
 from structure import ORIGIN, WHERE
 
+LONGEST_LABEL = 24      # letters
+
+
 def shown(name):
     """A name, of a class or of anything, as every page and figure can show it."""
     return one_field(str(name).encode("utf-8", "backslashreplace").decode())
@@ -76,6 +79,11 @@ class Record:
             if held:
                 return [shown(name) for name in held["classes"]]
         return None
+
+    @functools.cached_property
+    def labels(self):
+        """The classes as a figure has room for them."""
+        return [name if len(name) <= LONGEST_LABEL else name[:LONGEST_LABEL - 1] + "…" for name in self.classes]
 
     @functools.cached_property
     def thresholds(self):
