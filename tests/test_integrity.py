@@ -159,10 +159,16 @@ def test_what_no_run_can_have_written_is_told_from_what_one_has(finished, name, 
 
 
 @pytest.mark.parametrize("way", ["cut", "emptied", "noise"])
+@pytest.mark.parametrize("name", [name for name in (*REFUSED, *MADE_AGAIN) if name != "config.json"])
+def test_what_can_not_be_read_is_no_file_of_a_run(finished, name, way):
+    put(RUN / name, DAMAGE[way]((RUN / name).read_bytes(), b""))
+    assert structure.misfit(RUN, name)
+
+
 @pytest.mark.parametrize("name", [*REFUSED, *MADE_AGAIN])
-def test_without_a_ledger_what_can_not_be_read_is_named_and_made_again_or_refused(flags, finished, execute, name, way):
+def test_without_a_ledger_what_can_not_be_read_is_named_and_made_again_or_refused(flags, finished, execute, name):
     expected, whole = figures(), (RUN / name).read_bytes()
-    put(RUN / name, DAMAGE[way](whole, b""))
+    put(RUN / name, DAMAGE["cut"](whole, b""))
     (RUN / files.LEDGER).unlink()
     if name in READ_FOR:
         (RUN / READ_FOR[name]).unlink()
