@@ -1,6 +1,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -88,11 +89,15 @@ def execute(monkeypatch, capsys):
     def execute(main, argv, program="compile.py"):
         monkeypatch.setattr(sys, "argv", [program, *argv])
         capsys.readouterr()
+        handlers = {number: signal.getsignal(number) for number in run.STOPPING}
         try:
             run.command(main)
             status = 0
         except SystemExit as stop:
             status = stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
     return execute

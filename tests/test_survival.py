@@ -32,7 +32,6 @@ import files
 import models
 import record
 import report
-import run
 import TeacherTrain
 import transfer
 from conftest import small_run
@@ -401,12 +400,7 @@ def test_what_killed_runs_have_left_goes_with_the_next_one(flags, finished, exec
 def test_who_is_stopped_is_told_what_goes_on(execute, given, said):
     def main(argv):
         raise Interrupted(signal.SIGTERM)
-    handlers = {number: signal.getsignal(number) for number in run.STOPPING}
-    try:
-        status, out, err = execute(main, given)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    status, out, err = execute(main, given)
     assert status == 143 and err == f"\ncompile.py: stopped by SIGTERM; {said}\n"
 
 
