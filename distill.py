@@ -1,50 +1,61 @@
 """Train the student of one approach.
 
-In:  teacher.pt and transfer/<approach>/ (for `supervised`: the target's labelled training part instead).
-Out: students/<approach>.pt and .json.
+In:  teacher.pt and transfer/<approach>/ (for `supervised`: the target's labelled training part
+instead). Out: students/<approach>.pt, .json, and .npz (its answers to the test split).
 
 With z the logits and T the temperature, the loss of a batch is
 
-    T^2 * mean over images of KL(softmax(z_teacher / T) || softmax(z_student / T))     (Hinton et al., arXiv 1503.02531)
+    T^2 * mean over images of KL(softmax(z_teacher / T) || softmax(z_student / T))
 
-No labels of any kind. The teacher is in eval mode and has no gradients; with fixed pixels it answers once for
-the whole transfer set, with augmentation it sees the very views that the student sees.
+(Hinton et al., arXiv 1503.02531). No labels of any kind. The teacher is in eval mode and has no
+gradients; with fixed pixels it answers once for the whole transfer set, with augmentation it sees
+the very views that the student sees.
 
     python distill.py --approach mms
-    python distill.py --approach mms --export onnx      # or torch, state_dict: the student for use elsewhere
+    python distill.py --approach mms --export onnx
 """
+if __name__ == "__main__":      # --help and wrong flags need no PyTorch
+    from kd.flags import parser_of
+    parser_of("distill", __doc__).parse_args()
+
 import dataclasses
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-import engine
-import models
-from data import MIXING, specs_of, target_of, unavailable
-from export import export, require_packages
-from files import UserError, file_digest, is_first, is_usable, read_json, say, stop_on, write_json
-from run import STAGE_FLAGS, command, name_of, name_of_approach, name_of_arch, open_stage
-from TeacherTrain import answer_test_split, evaluate, saved_split, watch
+import data
+from kd import checkpoints, engine, models
+from kd.augment import MIXING
+from kd.command import command
+from kd.evaluation import evaluate, saved_split, watcher
+from kd.export import export, require_packages
+from kd.files import UserError, file_digest, is_first, require_none, say
+from kd.processes import first_alone, on_all_ranks
+from kd.run import open_stage
+from kd.training import Checkpoint, Watch, cross_entropy, train
+from kd.values import name_of, name_of_approach, name_of_arch
 
+FORMS = {"onnx": ".onnx", "state_dict": ".pth", "safetensors": ".safetensors"}
 SMALLEST = 2        # images: fewer have no batch statistics
 
 
 def kd_loss(student_logits, teacher_logits, temperature):
     """The loss above. Logits: (N, C) float32. Returns a scalar.
 
-    "batchmean" sums over the classes and averages over the images; "mean" would also divide by C and make the
-    gradient that much smaller.
-    """
-    return temperature ** 2 * F.kl_div(F.log_softmax(student_logits / temperature, dim=1),
-                                       F.log_softmax(teacher_logits / temperature, dim=1),
-                                       reduction="batchmean", log_target=True)
+    "batchmean" sums over the classes and averages over the images; "mean" would also divide by C
+    and make the gradient that much smaller. """
+    return temperature ** 2 * F.kl_div(
+        F.log_softmax(student_logits / temperature, dim=1),
+        F.log_softmax(teacher_logits / temperature, dim=1), reduction="batchmean", log_target=True)
 
 
-def fixed_objective(teacher, images, temperature, device, **how):
-    """KD on unchanging pixels: the teacher's logits for all images are computed here, once. how: checkpoint and mark, as in `engine.predict`."""
-    teacher_logits = engine.predict(teacher, images, device=device, label="teacher's answers", **how).to(device)
-    return lambda logits, views, rows: kd_loss(logits.float(), teacher_logits[rows.to(device)], temperature)
+def fixed_objective(teacher, images, temperature, device):
+    """KD on unchanging pixels: the teacher's logits for all images are computed here, once."""
+    teacher_logits = engine.predict(teacher, images, device=device,
+                                    label="teacher's answers").to(device)
+    return lambda logits, views, rows: kd_loss(logits.float(), teacher_logits[rows.to(device)],
+                                               temperature)
 
 
 def live_objective(teacher, temperature, device):
@@ -58,115 +69,149 @@ def live_objective(teacher, temperature, device):
     return objective
 
 
-@engine.together
+@on_all_ranks
 def train_student(run, approach, target, device):
-    """Makes students/<approach>.pt and .json unless they are there. Returns the content of the .json.
+    """Makes students/<approach>.pt and .json, unless they are there. Returns the content of the
+    .json.
 
-    target: a data.Target; its test split is read once, at the end. An approach whose transfer set is too small
-    to learn from gets no student: its history is empty. An accuracy is None where there is no student or no image for it.
-    """
-    checkpoint = run.student(approach, "part")
-    if is_usable(run.student(approach, "json")) and (not read_json(run.student(approach, "json"))["history"] or is_usable(run.student(approach, "pt"))):
-        figures = read_json(run.student(approach, "json"))
-        models.require_same_files(run.student(approach, "pt"), figures.get("files", {}))
-        if target.test and figures["history"] and not is_usable(run.student(approach, "npz")):
-            answer_test_split(models.load(run.student(approach, "pt"), run.settings.student_arch).to(device), target, run.student(approach, "npz"), device)
-        engine.remove_checkpoints(checkpoint)
-        return figures
-    settings, recipe = run.settings, run.settings.student_recipe
-    teacher_figures = read_json(run.require("teacher.json", "python TeacherTrain.py"))
-    seed = engine.seed_for(settings.seed, "student")        # the same start for all approaches
-    teacher_path = run.require("teacher.pt", "python TeacherTrain.py")
-    classes = models.read(teacher_path)["classes"]
-    train, confidence = saved_split(run, len(target.train)) if target.train else (None, None)
-    watched = watch(target, confidence) if target.train else None
-    supervised = approach == "supervised"
-    figures = {"approach": approach, "arch": settings.student_arch,
-               "weights": settings.supervised_weights if supervised else settings.student_weights}
-    figures["files"] = models.files_of(settings.student_arch, figures["weights"])
-    if supervised:
-        labels = target.train.labels
-        figures |= {"sources": [name_of(settings.target)], "per_class": np.bincount(labels[train], minlength=len(classes)).tolist()}
-        images, rows = target.train.images, train
-        made_from = target.train.made_from
-    else:
-        run.require(f"transfer/{approach}/summary.json", f"python transfer.py --approach {approach}")
-        summary = read_json(run.transfer(approach) / "summary.json")
-        figures |= {"sources": [name for name, count in summary["per_source"].items() if count], "per_class": summary["per_class"]}
-        images = np.load(run.require(f"transfer/{approach}/images.npy", f"python transfer.py --approach {approach}"), mmap_mode="c")
-        rows = np.arange(len(images))
-        made_from = f"{file_digest(teacher_path)}, {file_digest(run.transfer(approach) / 'manifest.csv')}"
-    figures["transfer_size"] = len(rows)
+    target: a data.Target; its test split is read once, at the end. An approach whose transfer set
+    is too small to learn from gets no student: its history is empty. An accuracy is None where
+    there is no student or no image for it. """
+    settings, supervised = run.settings, approach == "supervised"
+    teacher = run.content_of("teacher.json", "python TeacherTrain.py")
+    confidence = saved_split(run, len(target.train))[1] if target.train else None
+    images, rows, figures, made_from = learned_from(run, approach, target)
+    weights = settings.supervised_weights if supervised else settings.student_weights
+    files = checkpoints.files_of(settings.student_arch, weights)
+    product = run.product(f"students/{approach}.json", teacher=teacher["files"]["teacher.pt"],
+                          transfer_set=made_from, files=list(files.values()))
+    if product.done:
+        return product.content
+    figures |= {"approach": approach, "arch": settings.student_arch, "weights": weights,
+                "transfer_size": len(rows), "accuracy": None, "confidence_accuracy": None,
+                "retention": None, "agreement": None, "seconds": 0.0, "images_per_second": 0.0,
+                "history": []}
     if len(rows) < SMALLEST:
-        figures |= {"accuracy": None, "confidence_accuracy": None, "retention": None, "seconds": 0.0, "images_per_second": 0.0, "history": []}
-        write_json(run.student(approach, "json"), figures)
-        return figures
-
-    answers = engine.Checkpoint(run.student(approach, "answers.part"), f"student {approach}", own=True)
+        return product.write(figures)
+    path = run / f"students/{approach}"
+    seed = engine.seed_for(settings.seed, "student")        # the same start for all approaches
     torch.manual_seed(seed)
-    heir = figures["weights"] in ("teacher", "auto")
-    student = models.require_trainable(models.require_logits(engine.first_alone(lambda: models.build(
-        settings.student_arch, classes, "none" if heir else figures["weights"], models.input_size_of(settings.student_arch, settings.image_size))), settings.image_size), settings.image_size)
-    if heir:
-        teacher = models.load(teacher_path, settings.teacher_arch)
-        if figures["weights"] == "teacher":
+    student, figures["weights"] = new_student(run, weights, teacher["classes"])
+    objective, recipe = objective_of(run, images, None if supervised else run / "teacher.pt",
+                                     target, device)
+    watch = Watch(Checkpoint(path.with_suffix(".part"), product.made_from), f"student {approach}",
+                  watcher(target, confidence, device) if target.train else None,
+                  run.board(f"student-{approach}"))
+    training = train(student, images, rows, objective, recipe, seed=seed, device=device,
+                     watch=watch)
+    accuracies, predicted = evaluate(student, target, confidence, path.with_suffix(".npz"), device)
+    figures |= accuracies | {name: getattr(training, name)
+                             for name in ("seconds", "images_per_second", "history")}
+    if predicted is not None:
+        with np.load(run / "teacher.npz") as saved:
+            figures["agreement"] = float((saved["predicted"] == predicted).mean())
+        if teacher["accuracy"]:
+            figures["retention"] = figures["accuracy"] / teacher["accuracy"]
+    checkpoints.save(path.with_suffix(".pt"), student, accuracy=figures["accuracy"])
+    made = [path.with_suffix(suffix) for suffix in ((".pt", ".npz") if target.test else (".pt",))]
+    content = product.write(figures, made)
+    watch.checkpoint.remove()
+    return content
+
+
+def learned_from(run, approach, target):
+    """What a student learns from: (images (N, H, W, 3) uint8, rows (n,) of them, figures about
+    them, what they were made from)."""
+    if approach == "supervised":
+        train, labels = saved_split(run, len(target.train))[0], target.train.labels
+        per_class = np.bincount(labels[train], minlength=len(target.classes)).tolist()
+        figures = {"sources": [name_of(run.settings.target)], "per_class": per_class}
+        return target.train.images, train, figures, target.train.fingerprint
+    command_of_it = f"python transfer.py --approach {approach}"
+    name = f"transfer/{approach}"
+    summary = run.content_of(f"{name}/summary.json", command_of_it)
+    for file, written in summary["files"].items():
+        if not (run / file).exists() or file_digest(run / file) != written:
+            raise UserError(f"{run / file} is missing or damaged. Make it again with "
+                            f"`{command_of_it}`.")
+    images = np.load(run / name / "images.npy", mmap_mode="c")
+    figures = {"sources": [name for name, count in summary["per_source"].items() if count],
+               "per_class": summary["per_class"]}
+    return images, np.arange(len(images)), figures, list(summary["files"].values())
+
+
+def new_student(run, weights, classes):
+    """(The network before its training, "none", "teacher" or whatever its weights are)."""
+    settings, inherits = run.settings, weights in ("teacher", "auto")
+    size = models.input_size_of(settings.student_arch, settings.image_size)
+    student = first_alone(lambda: models.build(settings.student_arch, classes,
+                                               "none" if inherits else weights, size))
+    student = models.require_trainable(models.require_logits(student, settings.image_size),
+                                       settings.image_size)
+    if inherits:
+        teacher = checkpoints.load(run / "teacher.pt", settings.teacher_arch)
+        if weights == "teacher":
             models.require_heir(settings.student_arch, teacher.arch)
-        figures["weights"] = "teacher" if models.inherit(student, teacher) >= models.ENOUGH_SHARED else "none"
-    if supervised:
-        objective = engine.cross_entropy(labels, device)
-        recipe = dataclasses.replace(recipe, augment=",".join(step for step in recipe.augment.split(",") if step not in MIXING) or "none")
-    else:
-        teacher = models.folded(models.load(teacher_path, settings.teacher_arch).to(device))
-        objective = (fixed_objective(teacher, images, recipe.temperature, device, checkpoint=answers,
-                                     mark=f"{made_from}, {engine.process()}")
-                     if recipe.augment == "none" else live_objective(teacher, recipe.temperature, device))
-    training = engine.train(
-        student, images, rows, objective, recipe, seed=seed, device=device,
-        checkpoint=checkpoint, label=f"student {approach}",
-        evaluate=(lambda network: engine.accuracy(network, *watched, device=device)) if watched else None, board=run.board(f"student-{approach}"),
-        mark=f"{made_from}, {figures['files']}, {figures['weights']}")
-    figures |= evaluate(student, target, confidence, run.student(approach, "npz"), device)
-    accuracy = figures["accuracy"]
-    figures |= {"retention": accuracy / teacher_figures["accuracy"] if accuracy is not None and teacher_figures["accuracy"] else None,
-                "seconds": training.seconds, "images_per_second": training.images_per_second, "history": training.history}
-    models.save(run.student(approach, "pt"), student, accuracy=accuracy)
-    write_json(run.student(approach, "json"), figures)
-    engine.remove_checkpoints(checkpoint)
-    return figures
+        share = models.inherit(student, teacher)
+        weights = "teacher" if share >= models.ENOUGH_SHARED else "none"
+    return student, weights
+
+
+def objective_of(run, images, teacher_path, target, device):
+    """(objective, recipe) of a student: labels where there is no path of a teacher."""
+    recipe = run.settings.student_recipe
+    steps = [step for step in recipe.augment.split(",") if step not in MIXING]
+    if teacher_path is None:        # a mixed image has no single label
+        return (cross_entropy(target.train.labels, device),
+                dataclasses.replace(recipe, augment=",".join(steps) or "none"))
+    teacher = checkpoints.load(teacher_path, run.settings.teacher_arch)
+    teacher = models.folded(teacher).to(device)
+    if recipe.augment == "none":
+        return fixed_objective(teacher, images, recipe.temperature, device), recipe
+    return live_objective(teacher, recipe.temperature, device), recipe
 
 
 def report_student(figures):
     if not figures["history"]:
-        say(f"student: {figures['approach']}, none: a transfer set of {figures['transfer_size']} images is too small to learn from")
+        say(f"student: {figures['approach']}, none: a transfer set of {figures['transfer_size']} "
+            "images is too small to learn from")
         return
+    accuracy, retention = figures["accuracy"], figures["retention"]
+    reached = "no test split to measure its accuracy on" if accuracy is None else (
+        f"{accuracy:.2%} on the test split, retention "
+        + (f"{retention:.3f}" if retention is not None else "unknown")
+        + f", agreement {figures['agreement']:.2%}")
     start = ", from the teacher's weights" if figures["weights"] == "teacher" else ""
-    retention = "unknown" if figures["retention"] is None else f"{figures['retention']:.3f}"
-    accuracy = "no test split to measure its accuracy on" if figures["accuracy"] is None else f"{figures['accuracy']:.2%} on the test split, retention {retention}"
-    say(f"student: {figures['approach']}, {name_of_arch(figures['arch'])}{start}, {accuracy}, {figures['seconds']:,.0f} s at {figures['images_per_second']:,.0f} img/s")
+    say(f"student: {figures['approach']}, {name_of_arch(figures['arch'])}{start}, {reached}, "
+        f"{figures['seconds']:,.0f} s at {figures['images_per_second']:,.0f} img/s")
 
 
 def export_student(run, approach, form, target):
-    """Writes the student of an approach in another form, beside its checkpoint, once it has given the student's answers on the
-    target's test images (where there are none, on its transfer set)."""
-    if not run.student(approach, "pt").exists():
-        raise UserError(f"{approach} has no student to export: its transfer set was too small to learn from")
-    images = target.test.images if target.test else np.load(run.transfer(approach) / "images.npy", mmap_mode="r")
-    export(models.load(run.student(approach, "pt"), run.settings.student_arch), form, run.student(approach, {"onnx": "onnx", "torch": "pt2", "state_dict": "pth"}[form]), images)
+    """Writes the student in another form, once it has given the student's answers on the target's
+    test images (where there are none, on its transfer set)."""
+    path = run / f"students/{approach}.pt"
+    if not path.exists():
+        raise UserError(f"{approach} has no student to export: its transfer set was too small.")
+    images = target.test.images if target.test else np.load(
+        run / f"transfer/{approach}/images.npy", mmap_mode="r")
+    student = checkpoints.load(path, run.settings.student_arch)
+    export(student, form, path.with_suffix(FORMS[form]), images)
 
 
 def main(argv):
-    settings, run, given = open_stage(argv, __doc__, STAGE_FLAGS + ("approach", "export"))
-    approach = name_of_approach(given.get("approach", "mms"))
+    run, given = open_stage(argv, "distill", __doc__)
+    settings, approach = run.settings, name_of_approach(given["approach"])
     if "export" in given:
         require_packages(given["export"])
     device = engine.pick_device(settings.device)
     weights = settings.supervised_weights if approach == "supervised" else settings.student_weights
-    weights = [] if run.student(approach, "json").exists() else [("student", settings.student_arch, weights, None)]
-    engine.first_alone(lambda: stop_on(unavailable(specs_of(settings, sources=False), settings.data_dir, settings.image_size)
-                                       + models.unavailable(weights, settings.image_size)))
-    run.require("teacher.json", "python TeacherTrain.py")
-    engine.first_alone(lambda: run.open(device))
-    target = engine.first_alone(lambda: target_of(settings))
+    if not run.has(f"students/{approach}.json"):
+        needed = [("student", settings.student_arch, weights, None)]
+        first_alone(lambda: require_none(models.unavailable(needed, settings.image_size)))
+    run.content_of("teacher.json", "python TeacherTrain.py")
+    first_alone(lambda: data.obtain(settings, sources=False))
+    first_alone(lambda: run.open(device, given, always=False))
+    target = first_alone(lambda: data.load_target(settings))
     report_student(train_student(run, approach, target, device))
     if "export" in given and is_first():
         export_student(run, approach, given["export"], target)

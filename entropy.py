@@ -7,6 +7,10 @@ Out: thresholds.json, scores/confidence.npz.
 
     python entropy.py
 """
+if __name__ == "__main__":      # --help and wrong flags need no PyTorch
+    from kd.flags import parser_of
+    parser_of("entropy", __doc__).parse_args()
+
 import numpy as np
 import torch
 
@@ -15,18 +19,19 @@ LOWEST_SHARE = 10   # the threshold is the mean over the lowest tenth
 
 
 def score(logits, weight=None):
-    """Entropy of a batch, in nats. logits: (N, C) float; weight is not used. Returns (N,), 0 for a one-hot output."""
+    """Entropy of a batch, in nats. logits: (N, C) float; weight is not used. Returns (N,), 0 for
+    a one-hot output."""
     log_p = torch.log_softmax(logits, dim=1)
     p = log_p.exp()
     return -torch.where(p > 0, p * log_p, 0.0).sum(1).clamp_max(0.0)
 
 
 def threshold(scores, predicted, classes):
-    """The mean over the lowest-entropy tenth (at least one) of the confidence-set images put in each class.
+    """The mean over the lowest-entropy tenth (at least one) of the confidence-set images put in
+    each class.
 
-    scores: (N,) float32; predicted: (N,) int64. Returns (classes,) float64, NaN for a class that is never
-    predicted: it has no threshold, and no score passes NaN.
-    """
+    scores: (N,) float32; predicted: (N,) int64. Returns (classes,) float64, NaN for a class that
+    is never predicted: it has no threshold, and no score passes NaN. """
     thresholds = np.full(classes, np.nan)
     for label in np.unique(predicted):
         members = np.sort(scores[predicted == label]).astype(np.float64)
@@ -35,6 +40,7 @@ def threshold(scores, predicted, classes):
 
 
 if __name__ == "__main__":
-    import transfer
-    from run import command
-    command(lambda argv: transfer.threshold_command("entropy", __doc__, argv))
+    import data
+    from kd.command import command
+    from kd.scoring import threshold_command
+    command(lambda argv: threshold_command("entropy", "entropy", __doc__, data, argv))

@@ -4,14 +4,19 @@ With z the logits, a and b the two largest and w the rows of the last linear lay
 
     MMS(x) = (z_a - z_b) / ||w_a - w_b||_2                  (Weinstein et al., arXiv 1911.06996)
 
-is the distance to the boundary between a and b in the space of the last features. The paper keeps small
-margins, to find what is worth labelling; here large ones are kept, where the teacher is sure.
+is the distance to the boundary between a and b in the space of the last features. The paper keeps
+small margins, to find what is worth labelling; here large ones are kept, where the teacher is
+sure.
 
 In:  the run folder's teacher and confidence set.
 Out: thresholds.json, scores/confidence.npz.
 
     python mms_threshold.py
 """
+if __name__ == "__main__":      # --help and wrong flags need no PyTorch
+    from kd.flags import parser_of
+    parser_of("mms_threshold", __doc__).parse_args()
+
 import numpy as np
 import torch
 
@@ -19,8 +24,8 @@ KEEP = ">="     # an image is kept when its score is >= the threshold of its pre
 
 
 def score(logits, weight):
-    """MMS of a batch. logits: (N, C) float; weight: (C, D), the rows of the last linear layer, or None where there is
-    no such layer: then it is the plain margin z_a - z_b. Returns (N,)."""
+    """MMS of a batch. logits: (N, C) float; weight: (C, D), the rows of the last linear layer, or
+    None where there is no such layer: then it is the plain margin z_a - z_b. Returns (N,)."""
     (first, second), (a, b) = (pair.unbind(1) for pair in logits.topk(2, dim=1))
     if weight is None:
         return first - second
@@ -31,15 +36,15 @@ def score(logits, weight):
 def threshold(scores, predicted, classes):
     """The mean score of the confidence-set images that the teacher puts in each class.
 
-    scores: (N,) float32; predicted: (N,) int64. Returns (classes,) float64, NaN for a class that is never
-    predicted: it has no threshold, and no score passes NaN.
-    """
+    scores: (N,) float32; predicted: (N,) int64. Returns (classes,) float64, NaN for a class that
+    is never predicted: it has no threshold, and no score passes NaN. """
     count = np.bincount(predicted, minlength=classes)
     total = np.bincount(predicted, weights=scores, minlength=classes)
     return np.divide(total, count, out=np.full(classes, np.nan), where=count > 0)
 
 
 if __name__ == "__main__":
-    import transfer
-    from run import command
-    command(lambda argv: transfer.threshold_command("mms", __doc__, argv))
+    import data
+    from kd.command import command
+    from kd.scoring import threshold_command
+    command(lambda argv: threshold_command("mms", "mms_threshold", __doc__, data, argv))

@@ -1,35 +1,51 @@
-import contextlib
+"""What the tests share: painted images, a run of seconds, scripts run as a user runs them."""
 import os
-import shutil
-import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import compile
-import files
-import run
+ROOT = Path(__file__).resolve().parent.parent
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+NET = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, pixels):
+        return self.head(self.features(pixels))
+
+def make(num_classes):
+    return Net(num_classes)
+"""
+
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"     # for the processes that tests start
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kill-runs", type=int, default=30, help="how many runs the slow test in tests/test_survival.py kills again and again: 30, or fewer in one sitting")
-    parser.addoption("--kill-seed", type=int, default=1, help="which moments it kills them at: another one for another sitting")
-    parser.addoption("--tries", type=int, default=60, help="how many inputs of each kind tests/test_fuzz.py makes up")
+    parser.addoption("--kill-runs", type=int, default=10,
+                     help="how many runs the slow test in test_survival.py kills again and again")
+    parser.addoption("--kill-seed", type=int, default=1, help="which moments it kills them at")
+    parser.addoption("--tries", type=int, default=60, help="how many inputs test_fuzz.py makes up")
 
 
-def pytest_configure(config):
-    """Several workers (pytest -n) share the cores: threads that wait for each other spin, and take each other's time."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-    if workers > 1:
-        threads = max(1, os.cpu_count() // workers)
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)        # for the processes that tests start
-
-
-COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+def run_script(script, *arguments, cwd=None, env=None, timeout=300):
+    """The CompletedProcess of a script of this project, with text output."""
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd,
+                          env=os.environ | (env or {}), capture_output=True, text=True,
+                          errors="replace", timeout=timeout, check=False)
 
 
 def paint(path, colour, rng):
@@ -41,7 +57,7 @@ def paint(path, colour, rng):
 
 @pytest.fixture(scope="session")
 def painted(tmp_path_factory):
-    """A target of three colours and two sources, `pool` and `more`, as folders: (target, pool, more)."""
+    """A folder with a target of three colours (colours/), two sources (pool/, more/) and net.py."""
     root, rng = tmp_path_factory.mktemp("painted"), np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 10)):
         for name, colour in COLOURS.items():
@@ -50,54 +66,24 @@ def painted(tmp_path_factory):
     for source, count in (("pool", 120), ("more", 60)):
         for i in range(count):
             paint(root / source / f"{i % 4}" / f"{i:03}.png", rng.integers(0, 256, 3), rng)
-    return root / "colours", root / "pool", root / "more"
+    (root / "net.py").write_text(NET)
+    return root
 
 
-def small_run(target, pool, more):
-    """The flags of a run of seconds."""
-    return ["--target", f"colours={target}", "--sources", f"pool={pool},more={more}", "--teacher-weights", "none",
-            "--teacher-arch", "resnet18", "--recipe", "quick", "--teacher-epochs", "6", "--epochs", "2",
-            "--batch-size", "16", "--device", "cpu"]
-
-
-@pytest.fixture
-def flags(painted, tmp_path, monkeypatch):
-    """The flags of a run of seconds, in an empty folder that is the working directory."""
-    monkeypatch.chdir(tmp_path)
-    return small_run(*painted)
+def small_run(painted):
+    """The flags of a run of seconds: a small network, three colours, two sources."""
+    net = f"{painted / 'net.py'}:make"
+    return ["--target", f"colours={painted / 'colours'}",
+            "--sources", f"pool={painted / 'pool'},more={painted / 'more'}",
+            "--teacher-arch", net, "--student-arch", net, "--recipe", "quick",
+            "--teacher-epochs", "4", "--epochs", "2", "--batch-size", "16", "--device", "cpu",
+            "--data-dir", str(painted / "data")]
 
 
 @pytest.fixture(scope="session")
 def finished_run(painted, tmp_path_factory):
-    """A run of all approaches, made once."""
-    root = tmp_path_factory.mktemp("finished")
-    with contextlib.chdir(root):
-        compile.main(small_run(*painted))
-    files.let_go()
-    return root
-
-
-@pytest.fixture
-def finished(flags, finished_run):
-    """That run in this test's own folder. Its files are links: what the tool changes, it replaces."""
-    shutil.copytree(finished_run, ".", copy_function=os.link, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
-
-
-@pytest.fixture
-def execute(monkeypatch, capsys):
-    """Runs a script's main as its command line would: execute(main, argv) -> (exit status, stdout, stderr)."""
-    def execute(main, argv, program="compile.py"):
-        monkeypatch.setattr(sys, "argv", [program, *argv])
-        capsys.readouterr()
-        handlers = {number: signal.getsignal(number) for number in run.STOPPING}
-        try:
-            run.command(main)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-    return execute
+    """The run folder of a finished run of supervised, balanced, random, mms and entropy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    done = run_script("compile.py", *small_run(painted), "--run-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,4 +1,4 @@
-"""Scores, thresholds and the KD loss against values worked by hand, and the direction of every comparison."""
+"""Scores, thresholds and the KD loss against values worked by hand; the direction of comparisons."""
 import math
 
 import numpy as np
@@ -8,7 +8,9 @@ import torch
 import entropy
 import mms_threshold
 from distill import kd_loss
-from transfer import passes, quantile_threshold
+from kd.thresholds import passes, share_threshold
+
+pytestmark = pytest.mark.quick
 
 
 def test_mms_is_the_margin_over_the_distance_of_the_two_weight_rows():
@@ -50,7 +52,7 @@ def test_threshold_ignores_classes_the_teacher_never_predicts(criterion):
     with np.errstate(all="raise"):
         thresholds = criterion.threshold(np.array([1.0], np.float32), np.array([1]), 3)
     assert np.isnan(thresholds).tolist() == [True, False, True]
-    assert not passes(np.array([-1e30, 1e30]), np.array([0, 2]), thresholds, criterion.KEEP).any()
+    assert not passes(np.array([-1e30, 1e30]), np.array([0, 2]), thresholds, criterion.KEEP == ">=").any()
 
 
 def test_entropy_of_uniform_logits_is_log_of_the_number_of_classes():
@@ -67,7 +69,7 @@ def test_entropy_of_a_one_hot_output_is_zero_and_passes(logits):
     value = entropy.score(torch.tensor([logits])).numpy()
     assert value.tolist() == [0.0]
     thresholds = entropy.threshold(value, np.array([0]), 3)
-    assert passes(value, np.array([0]), thresholds, entropy.KEEP).all()
+    assert passes(value, np.array([0]), thresholds, entropy.KEEP == ">=").all()
 
 
 def test_entropy_threshold_is_the_mean_over_the_lowest_tenth():
@@ -80,26 +82,36 @@ def test_entropy_threshold_of_fewer_than_ten_images_is_the_lowest():
 
 
 def test_high_margins_are_kept():
-    assert passes(np.array([1.0, 3.0]), np.array([0, 0]), np.array([2.0]), mms_threshold.KEEP).tolist() == [False, True]
+    assert passes(np.array([1.0, 3.0]), np.array([0, 0]), np.array([2.0]), mms_threshold.KEEP == ">=").tolist() == [False, True]
 
 
 def test_low_entropies_are_kept():
-    assert passes(np.array([1.0, 3.0]), np.array([0, 0]), np.array([2.0]), entropy.KEEP).tolist() == [True, False]
+    assert passes(np.array([1.0, 3.0]), np.array([0, 0]), np.array([2.0]), entropy.KEEP == ">=").tolist() == [True, False]
 
 
 @pytest.mark.parametrize("criterion", [mms_threshold, entropy])
 def test_an_exact_hit_of_the_threshold_is_kept(criterion):
     value = np.full(7, 0.1, np.float32)     # 0.1 is no binary fraction: the mean must not round away from it
     thresholds = criterion.threshold(value, np.zeros(7, int), 1)
-    assert passes(value, np.zeros(7, int), thresholds, criterion.KEEP).all()
+    assert passes(value, np.zeros(7, int), thresholds, criterion.KEEP == ">=").all()
 
 
-@pytest.mark.parametrize("keep, expected", [(">=", [7.0, 8.0]), ("<=", [1.0, 2.0])])
-def test_a_quantile_threshold_lets_the_best_quarter_of_a_class_pass(keep, expected):
+@pytest.mark.parametrize("high, expected", [(True, [7.0, 8.0]), (False, [1.0, 2.0])])
+def test_a_share_threshold_lets_the_surest_quarter_of_a_class_pass(high, expected):
     scores, predicted = np.arange(1.0, 9.0), np.zeros(8, int)
-    thresholds = quantile_threshold(scores, predicted, 2, keep, 0.25)
-    assert scores[passes(scores, predicted, thresholds, keep)].tolist() == expected
+    thresholds = share_threshold(scores, predicted, 2, high, 0.25)
+    assert scores[passes(scores, predicted, thresholds, high)].tolist() == expected
     assert np.isnan(thresholds[1])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 1.0])
+def test_a_share_threshold_is_that_of_conformal_prediction(share):
+    rng = np.random.default_rng(0)
+    real, foreign = rng.random(99), rng.random(1000)        # 99: (n + 1) divides by 100
+    threshold = share_threshold(real, np.zeros(99, int), 1, True, share)
+    kept = passes(foreign, np.zeros(1000, int), threshold, True)
+    p_value = (1 + (real[None] <= foreign[:, None]).sum(1)) / 100
+    assert (kept == (p_value > 1 - share + 1e-9)).mean() > 0.97
 
 
 def test_kd_loss_of_a_worked_pair():

@@ -1,0 +1,1 @@
+"""The machinery below the stages. It imports no script."""

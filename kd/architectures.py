@@ -1,0 +1,140 @@
+"""Networks by name: torchvision's, two for CIFAR, timm's ("timm:NAME"), the user's own
+("FILE.py:FACTORY"). ImageNet weights."""
+import inspect
+import itertools
+import re
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+from kd.download import RemoteFile, fetch, reachable
+from kd.files import UserError, first_line
+from kd.own import import_file, running_own
+from kd.settings import IMAGE_SIZE
+from kd.state_dicts import fit
+from kd.values import is_own
+
+CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
+INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
+               **dict.fromkeys(("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"), 224)}
+AT_LEAST = ("inception_v3", "alexnet")      # which take more as well
+TIMM = "timm:"
+
+
+def is_pretrained(weights):
+    """Whether they are ImageNet's: "imagenet", or a name that torchvision has for its own."""
+    return bool(re.fullmatch(r"imagenet|DEFAULT|IMAGENET1K_\w+", weights))
+
+
+def is_file(weights):
+    return weights not in ("none", "teacher", "auto") and not is_pretrained(weights)
+
+
+def input_size_of(arch, image_size=IMAGE_SIZE):
+    """The edge in pixels that a network wants for images of `image_size`: the same if it can."""
+    if arch.startswith(TIMM):
+        settings = timm_settings(arch)
+        return settings["input_size"][-1] if settings.get("fixed_input_size") else image_size
+    size = INPUT_SIZES.get(arch, image_size)
+    return max(image_size, size) if arch in AT_LEAST else size
+
+
+def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
+    """(network, its (mean, std) where the weights bring them, else None). With torchvision's
+    ImageNet weights it has their 1,000 classes, otherwise `count`. Raises UserError."""
+    pretrained, stated = is_pretrained(weights), None
+    if is_own(arch):
+        return _own_network(arch, count, pretrained, input_size), None
+    if arch.startswith(TIMM):
+        network = _of_timm(arch, lambda timm, name: timm.create_model(
+            name, pretrained=pretrained, num_classes=count))
+        stated = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+        return network, stated if pretrained else None
+    base = CIFAR_STEMS.get(arch, arch)
+    if base not in torchvision.models.list_models(torchvision.models):
+        raise UserError(f"{arch} is not a classifier of torchvision. There are also "
+                        f"{', '.join(CIFAR_STEMS)}, timm:NAME, and FILE.py:FACTORY for your own.")
+    # Torch's own start. Their special one, with deviations of 0.1, did not learn at any rate.
+    options = {"init_weights": False} if base in ("inception_v3", "googlenet") else {}
+    network = torchvision.models.get_model(
+        base, weights=None, num_classes=1000 if pretrained else count, **options)
+    if pretrained:
+        preset, file, path = _imagenet(base, weights)
+        fetch(file, path)
+        fit(network, torch.load(path, weights_only=True, map_location="cpu"), path, base)
+        stated = tuple(preset.mean), tuple(preset.std)
+    if base == "inception_v3" and input_size < INPUT_SIZES[base]:
+        network.aux_logits, network.AuxLogits = False, None     # it takes no fewer pixels
+    if arch in CIFAR_STEMS:
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    return network, stated
+
+
+def timm_settings(arch):
+    """{"mean", "std", "input_size", ...} that timm has for a network of its own or of a hub."""
+    settings = _of_timm(arch, lambda timm, name: timm.get_pretrained_cfg(name))
+    return vars(settings) if settings else make_network(arch, 2)[0].pretrained_cfg
+
+
+def _of_timm(arch, ask):
+    try:
+        import timm
+        return ask(timm, arch.removeprefix(TIMM))
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        reason = ("timm is not installed: pip install timm" if isinstance(error, ImportError)
+                  else first_line(error))
+        raise UserError(f"{arch} can't be made ({reason}).") from None
+
+
+def _own_network(arch, count, pretrained, input_size):
+    """What the user's function makes. It is given the number of classes as num_classes where it
+    takes that, else as the parameter that has no default."""
+    path, _, name = arch.rpartition(":")
+    factory, made = getattr(import_file(path), name, None), None
+    if callable(factory):
+        parameters = inspect.signature(factory).parameters
+        required = [each for each in parameters.values() if each.default is each.empty
+                    and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+        with running_own(path):
+            made = (factory(num_classes=count) if "num_classes" in parameters else
+                    factory(count) if required else factory())
+    if pretrained or not isinstance(made, nn.Module):
+        raise UserError(f"{path} has no function {name}." if not callable(factory) else
+                        f"There are no ImageNet weights for {arch}." if pretrained else
+                        f"{arch} gives a {type(made).__name__}, not a torch.nn.Module.")
+    tensors = itertools.chain(made.parameters(), made.buffers())
+    if any(isinstance(each, nn.parameter.UninitializedTensorMixin) for each in tensors):
+        with torch.no_grad():       # layers that take their size from their first input
+            made.eval()(torch.zeros(2, 3, input_size, input_size))
+        made.train()
+    return made
+
+
+def _imagenet(arch, weights):
+    """(preprocessing, remote file, path in torch's cache) of torchvision's weights."""
+    kinds = torchvision.models.get_model_weights(CIFAR_STEMS.get(arch, arch)).__members__
+    if weights not in ("imagenet", *kinds):
+        raise UserError(f"{arch} has no weights {weights}, but {', '.join(kinds)}.")
+    kind = kinds["DEFAULT" if weights == "imagenet" else weights]
+    name = kind.url.rpartition("/")[2]
+    file = RemoteFile((kind.url,), sha256=name.partition(".")[0].rpartition("-")[2])
+    return kind.transforms(), file, Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def why_missing(arch, weights):
+    """Why ImageNet weights can't be had, and where to put them by hand; None where they can. timm's
+    are fetched here, as its client alone knows where they are."""
+    try:
+        if is_own(arch) or arch.startswith(TIMM):
+            make_network(arch, 2, weights)
+            return None
+        _, file, path = _imagenet(arch, weights)
+    except UserError as error:
+        return str(error)
+    reason = None if path.exists() else reachable(file.urls)
+    return reason and (f"The ImageNet weights of {arch} are missing, and {reason}. Put that file "
+                       f"at {path}.")

@@ -1,0 +1,97 @@
+"""Archives: extracted beside their place, checked, and moved there when they are whole.
+
+Nothing in one is trusted: names that leave the folder, links, devices, and more content than the
+data set can have are refused, and the archive is named.
+"""
+import gzip
+import lzma
+import os
+import posixpath
+import shutil
+import tarfile
+import zipfile
+import zlib
+
+from kd.files import UserError, first_line, holding, say
+
+# What a damaged or hostile archive makes its readers raise.
+BROKEN = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
+          EOFError, ValueError, RuntimeError, LookupError, TypeError)
+FILTER = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}      # since Python 3.11.4
+
+
+class _Budget:
+    """What may still be extracted, in bytes and files. As a stream: what is read from it counts."""
+
+    def __init__(self, size, files):
+        self.size, self.files, self.stream = size, files, None
+
+    def take(self, size=0, files=0):
+        self.size, self.files = self.size - size, self.files - files
+        if min(self.size, self.files) < 0:
+            raise ValueError("it unpacks to several times what the data set holds")
+
+    def read(self, size):
+        content = self.stream.read(size)
+        self.take(len(content))
+        return content
+
+
+def extract(archive, place, size, files, check):
+    """Makes `place`, a folder that `archive` (.zip, .tar or .tar.gz) holds at any depth, unless it
+    is there.
+
+    size, files: how many bytes and files there are at the most. check(folder): raises UserError
+    where something lacks. Archives in it are extracted too: Caltech101's zip holds two tars.
+    """
+    beside = place.with_name(f".{place.name}.part")
+    with holding(place, f"extracting {archive.name}"):
+        if place.exists():      # another process made it while we waited
+            return
+        say(f"extracting {archive.name}")
+        shutil.rmtree(beside, ignore_errors=True)       # of an attempt that was killed
+        try:
+            beside.mkdir(parents=True)
+            budget = _Budget(size, files)
+            _extract(archive, beside, budget)
+            for nested in sorted(beside.rglob("[!.]*.tar*")):
+                if nested.is_file() and nested.stat().st_size:
+                    _extract(nested, beside, budget)
+            found = [path for path in sorted(beside.rglob(place.name)) if path.is_dir()]
+            if not found:
+                raise ValueError(f"it does not hold {place.name}/")
+            check(found[0])
+            os.sync()       # a name that is there after a power cut must not stand for empty files
+            os.replace(found[0], place)
+        except BROKEN as error:
+            raise UserError(f"{archive} can't be used ({first_line(error)}). Delete it, and it is "
+                            "fetched again.") from None
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _extract(archive, folder, budget):
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as content:
+            for member in content.infolist():
+                _require_inside(member.filename)
+                budget.take(member.file_size, 1)    # a member never yields more than it declares
+                content.extract(member, folder)
+        return
+    opening = gzip.open if archive.name.endswith("gz") else open
+    with opening(archive, "rb") as budget.stream:
+        with tarfile.open(fileobj=budget, mode="r|") as content:
+            for member in content:
+                _require_inside(member.name)
+                if not (member.isreg() or member.isdir()) or member.issparse():
+                    raise ValueError(f"{member.name!r} is a link, a device or a file with holes")
+                budget.take(files=1)
+                content.extract(member, folder, set_attrs=False, **FILTER)
+        while budget.read(1 << 20):     # up to gzip's checksum
+            pass
+
+
+def _require_inside(name):
+    path = posixpath.normpath(name.replace("\\", "/"))
+    if path.startswith(("/", "../")) or path == ".." or path[1:2] == ":":
+        raise ValueError(f"{name!r} leads out of its folder")

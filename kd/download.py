@@ -1,0 +1,206 @@
+"""Downloads that arrive whole or not at all: a file takes its name once its checksum is right.
+
+Until then it is `<name>.part`, which a later attempt, from any mirror, continues. One process
+fetches a file; another one that wants it waits and then uses it.
+"""
+import hashlib
+import os
+import re
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+import urllib3
+
+from kd.files import UserError, holding, require_space, say
+from kd.progress import Progress
+
+TIMEOUT = (10, 60)          # seconds to connect, and between two pieces of an answer
+PIECE = 1 << 16             # bytes at most that a read asks for
+ATTEMPTS = 5                # that bring nothing new, before the next mirror is tried
+BACKOFF = 0.5               # seconds: the first wait; each is twice the one before
+CRAWL = (100_000, 30.0)     # bytes a second, over this many seconds: below it a mirror crawls
+AT_ONCE = 4                 # files fetched at the same time
+BUSY = (429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file and its addresses, the official one first. size: bytes. A sha256 may be the beginning
+    of one: torchvision's weights carry eight digits in their names."""
+
+    urls: tuple
+    size: int | None = None
+    md5: str | None = None
+    sha256: str | None = None
+
+    @property
+    def name(self):
+        return self.urls[0].partition("?")[0].rpartition("/")[2]
+
+
+class _NextMirror(Exception):
+    """Why this address will not do."""
+
+
+def wrong_with(path, file):
+    """What is wrong with the content of `path`, in a few words; None where nothing is."""
+    size = path.stat().st_size
+    if file.size not in (None, size):
+        return f"has {size:,} bytes instead of {file.size:,}"
+    algorithm, expected = ("sha256", file.sha256) if file.sha256 else ("md5", file.md5)
+    if expected is not None:
+        with open(path, "rb") as content:
+            found = hashlib.file_digest(content, algorithm).hexdigest()
+        if not found.startswith(expected):
+            return f"has the {algorithm} {found} instead of {expected}"
+    return None
+
+
+def part_of(path):
+    """Where the beginning of a file that is being fetched lies."""
+    return path.with_name(f"{path.name}.part")
+
+
+def _length(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def remaining(path, file):
+    """Bytes still to fetch."""
+    return max(0, (file.size or 0) - (_length(path) or _length(part_of(path))))
+
+
+def reachable(urls):
+    """None where a server answers for one of these addresses; else why none does."""
+    reasons = []
+    for url in urls:
+        try:
+            with requests.get(url, stream=True, timeout=TIMEOUT[0]) as answer:
+                if answer.ok or answer.status_code in BUSY:
+                    return None
+                reasons.append(f"{url} answers {answer.status_code}")
+        except requests.RequestException as error:
+            reasons.append(f"{url} can't be reached ({type(error).__name__})")
+    return ", ".join(reasons)
+
+
+def fetch(file, path):
+    """Brings `file` to `path`; one that is there is verified. Raises UserError."""
+    path = Path(path)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with holding(path, f"fetching {path.name}"):
+            if not path.exists():       # else another process fetched it while we waited
+                require_space(path.parent, remaining(path, file), f"fetching {path.name}")
+                return _from_mirrors(file, path, part_of(path))
+    wrong = wrong_with(path, file)
+    if wrong:
+        raise UserError(f"{path} {wrong}. Delete it, and it is fetched again, or put the right one "
+                        f"there ({file.urls[0]}).")
+
+
+def _from_mirrors(file, path, part):
+    tried, mirrors = [], [(url, False) for url in file.urls]    # (address, whether it may crawl)
+    progress = Progress(f"fetching {path.name}", file.size, "B", done=_length(part))
+    while mirrors:
+        url, may_crawl = mirrors.pop(0)
+        resumed = _length(part) > 0
+        try:
+            _fill(part, url, file.size, progress, may_crawl or not mirrors)
+            wrong = wrong_with(part, file)
+            if wrong is None:
+                progress.close()
+                return os.replace(part, path)
+            part.unlink()
+            if resumed:                 # whose bytes were wrong is not known: this mirror alone
+                mirrors.insert(0, (url, may_crawl))
+            raise _NextMirror(f"sent a file that {wrong}")
+        except _NextMirror as reason:
+            tried.append(f"{url} {reason}")
+            if str(reason).startswith("crawls"):
+                mirrors.append((url, True))
+            if mirrors:
+                say(f"{path.name}: {tried[-1]}; trying {mirrors[0][0]}")
+    progress.close()
+    raise UserError(f"{path.name} can't be fetched: {'; '.join(tried)}. Put it at {path} by hand: "
+                    "it is verified and used.")
+
+
+def _fill(part, url, size, progress, may_crawl):
+    """Fills the part from one mirror, in as many attempts as it takes while each brings something.
+    Raises _NextMirror."""
+    retry = urllib3.Retry(ATTEMPTS, status_forcelist=BUSY, backoff_factor=BACKOFF,
+                          respect_retry_after_header=False, raise_on_status=False)
+    failures = 0
+    with requests.Session() as session:
+        session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
+        session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
+        while failures < ATTEMPTS and (size is None or _length(part) < size):
+            start = _length(part)
+            headers = {"Accept-Encoding": "identity"}
+            headers |= {"Range": f"bytes={start}-"} if start else {}
+            try:
+                with session.get(url, stream=True, timeout=TIMEOUT, headers=headers) as answer:
+                    _receive(answer, part, start, size, progress, may_crawl)
+                if size is None:
+                    return
+            except urllib3.exceptions.HTTPError:        # what breaks off is asked for again
+                time.sleep(BACKOFF)
+            except requests.RequestException as error:
+                raise _NextMirror(f"can't be reached ({type(error).__name__})") from None
+            failures = 0 if _length(part) >= start + PIECE else failures + 1
+    if failures == ATTEMPTS:
+        raise _NextMirror(f"breaks off, {ATTEMPTS} times")
+
+
+def _receive(answer, part, start, size, progress, may_crawl):
+    """Appends an answer to the part, which has `start` bytes, or begins it again."""
+    if answer.status_code == 416 and size is None:      # there is no more of it
+        return
+    if answer.status_code not in (200, 206):
+        raise _NextMirror(f"answers {answer.status_code}")
+    if answer.status_code == 200:       # also a server that ignores ranges
+        start = 0
+    elif not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+        raise _NextMirror("does not continue from where it is asked to")
+    offered = answer.headers.get("Content-Length")
+    if size is not None and offered is not None and start + int(offered) != size:
+        raise _NextMirror(f"offers {start + int(offered):,} bytes instead of {size:,}")
+    progress.update(start - progress.done)
+    began, received = time.monotonic(), 0
+    with open(part, "r+b" if start else "wb", buffering=0) as content:
+        content.seek(start)
+        while piece := answer.raw.read1(PIECE, decode_content=False):
+            if not content.tell() and re.match(rb"\s*<(!doctype|html|\?xml)", piece, re.I):
+                raise _NextMirror("answers with a web page instead of the file")
+            content.write(piece)
+            progress.update(len(piece))
+            received, seconds = received + len(piece), time.monotonic() - began
+            if seconds >= CRAWL[1]:
+                if received < CRAWL[0] * seconds and not may_crawl:
+                    raise _NextMirror(f"crawls ({received / seconds / 1e3:,.1f} kB/s)")
+                began, received = time.monotonic(), 0
+            if size is not None and content.tell() > size:      # its checksum is wrong
+                return
+
+
+def fetch_all(wanted):
+    """Fetches several files at once. wanted: {path: RemoteFile}. Returns [why one failed]."""
+    failed, gate = [], threading.Semaphore(AT_ONCE)
+
+    def one(path, file):
+        with gate:
+            try:
+                fetch(file, path)
+            except (UserError, OSError) as error:
+                failed.append(str(error))
+    # Daemons: whoever interrupts does not wait for them, and what they have written is continued.
+    threads = [threading.Thread(target=one, args=each, daemon=True) for each in wanted.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failed

@@ -1,0 +1,173 @@
+"""The device, and the one evaluation.
+
+Images stay uint8 until they are on the device; nothing here loops over images or waits for the
+device within a step. """
+import collections
+import contextlib
+import ctypes
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from kd.augment import to_device
+from kd.files import UserError
+from kd.packing import release_pages
+from kd.processes import gathered, share_of
+from kd.progress import Progress
+
+CPU = torch.device("cpu")
+EVALUATION_BATCH = 512      # images of up to 96 pixels; fewer where they are larger
+READ_AT_ONCE = 100_000_000  # bytes of a memory-mapped array that may lie in memory
+PREFETCHED = 2              # batches that wait on the device, where the images stay on the CPU
+
+
+def pick_device(name):
+    """torch.device for "auto", "cpu", "cuda" or "mps". Raises UserError where it isn't there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
+        raise UserError(f"--device {name}: no {name.upper()} device found, or PyTorch was built "
+                        f"without {name.upper()}.")
+    if name == "cpu":
+        keep_memory()
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def keep_memory():
+    """Has glibc keep what is freed. Otherwise each step may give the memory of its gradients back
+    to the system and pay for the pages again, which costs up to a tenth of a step."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):        # another C library
+        return
+    mallopt(-3, 1 << 25)            # M_MMAP_THRESHOLD, at its highest
+    mallopt(-1, (1 << 31) - 1)      # M_TRIM_THRESHOLD
+
+
+def autocast(device):
+    """bf16 on CUDA; nothing elsewhere (on the CPUs measured, bf16 is slower)."""
+    on_cuda = device.type == "cuda"
+    return torch.autocast("cuda", torch.bfloat16) if on_cuda else contextlib.nullcontext()
+
+
+def allow_tf32(allowed):
+    """Training may use the 10-bit mantissas of TF32; scores that decide a selection may not."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def seed_for(seed, purpose):
+    """A seed of its own for each purpose, so that no stage depends on which ran before it."""
+    return zlib.crc32(f"{seed}/{purpose}".encode())
+
+
+def resident(images, device):
+    """A uint8 array as a tensor: on the device where it takes less than half of the free memory."""
+    tensor = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    if device.type == "cpu":
+        return tensor
+    memory = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda"
+              else torch.mps.recommended_max_memory())
+    if tensor.nbytes > memory / 2:
+        return tensor
+    found = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    chunk = max(1, READ_AT_ONCE // max(1, tensor[:1].nbytes))
+    for start in range(0, len(tensor), chunk):
+        found[start:start + chunk] = tensor[start:start + chunk].to(device)
+        release_pages(images)
+    return found
+
+
+def prefetched(batches, device):
+    """Yields each CPU tensor of `batches` on the device; the next ones are made and sent by another
+    thread meanwhile."""
+    if device.type == "cpu":
+        yield from batches
+        return
+    batches, waiting = iter(batches), collections.deque()
+
+    def take():
+        batch = next(batches, None)
+        return None if batch is None else to_device(batch, device)
+    with ThreadPoolExecutor(1) as pool:
+        waiting.extend(pool.submit(take) for _ in range(PREFETCHED))
+        while (ready := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(take))
+            yield ready
+
+
+@contextlib.contextmanager
+def enough_memory(label, device, remedy):
+    """Within it, memory that does not suffice is one sentence."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error)
+        if not isinstance(error, MemoryError) and not any(sign in said for sign in (
+                "out of memory", "can't allocate memory", "ALLOC_FAILED")):
+            raise
+        where = "the memory" if device.type == "cpu" else "the memory of the device"
+        raise UserError(f"{label}: {where} does not suffice. {remedy}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------
+
+def evaluation_batch(classifier):
+    """Images of a batch that is only answered."""
+    return max(16, round(EVALUATION_BATCH * min(1.0, 96 / classifier.input_size) ** 2))
+
+
+@torch.inference_mode()
+def answered(classifier, batches, device, then):
+    """Yields then(logits), a tuple of tensors on the device, for each of `batches`, (n, H, W, 3)
+    uint8 tensors. In eval mode, true float32: scores are compared with thresholds."""
+    classifier.eval()
+    allow_tf32(False)
+    for pixels in prefetched(batches, device):
+        yield then(classifier(pixels))
+
+
+def predict(classifier, images, rows=None, device=CPU, label="evaluating",
+            then=None):
+    """Logits of images, (n, C) float32 on the CPU; with `then`, as in `answered`, the columns
+    that it makes of the logits instead, so that nothing larger than they are is kept.
+
+    images: (N, H, W, 3) uint8, array or tensor. rows: (n,) int64, default all. Of several
+    processes each answers for a part of the batches, which are those of one process, and all
+    return the whole. """
+    tensor = resident(images, device)
+    rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
+    batches = rows.split(evaluation_batch(classifier))
+    batches = batches[slice(*share_of(len(batches)))]
+    progress, parts, unreleased = Progress(label, sum(map(len, batches))), [], 0
+    remedy = "Use a smaller network, or --device cpu."
+    with enough_memory(label, device, remedy), contextlib.closing(progress):
+        picked = (tensor[batch.to(tensor.device)] for batch in batches)
+        values = answered(classifier, picked, device, then or (lambda logits: (logits,)))
+        for batch, columns in zip(batches, values, strict=True):
+            parts.append([column.cpu() for column in columns])
+            progress.update(len(batch))
+            unreleased += len(batch) * tensor[:1].nbytes
+            if unreleased > READ_AT_ONCE:
+                release_pages(images)
+                unreleased = 0
+    parts = [part for of_rank in gathered(parts) for part in of_rank]
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return columns if len(columns) > 1 else columns[0]
+
+
+def answers(classifier, images, rows=None, device=CPU, label="evaluating"):
+    """The class with the largest logit of each image, (n,) int64."""
+    return predict(classifier, images, rows, device, label,
+                   lambda logits: (logits.argmax(1),)).numpy()
+
+
+def accuracy(classifier, images, labels, rows=None, device=CPU):
+    """Share of images, in [0, 1], that get their label. labels: (N,) int64 of all images."""
+    found = answers(classifier, images, rows, device)
+    return float((found == (labels if rows is None else labels[rows])).mean())

@@ -1,0 +1,57 @@
+"""The split of the target, and how good a network is on it."""
+import numpy as np
+
+from kd import engine
+from kd.files import UserError, write_atomically
+from kd.processes import on_all_ranks
+
+TRAIN_SHARE = 0.8       # of the target's training split; the rest is the confidence set
+WATCHED = 2000          # images of the confidence set on which accuracy is noted after each epoch
+
+
+def split_target(count, seed):
+    """Cuts `count` images into (train, confidence): int64 indices, disjoint, sorted, together
+    all."""
+    order = np.random.default_rng(engine.seed_for(seed, "split")).permutation(count)
+    cut = round(TRAIN_SHARE * count)
+    return np.sort(order[:cut]), np.sort(order[cut:])
+
+
+@on_all_ranks
+def saved_split(run, count):
+    """The run's (train, confidence), kept in split.npz: the teacher never trains on the second."""
+    path, product = run / "split.npz", run.product("split.json", images=count)
+    if not product.done:
+        train, confidence = split_target(count, run.settings.seed)
+        if len(train) < 2 or not len(confidence):
+            raise UserError(f"The target's {count} training images are too few to split off a "
+                            "confidence set.")
+        write_atomically(path, lambda file: np.savez(file, train=train, confidence=confidence))
+        product.write({"train": len(train), "confidence": len(confidence)}, [path])
+        return train, confidence
+    with np.load(path) as split:
+        return split["train"], split["confidence"]
+
+
+def watcher(target, confidence, device):
+    """A function network -> its accuracy on about WATCHED images of the confidence set."""
+    rows = confidence[:: max(1, len(confidence) // WATCHED)]
+    images, labels = target.train.images[rows], target.train.labels[rows]
+    return lambda network: engine.accuracy(network, images, labels, device=device)
+
+
+def evaluate(classifier, target, confidence, path, device):
+    """{"accuracy": on the test split, "confidence_accuracy": on the confidence set}, None where
+    the target has no images for it, and what the classifier answers to the test split, (N,) int64
+    or None, which is written to `path` beside the labels. The test split is read here alone."""
+    predicted, accuracy = None, None
+    if target.test:
+        predicted = engine.answers(classifier, target.test.images, device=device)
+        write_atomically(path, lambda file: np.savez(file, predicted=predicted,
+                                                     labels=target.test.labels))
+        accuracy = float((predicted == target.test.labels).mean())
+    on_confidence = None
+    if target.train:
+        on_confidence = engine.accuracy(classifier, target.train.images, target.train.labels,
+                                        confidence, device)
+    return {"accuracy": accuracy, "confidence_accuracy": on_confidence}, predicted

@@ -1,0 +1,110 @@
+"""The student for use elsewhere: ONNX, or its weights alone."""
+import copy
+import importlib.util
+import io
+import json
+
+import numpy as np
+import torch
+from torch import nn
+
+from kd.classifier import as_torch_has_it
+from kd.engine import predict
+from kd.files import UserError, first_line, say, write_atomically
+
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
+CHECKED = 1000      # images on which what was written must agree with the student
+TOLERANCE = 1e-3    # of the largest logit
+
+
+class Standalone(nn.Module):
+    """A classifier that needs nothing of this project: (N, 3, S, S) float32 pixels in [0, 1] ->
+    logits (N, C)."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.network = as_torch_has_it(copy.deepcopy(classifier.network))
+        self.fitted = classifier.fitted
+        self.register_buffer("mean", torch.tensor(classifier.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(classifier.std).view(3, 1, 1))
+
+    def forward(self, pixels):
+        return self.network(self.fitted((pixels - self.mean) / self.std))
+
+
+def require_packages(form):
+    """Raises UserError where the packages for a form are not installed."""
+    lacking = [name for name in PACKAGES.get(form, ()) if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UserError(f"--export {form} needs {' and '.join(lacking)}: "
+                        f"pip install {' '.join(lacking)}")
+
+
+def export(classifier, form, path, images):
+    """Writes `classifier` at `path` as "onnx", "state_dict" or "safetensors", once what was made
+    gives the same answers. Raises UserError where it does not.
+
+    images: (N, S, S, 3) uint8, of which up to CHECKED are shown to both.
+    """
+    require_packages(form)
+    classifier, wrong = classifier.cpu().eval(), None
+    images = np.array(images[:: max(1, len(images) // CHECKED)][:CHECKED])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 255
+    expected = predict(classifier, images)
+    try:
+        alone = Standalone(classifier).eval()
+        content, answer = FORMS[form](alone, classifier.classes, pixels[:2])
+        found = torch.cat([torch.as_tensor(answer(batch)) for batch in pixels.split(100)])
+        error, scale = (found - expected).abs().max().item(), expected.abs().max().item()
+        if not error <= TOLERANCE * scale:
+            wrong = f"it gives other logits, by up to {error:.2g} of {scale:.2g}"
+    except Exception as error:      # exporters raise of every kind
+        wrong = f"{type(error).__name__}: {first_line(error)}"
+    if wrong:
+        raise UserError(f"{classifier.arch} can't be exported as {form} ({wrong}).")
+    write_atomically(path, lambda file: file.write(content))
+    takes = f"pixels {(*pixels.shape[1:],)} in [0, 1]" if form == "onnx" else classifier.takes()
+    same = int((found.argmax(1) == expected.argmax(1)).sum())
+    say(f"export: {path}, {len(content) / 1e6:,.1f} MB, takes {takes}. On {len(images):,} images "
+        f"it gives the student's class for {same:,}, logits within {error:.1g} of {scale:.3g}.")
+
+
+# Each gives (bytes, function that answers pixels (n, 3, S, S) with what is in them).
+
+def _state_dict(standalone, classes, example):
+    """The keys that the architecture's own network has; no normalisation."""
+    buffer = io.BytesIO()
+    torch.save(standalone.network.state_dict(), buffer)
+    content = buffer.getvalue()
+    return content, _filled(standalone, torch.load(io.BytesIO(content), weights_only=True))
+
+
+def _safetensors(standalone, classes, example):
+    from safetensors.torch import load, save
+    content = save(standalone.network.state_dict(), {"classes": json.dumps(classes)})
+    return content, _filled(standalone, load(content))
+
+
+def _filled(standalone, state):
+    for tensor in standalone.network.state_dict().values():
+        tensor.zero_()
+    standalone.network.load_state_dict(state)
+    return torch.inference_mode()(standalone)
+
+
+def _onnx(standalone, classes, example):
+    import onnx
+    import onnxruntime
+    made = torch.onnx.export(
+        standalone, (example,), dynamo=True, verbose=False,
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        input_names=["pixels"], output_names=["logits"])
+    made.optimize()
+    model = made.model_proto
+    onnx.helper.set_model_props(model, {"classes": json.dumps(classes)})
+    content = model.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda pixels: session.run(None, {"pixels": pixels.numpy()})[0]
+
+
+FORMS = {"onnx": _onnx, "state_dict": _state_dict, "safetensors": _safetensors}

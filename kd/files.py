@@ -1,0 +1,224 @@
+"""Files that appear in one step, digests, locks of folders, and what is said to the person."""
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+SPARE = 200_000_000                                     # bytes of disk that stay free
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)     # of a file system that has none
+
+
+class UserError(Exception):
+    """Something the user can put right: one plain sentence that names the thing and what to do."""
+
+
+# --------------------------------------------------------------------------------------------------
+# What is said
+# --------------------------------------------------------------------------------------------------
+
+def is_first():
+    """Whether this process writes and speaks: the only one, or the first that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line):
+    if is_first():
+        print(line, flush=True)
+
+
+def require_none(lines):
+    """Raises UserError with these lines, one for each thing that is wrong, where there are any."""
+    if lines:
+        raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).strip().splitlines()[0]
+
+
+def listed(items, most=20):
+    """Joined by commas; of many the first few, and how many more there are."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
+
+
+def one_field(text):
+    """`text` with its tabs and everything that ends a line escaped."""
+    return re.sub("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing and reading
+# --------------------------------------------------------------------------------------------------
+
+def write_atomically(path, write):
+    """Calls `write(file)` with a binary file beside `path`, which takes its place once all of it is
+    on disk. Of several processes only the first one writes."""
+    if not is_first():
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """UTF-8; bytes of file names that are not UTF-8 are written as they are."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path):
+    """The dict in a file, or None where the file holds anything else."""
+    try:
+        content = json.loads(Path(path).read_text()) if Path(path).is_file() else None
+    except (ValueError, RecursionError):
+        content = None
+    return content if isinstance(content, dict) else None
+
+
+def write_sealed(path, content):
+    """Writes a dict as JSON with a "digest" of the rest, so that a later change is noticed."""
+    write_json(path, content | {"digest": _seal(content)})
+
+
+def read_sealed(path):
+    """The dict in a file that `write_sealed` wrote; None where it holds anything else."""
+    content = read_json(path) or {}
+    return content if content.get("digest") == _seal(content) else None
+
+
+def _seal(content):
+    kept = {name: value for name, value in content.items() if name != "digest"}
+    return digest(json.dumps(kept, sort_keys=True).encode())
+
+
+def digest(content):
+    """16 hexadecimal digits that tell these bytes from others."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def file_digest(path):
+    """The same of a file, which is read once for each of its versions (inode, size, time of
+    change). Raises UserError where it can't be read."""
+    try:
+        status = os.stat(path)
+        if not Path(path).is_file():        # opening a pipe would wait for somebody to write there
+            raise UserError(f"{path} is not a regular file")
+        version = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return _digest_of_version(str(path), *version)
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({first_line(error)})") from None
+
+
+@functools.lru_cache(maxsize=1000)
+def _digest_of_version(path, *version):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------
+# Disk and locks
+# --------------------------------------------------------------------------------------------------
+
+def nearest_existing(path):
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def require_space(folder, needed, what):
+    """Raises UserError where the disk has less than `needed` bytes (and some to spare) free."""
+    free = shutil.disk_usage(nearest_existing(folder)).free
+    if needed and needed + SPARE > free:
+        raise UserError(f"{folder} has {free / 1e9:,.1f} GB free, but {what} needs "
+                        f"{(needed + SPARE) / 1e9:,.1f} GB. Make room, or choose another folder.")
+
+
+def _acquire(lock, folder, timeout):
+    """Whether the lock was had; None on a file system without locks, which is said."""
+    try:
+        lock.acquire(timeout=timeout)
+        return True
+    except Timeout:
+        return False
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        say(f"{folder} is on a file system without locks. Do not let two processes use it at once.")
+        return None
+
+
+@contextlib.contextmanager
+def holding(path, what, stop=None):
+    """Keeps every other process from making `path` meanwhile; waits while another one does.
+
+    The operating system releases the lock when the process ends, however it ends. stop: a
+    threading.Event that ends the waiting with InterruptedError.
+    """
+    folder = Path(path).parent / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, waited = FileLock(folder / f"{Path(path).name}.lock"), False
+    while _acquire(lock, folder, 0.5) is False:
+        if not waited:
+            say(f"{what}: waiting for another process that is doing this.")
+            waited = True
+        if stop is not None and stop.is_set():
+            raise InterruptedError
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+_held = {}      # {folder: its lock}
+
+
+def hold(folder):
+    """Keeps every other process from writing in a run folder until `let_go` or the end of this one.
+    Raises UserError that says who holds it."""
+    folder = Path(folder).absolute()
+    if not is_first() or folder in _held:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:        # a file has its name, or nothing can be made there
+        raise UserError(f"{folder} can't be created ({first_line(error)}). "
+                        "Choose another --run-dir.") from None
+    lock, holder = FileLock(folder / ".lock"), folder / ".holder"
+    if _acquire(lock, folder, 0) is False:
+        found = read_json(holder) or {}
+        who = f"process {found.get('process', '?')} on {found.get('host', '?')}"
+        raise UserError(f"{folder} is in use by {who} since {found.get('since', '?')}. "
+                        "Wait for it, or choose another --run-dir.")
+    _held[folder] = lock
+    holder.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(),
+                                  "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+
+
+def let_go():
+    """Releases every run folder that this process holds."""
+    while _held:
+        _held.popitem()[1].release()

@@ -1,0 +1,139 @@
+"""The command line: flags made from the fields of `Settings`; and the one in a config.json."""
+import argparse
+import json
+
+from kd import values
+from kd.files import UserError, listed, one_field, read_json
+from kd.settings import APPROACHES, FIELDS, FLAGS, GROUPS, MORE_APPROACHES, STAGES
+from kd.values import is_own
+
+# The stages whose settings are flags of each script; compile.py has all of them.
+USES = {"TeacherTrain": ("teacher",), "distill": STAGES,
+        **dict.fromkeys(("mms_threshold", "entropy", "transfer"), STAGES[:3])}
+APPROACH = dict(type=values.approach, metavar="A", default="mms",
+                help=f"one of {', '.join(APPROACHES + MORE_APPROACHES)}, or a Python file with a "
+                     "criterion of your own (default: mms)")
+# Flags that are not settings, {script: {flag: keywords of argparse}}.
+MORE = {
+    "compile": {"config": dict(metavar="FILE", help="a config.json whose flags hold where the "
+                               "command line says nothing else, to repeat a run")},
+    "transfer": {"approach": APPROACH},
+    "distill": {"approach": APPROACH, "export": dict(
+        choices=("onnx", "state_dict", "safetensors"),
+        help="also write the student in another form, beside its checkpoint")},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, status 2."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {one_field(message)} (see --help)\n")
+
+
+def add_flags(parser, names):
+    """Adds the flags of these settings to a parser, in their groups, the everyday ones first."""
+    for group in GROUPS:
+        of_group = [each for each in FLAGS if each in names
+                    and FIELDS[each].metadata["group"] == group]
+        inside = parser.add_argument_group(group) if of_group else None
+        for name in of_group:
+            words = [_flag_of(name), *(["--seed"] if name == "seeds" else [])]
+            inside.add_argument(*words, dest=name, **_for_argparse(FIELDS[name].metadata["flag"]))
+    return parser
+
+
+def _for_argparse(flag):
+    """The same keywords; what a parser raises is the sentence that argparse shows."""
+    if "type" not in flag:
+        return {name: value for name, value in flag.items() if value is not None}
+
+    def convert(text):
+        try:
+            return flag["type"](text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return flag | {"type": convert}
+
+
+def _flag_of(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def flags_of(script):
+    """The names of the settings that are flags of a script."""
+    if script not in USES:
+        return FLAGS
+    return tuple(name for name in FLAGS if name not in ("approaches", "restart", "restart_from") and
+                 FIELDS[name].metadata["stage"] in (None, *USES[script]))
+
+
+def parser_of(script, description):
+    """The parser of a script's command line; description: its docstring."""
+    summary, _, rest = description.strip().partition("\n")
+    commands = [line for line in rest.splitlines() if line.startswith("    python")]
+    parser = Parser(prog=f"{script}.py", description=summary,
+                    epilog="\n".join(["examples:", *commands]),
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, flags_of(script))
+    for flag, options in MORE.get(script, {}).items():
+        parser.add_argument(_flag_of(flag), **options)
+    return parser
+
+
+def parse(argv, script, description, stored=None):
+    """{name: value} of what the command line gives. stored: words that stand before it, so that it
+    has the last word."""
+    parser = parser_of(script, description)
+    given = vars(parser.parse_args([*(stored or ()), *argv]))
+    for name, value in given.items():
+        if isinstance(value, list):         # what argparse makes of --name=--
+            parser.error(f"argument {_flag_of(name)}: expected one argument")
+    if "steps" in given and "epochs" in given:
+        parser.error("--steps and --epochs contradict each other: give one of them")
+    if "config" in given and stored is None:
+        return parse(argv, script, description, stored_words(given["config"], given, script))
+    return given
+
+
+def words_of(settings, given):
+    """The command line, [--flag=value], that stands for what was given, wherever it is run."""
+    words, always = [], {"data_dir": settings.data_dir, "seeds": settings.seeds}
+    for name, value in (given | always).items():
+        if name not in FLAGS or value is None or name in ("run_dir", "restart", "restart_from"):
+            continue
+        if FIELDS[name].metadata["flag"].get("action"):
+            words.append(_flag_of(name))
+        elif name == "classes" and isinstance(value, tuple):
+            words.append(f"--classes={json.dumps(value)}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            words.append(f"{_flag_of(name)}={text}")
+    return words
+
+
+def read_words(path):
+    """The command line in a config.json. Raises UserError where there is none."""
+    words = (read_json(path) or {}).get("command")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{path} is damaged, or not a config.json of this version.")
+    return words
+
+
+def stored_words(path, given, script):
+    """The words of a config.json that are flags here, less those whose flag (of --steps and
+    --epochs either) is given. Raises UserError where they name code that `given` does not."""
+    replaced = {_flag_of(name) for name in given}
+    if {"--steps", "--epochs"} & replaced:
+        replaced |= {"--steps", "--epochs"}
+    known = {_flag_of(name) for name in flags_of(script)} - replaced
+    words = [word for word in read_words(path) if word.partition("=")[0] in known]
+    code = [word for word in words if is_own(word) or any(
+        each.strip().endswith(".py") for each in word.split(","))]
+    if code:
+        raise UserError(f"{path} names code, and code runs only where the command line names it: "
+                        f"add {listed(code)}.")
+    return words

@@ -1,0 +1,152 @@
+"""Official layouts. A reader of each: read(root, split) -> Images; split: train, test or source."""
+import pickle
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from kd.files import digest
+from kd.readers import Images, list_images, read_class_folders, read_files, state_of
+
+
+@dataclass(frozen=True)
+class ArrayReader:
+    """Reads the i-th of arrays of (n, H, W, 3) or (n, H, W) uint8, one after the other."""
+
+    arrays: list
+
+    def __call__(self, i):
+        for pixels in self.arrays:
+            if i < len(pixels):
+                return Image.fromarray(np.ascontiguousarray(pixels[i]))
+            i -= len(pixels)
+        raise IndexError
+
+
+def read_arrays(root, files, arrays, labels=None, classes=None):
+    """Arrays that `files` below `root` hold."""
+    count = sum(map(len, arrays))
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"{count:,} images have {len(labels):,} labels")
+    return Images(count, ArrayReader(arrays), state_of(root, files), labels, classes)
+
+
+class _CifarUnpickler(pickle.Unpickler):
+    """A pickle can name any function to be called. CIFAR's need numpy's array and nothing else."""
+
+    ALLOWED = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+               "numpy.ndarray", "numpy.dtype", "_codecs.encode")
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"a batch names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_cifar(root, batches, meta, fine=""):
+    def content(name):
+        with open(root / name, "rb") as file:
+            return _CifarUnpickler(file, encoding="latin1").load()
+    found = [content(name) for name in batches]
+    arrays = [np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+              for batch in found]
+    labels = np.concatenate([np.asarray(batch[f"{fine}labels"], int) for batch in found])
+    return read_arrays(root, batches, arrays, labels, list(content(meta)[f"{fine}label_names"]))
+
+
+def read_cifar10(root, split):
+    train = [f"data_batch_{i}" for i in range(1, 6)]
+    return _read_cifar(root, ["test_batch"] if split == "test" else train, "batches.meta")
+
+
+def read_cifar100(root, split):
+    return _read_cifar(root, ["test" if split == "test" else "train"], "meta", "fine_")
+
+
+def read_svhn(root, split):
+    """root: train_32x32.mat, beside which the test split lies. X is height x width x channel x
+    image; label 10 means the digit 0."""
+    from scipy.io import loadmat
+    name = "test_32x32.mat" if split == "test" else "train_32x32.mat"
+    content = loadmat(root.with_name(name))
+    return read_arrays(root.parent, [name], [content["X"].transpose(3, 0, 1, 2)],
+                       content["y"].ravel().astype(int) % 10, list("0123456789"))
+
+
+@dataclass(frozen=True)
+class _Stl10:
+    """STL10's images in a binary file, read one by one: the unlabelled part alone has 2.8 GB."""
+
+    path: object
+
+    def __len__(self):
+        return self.path.stat().st_size // (3 * 96 * 96)
+
+    def __getitem__(self, i):
+        """(96, 96, 3) uint8; the file has planes of colour, each in column-major order."""
+        each = 3 * 96 * 96
+        pixels = np.fromfile(self.path, np.uint8, each, offset=int(i) * each)
+        return pixels.reshape(3, 96, 96).transpose(2, 1, 0)
+
+
+def read_stl10(root, split):
+    """As a source: the labelled and the unlabelled part."""
+    if split == "source":
+        names = ["train_X.bin", "unlabeled_X.bin"]
+        return read_arrays(root, names, [_Stl10(root / name) for name in names])
+    names = [f"{split}_X.bin", f"{split}_y.bin"]
+    labels = np.fromfile(root / names[1], np.uint8).astype(int) - 1
+    classes = (root / "class_names.txt").read_text().split()
+    return read_arrays(root, names, [_Stl10(root / names[0])], labels, classes)
+
+
+def read_tinyimagenet(root, split):
+    """train/<wnid>/images/*.JPEG; the labelled val/ is the test split: test/ has no labels."""
+    train = read_class_folders(root / "train")
+    if split != "test":
+        return train
+    lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
+    files, wnids = zip(*(line.split("\t")[:2] for line in lines), strict=True)
+    labels = np.array([train.classes.index(wnid) for wnid in wnids])
+    return read_files(root / "val" / "images", files, labels, train.classes)
+
+
+def read_places365(root, split):
+    """val_256/*.jpg, without labels."""
+    return read_files(root, list_images(root))
+
+
+def read_caltech101(root, split):
+    if split == "source":
+        return read_files(root, list_images(root))
+    return _fifth_as_test(read_class_folders(root, exclude=("BACKGROUND_Google",)), split)
+
+
+def read_caltech256(root, split):
+    """<class>/*.jpg directly in the class's folder: deeper lies junk. 257.clutter is no class."""
+    pattern = r"[^/]+/[^/]+\.jpg"
+    if split == "source":
+        return read_files(root, list_images(root, wanted=re.compile(pattern).fullmatch))
+    return _fifth_as_test(read_class_folders(root, "", ("257.clutter",), pattern), split)
+
+
+def _fifth_as_test(images, split):
+    """No official test split: every fifth image of each class is test, whatever the seed."""
+    position = np.zeros(images.count, np.int64)
+    for label in np.unique(images.labels):
+        members = np.flatnonzero(images.labels == label)
+        position[members] = np.arange(len(members))
+    return images.take(np.flatnonzero((position % 5 == 4) == (split == "test")))
+
+
+def read_digits(seed, split):
+    """scikit-learn's 1,797 handwritten digits, 8x8 with 16 grey levels. A fixed fifth is the test
+    split, whatever the seed."""
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
+    whole = Images(len(pixels), ArrayReader([pixels]), digest(pixels.tobytes()),
+                   digits.target.astype(np.int64), list("0123456789"))
+    order, test = np.random.default_rng(0).permutation(len(pixels)), len(pixels) // 5
+    return whole.take(np.sort(order[:test] if split == "test" else order[test:]))

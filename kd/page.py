@@ -1,0 +1,99 @@
+"""The page of a run: one file that asks for nothing from anywhere.
+
+The gallery's thumbnails are tiles of a few large images: thousands of them take a few megabytes and
+are drawn only where they are seen.
+"""
+import base64
+import io
+import itertools
+import math
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from kd.record import shown
+
+GALLERY = 6_000         # images on a page, about
+ACROSS, DOWN = 50, 30   # tiles of a sheet
+LARGEST_TILE = 48       # pixels
+
+
+def sampled(record, most=GALLERY):
+    """{approach: rows (n,) of its transfer set} that are shown: as many of each class, evenly
+    spaced from the best score to the last."""
+    each, found = max(1, most // (len(record.selected) * len(record.classes))), {}
+    for approach, images in record.selected.items():
+        order = np.lexsort((-images.score, images.predicted))
+        classes = np.split(order, np.flatnonzero(np.diff(images.predicted[order])) + 1)
+        found[approach] = np.concatenate([rows[np.unique(np.linspace(
+            0, len(rows) - 1, each).round().astype(int))] for rows in classes])
+    return found
+
+
+def gallery(record, most=GALLERY):
+    """(what the page's script reads, the sheets as WebP)."""
+    where = {}          # {key of an image: (an approach that kept it, its row there)}
+    for approach, rows in sampled(record, most).items():
+        keys = record.selected[approach].key
+        where |= {int(keys[row]): (approach, row) for row in rows}
+    keys, approaches = np.array(sorted(where), np.int64), list(record.selected)
+    rows = [(record.selected[approach], row) for approach, row in map(where.get, keys.tolist())]
+    kept = sum(np.isin(keys, images.key).astype(int) << number
+               for number, images in enumerate(record.selected.values()))
+    data = {
+        "count": len(keys), "across": ACROSS, "perSheet": ACROSS * DOWN, "approaches": approaches,
+        "classes": record.classes, "sources": record.sources, "criteria": list(record.pools),
+        "kept": kept.tolist(), "source": (keys >> 40).tolist(),
+        "index": (keys & (1 << 40) - 1).tolist(),
+        "label": [int(images.predicted[row]) for images, row in rows],
+        "files": [shown(images.files[row]) for images, row in rows],
+        "scores": [_scores(pool, keys) for pool in record.pools.values()]}
+    pixels = {approach: record.pixels(approach) for approach in approaches}
+    tiles = [pixels[approach][row] for approach, row in map(where.get, keys.tolist())]
+    return data, [_sheet(tiles[start:start + ACROSS * DOWN])
+                  for start in range(0, len(tiles), ACROSS * DOWN)]
+
+
+def _scores(pool, keys):
+    """Of these images, in four digits; None where one has none."""
+    ours = np.isin(pool.key, keys) & np.isfinite(pool.score)
+    found = dict(zip(pool.key[ours].tolist(), pool.score[ours].tolist(), strict=True))
+    return [float(f"{found[key]:.4g}") if key in found else None for key in keys.tolist()]
+
+
+def _sheet(tiles):
+    edge = min(len(tiles[0]), LARGEST_TILE)
+    sheet = Image.new("RGB", (ACROSS * edge, math.ceil(len(tiles) / ACROSS) * edge))
+    for number, tile in enumerate(tiles):
+        image = Image.fromarray(tile).resize((edge, edge), Image.Resampling.BOX)
+        sheet.paste(image, (number % ACROSS * edge, number // ACROSS * edge))
+    return _webp(sheet, 72)
+
+
+def _webp(image, quality):
+    """In base 64."""
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=quality, method=4)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _overlaps(record):
+    """[(approach, approach, images that both kept, the first alone, the second alone)]"""
+    keys = {name: np.unique(images.key) for name, images in record.selected.items()}
+    for one, other in itertools.combinations(keys, 2):
+        both = len(np.intersect1d(keys[one], keys[other]))
+        yield one, other, both, len(keys[one]) - both, len(keys[other]) - both
+
+
+def render(record, drawn, **content):
+    """The whole file. drawn: [(figures.Figure, its PNG)]; content: what page.html names."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=loader, autoescape=True).get_template("page.html")
+    images = [(figure, Image.open(io.BytesIO(png)).convert("RGB")) for figure, png in drawn]
+    data, sheets = gallery(record) if record.selected else ({"count": 0}, [])
+    text = template.render(
+        data=data, sheets=sheets, config=record.config, pairs=list(_overlaps(record)),
+        figures=[(figure, image.size, _webp(image, 90)) for figure, image in images], **content)
+    return text.encode("utf-8", "backslashreplace").decode()

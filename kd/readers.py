@@ -1,0 +1,213 @@
+"""Images that are not decoded yet, and folders of them. Shards and drawings are Images as well.
+
+One rule says what counts: no hidden name, and an image's suffix or, with any other, the first bytes
+of one. What is passed over is counted.
+"""
+import hashlib
+import os
+import re
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import numpy as np
+from PIL import Image
+
+from kd.files import digest, listed, say
+
+# What Pillow may read, whatever a file is called. AVIF comes with Pillow 11.3.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF",
+           *(["AVIF"] if find_spec("PIL.AvifImagePlugin") else []))
+SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .ppm .pgm .pbm .tif .tiff .avif".split())
+# What lies beside images, and need not be opened to see that it is none.
+COMPANIONS = set(".txt .json .csv .md .xml .html .cls .db .ini .log .npy .zip .tar .gz".split())
+BEGINNING = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}WEBP"
+                       rb"|II\*\0|MM\0\*|P[1-6]\s|.{4}ftypavi[fs]", re.DOTALL)
+
+
+class Names(Sequence):
+    """Names in one blob of bytes: ten million are not as many objects."""
+
+    def __init__(self, names):
+        self.blob, ends = bytearray(), array("q", [0])
+        for name in names:
+            self.blob += name.encode("utf-8", "surrogateescape")
+            ends.append(len(self.blob))
+        self.ends = np.frombuffer(ends, np.int64)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        return self.blob[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True)
+class Chosen(Sequence):
+    """The items at `rows` of a sequence; or of what is called with a number."""
+
+    of: object
+    rows: np.ndarray
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.of[int(self.rows[i])]
+
+    def __call__(self, i):
+        return self.of(int(self.rows[i]))
+
+
+@dataclass(frozen=True)
+class Images:
+    """`read(i)` gives the i-th of `count` images as a Pillow image of any mode and size.
+
+    fingerprint: changes when the files change. labels: (count,) int64. files: their paths. rows:
+    (count,) int64, which images of the whole data set they are; None where they are all.
+    """
+
+    count: int
+    read: Callable
+    fingerprint: str
+    labels: np.ndarray | None = None
+    classes: list | None = None
+    files: Sequence | None = None
+    rows: np.ndarray | None = None
+
+    def take(self, rows):
+        """Those images alone. rows: (n,) int64."""
+        return Images(len(rows), Chosen(self.read, rows), self.fingerprint + digest(rows.tobytes()),
+                      None if self.labels is None else self.labels[rows], self.classes,
+                      None if self.files is None else Chosen(self.files, rows),
+                      rows if self.rows is None else self.rows[rows])
+
+    def limited(self, limit):
+        """At most `limit` images, evenly spaced, so that no class or shard is left out."""
+        if limit is None or limit >= self.count:
+            return self
+        return self.take(np.linspace(0, self.count - 1, limit).round().astype(np.int64))
+
+
+def opened(file):
+    """The Pillow image in a path or binary file, read to its end."""
+    with Image.open(file, formats=FORMATS) as image:
+        image.load()
+        return image
+
+
+def state_of(root, paths):
+    """A digest of the names, sizes and times of change of files below `root`."""
+    state = hashlib.sha256(os.path.realpath(root).encode("utf-8", "surrogateescape"))
+    for path in paths:
+        try:
+            status = os.stat(os.path.join(root, path))
+            about = f"{status.st_size}\0{status.st_mtime_ns}"
+        except OSError as error:        # a link to nowhere; decoding says what is wrong with it
+            about = str(error.errno)
+        state.update(f"{path}\0{about}\n".encode("utf-8", "surrogateescape"))
+    return state.hexdigest()[:16]
+
+
+def is_hidden(name):
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def is_image(name, begin):
+    """Whether a file counts. begin(): its first bytes, read where the suffix does not tell."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in SUFFIXES or suffix not in COMPANIONS and bool(BEGINNING.match(begin()))
+
+
+def _beginning(path):
+    if os.path.isfile(path) and os.access(path, os.R_OK):
+        with open(path, "rb") as file:
+            return file.read(16)
+    return b""
+
+
+def walk(root, passed, visited, below=""):
+    """Yields the paths of the images below `root`, relative to it, in their alphabetical order.
+    Links are followed, each folder is entered once; one that can't be read is yielded itself.
+
+    passed: a Counter of what is passed over, by suffix; visited: a set of the real paths entered.
+    """
+    folder, names = os.path.join(root, below), []
+    real = os.path.realpath(folder)
+    if real in visited:
+        return
+    visited.add(real)
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name, path = entry.name, entry.path
+                if is_hidden(name):
+                    passed["hidden"] += 1
+                elif os.path.isdir(path) if entry.is_symlink() else entry.is_dir():
+                    names.append(f"{name}/")    # sorted as the paths below it are
+                elif is_image(name, lambda path=path: _beginning(path)):
+                    names.append(name)
+                else:
+                    passed[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+    except OSError:
+        yield below.rstrip("/")
+    names.sort()
+    for name in names:
+        if name.endswith("/"):
+            yield from walk(root, passed, visited, below + name)
+        else:
+            yield below + name
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Reads the i-th of `files`, paths below `root`."""
+
+    root: str
+    files: Sequence
+
+    def __call__(self, i):
+        path = os.path.join(self.root, self.files[i])
+        if not os.path.isfile(path):        # opening a pipe would wait for somebody to write there
+            raise ValueError("not a file, or a link to nowhere")
+        return opened(path)
+
+
+def read_files(root, files, labels=None, classes=None):
+    """Image files below `root`; files: a sequence of relative paths."""
+    return Images(len(files), FileReader(os.fspath(root), files), state_of(root, files),
+                  labels, classes, files)
+
+
+def list_images(root, label="", wanted=lambda path: True, visited=None):
+    """The Names of the images below `root`. label: of whom to say what is passed over; wanted:
+    whether a path counts; visited: as in `walk`."""
+    passed = Counter()
+    names = Names(filter(wanted, walk(root, passed, set() if visited is None else visited)))
+    if label and passed:
+        kinds = [f"{count:,} {kind}" for kind, count in passed.most_common()]
+        say(f"{label}: {passed.total():,} other files are passed over ({listed(kinds, 5)}).")
+    return names
+
+
+def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
+    """`root`/<class>/**: a class per folder, in the order of their names, which are compared in
+    Unicode's composed form (macOS writes accents as characters of their own)."""
+    def class_of(path):
+        return unicodedata.normalize("NFC", path.partition("/")[0])
+
+    files = list_images(root, label, lambda path: re.fullmatch(pattern, path) is not None
+                        and class_of(path) not in exclude)
+    number = {}
+    labels = np.fromiter((number.setdefault(class_of(path), len(number)) for path in files), int)
+    classes = sorted(number)
+    empty = [entry.name for entry in os.scandir(root) if entry.is_dir()
+             and not is_hidden(entry.name) and class_of(entry.name) not in number]
+    if label and empty:
+        say(f"{label}: {listed(sorted(empty))} holds no image and is not taken for a class.")
+    in_order = np.array([classes.index(name) for name in number], int)
+    return read_files(root, files, in_order[labels], classes)

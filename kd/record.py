@@ -1,0 +1,139 @@
+"""What a run folder holds, read for showing: whatever is there and whole, finished or not."""
+import csv
+import functools
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kd.files import one_field, say
+from kd.run import read_product, read_settings
+from kd.settings import APPROACHES
+from kd.values import name_of, name_of_approach
+
+
+def shown(name):
+    """A name, whatever is in it, in one line of UTF-8."""
+    return one_field(str(name).encode("utf-8", "backslashreplace").decode())
+
+
+def mean(values):
+    """Of those that are not None; None where there are none."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+@dataclass(frozen=True)
+class Images:
+    """(N,) each. source: into Record.sources; index: which image of it; files: names, or ""."""
+
+    source: np.ndarray
+    index: np.ndarray
+    predicted: np.ndarray
+    score: np.ndarray
+    files: tuple = ()
+
+    @property
+    def key(self):
+        """(N,) int64, another one for each image of any source."""
+        return self.source << 40 | self.index
+
+
+class Record:
+    """The run folder of one seed."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.settings, self.config = read_settings(folder)
+        self.sources = [name_of(spec) for spec in self.settings.sources]
+        self.teacher = self._product("teacher.json")
+        self.thresholds = self._product("thresholds.json")
+        classes = (self.teacher or self.thresholds).get("classes", ())
+        self.classes = [shown(name) for name in classes]
+        found = [name_of_approach(each) for each in self.settings.approaches]
+        found += sorted(path.stem for path in self.folder.glob("students/*.json"))
+        self.approaches = sorted(dict.fromkeys(found), key=lambda name: (
+            APPROACHES.index(name) if name in APPROACHES else len(APPROACHES)))
+        self.students = self._products("students/{}.json", self.approaches)
+        self.summaries = self._products("transfer/{}/summary.json", self.approaches)
+        self.scored = self._products("scores/{}.json", [*self.sources, "confidence"])
+
+    def _product(self, name):
+        """The content of a product; empty where it is not there or not whole."""
+        content, wrong = read_product(self.folder, name)
+        if wrong:
+            say(f"{wrong}. It is left out.")
+        return content or {}
+
+    def _products(self, pattern, names):
+        found = {name: self._product(pattern.format(name)) for name in names}
+        return {name: content for name, content in found.items() if content}
+
+    @functools.cached_property
+    def scores(self):
+        """{source, or "confidence": {"predicted", "index" and each criterion: (N,)}}."""
+        return {name: dict(np.load(self.folder / f"scores/{name}.npz")) for name in self.scored}
+
+    @functools.cached_property
+    def pools(self):
+        """{criterion that has thresholds: Images of all sources that have been scored}."""
+        scored = [name for name in self.sources if name in self.scores]
+
+        def all_of(column):
+            return np.concatenate([self.scores[name][column] for name in scored])
+        names = [name for name in self.thresholds if scored and all(
+            name in self.scores[source] for source in scored)]
+        if not names:
+            return {}
+        where = (np.repeat([self.sources.index(name) for name in scored],
+                           [len(self.scores[name]["index"]) for name in scored]),
+                 all_of("index"), all_of("predicted"))
+        return {name: Images(*where, all_of(name)) for name in names}
+
+    @functools.cached_property
+    def selected(self):
+        """{approach: Images} of the transfer sets that are not empty."""
+        found = {}
+        for name in (name for name, summary in self.summaries.items() if summary["size"]):
+            with open(self.folder / f"transfer/{name}/manifest.csv", encoding="utf-8",
+                      errors="surrogateescape", newline="") as file:
+                rows = list(csv.reader(file))[1:]
+            source, index, files, predicted, score = zip(*rows, strict=True)
+            found[name] = Images(np.array([self.sources.index(each) for each in source]),
+                                 np.array(index, np.int64), np.array(predicted, np.int64),
+                                 np.array([each or "nan" for each in score], float), files)
+        return found
+
+    def pixels(self, approach):
+        """The images of a transfer set, (N, size, size, 3) uint8, memory-mapped."""
+        return np.load(self.folder / f"transfer/{approach}/images.npy", mmap_mode="r")
+
+
+class Experiment:
+    """A run folder as the user named it: one run, or one per seed below it, whichever began last.
+
+    settings: which seeds and approaches are meant; without, all that are there.
+    """
+
+    def __init__(self, folder, settings=None):
+        self.folder, self.name = Path(folder), shown(folder)
+        configs = [path for path in self.folder.glob("seed-*/config.json")
+                   if settings is None or path.parent.name in map("seed-{}".format, settings.seeds)]
+        below = sorted((path.parent for path in configs), key=lambda path: int(path.name[5:]))
+        own = self.folder / "config.json"
+        if settings and len(settings.seeds) == 1 or own.exists() and not settings and all(
+                path.stat().st_mtime < own.stat().st_mtime for path in configs):
+            below = []
+        self.records = [Record(each) for each in below or [self.folder]]
+        self.first = self.records[0]
+        asked = settings and [name_of_approach(each) for each in settings.approaches]
+        self.approaches = [name for name in dict.fromkeys(
+            name for record in self.records for name in record.approaches)
+            if not asked or name in asked]
+        self.teacher_accuracy = mean(record.teacher.get("accuracy") for record in self.records)
+
+    def trained(self, approach):
+        """What the students of an approach reached: the JSON of each seed that has one."""
+        students = [record.students.get(approach) for record in self.records]
+        return [student for student in students if student and student["history"]]

@@ -1,0 +1,227 @@
+"""The table of a run or of several, and what a run folder holds as figures and as a page."""
+import csv
+import io
+import shlex
+import statistics
+import time
+from pathlib import Path
+
+from kd.files import UserError, first_line, listed, say, write_atomically, write_json, write_text
+from kd.record import Experiment, mean, shown
+from kd.settings import EATS_SOURCES
+from kd.values import name_of, name_of_arch
+
+HEADS = ("approach", "student", "sources", "images", "per class", "accuracy %", "retention",
+         "agreement %", "seconds", "img/s")
+
+
+def collect(experiment):
+    """The content of results.json, as far as there is something. Figures are means over the seeds,
+    accuracy_std is the sample deviation (None for one seed)."""
+    settings, records, rows = experiment.first.settings, experiment.records, []
+    for approach in experiment.approaches:
+        students = [each.students[approach] for each in records if approach in each.students]
+        trained = experiment.trained(approach)
+        known = [each["accuracy"] for each in trained if each["accuracy"] is not None]
+        rows += [{
+            "approach": approach, "student": name_of_arch(students[0]["arch"]),
+            "sources": students[0]["sources"],
+            "transfer_size": round(mean(each["transfer_size"] for each in students)),
+            "per_class": [round(mean(counts)) for counts in zip(
+                *(each["per_class"] for each in students), strict=True)],
+            "accuracy": mean(known),
+            "accuracy_std": statistics.stdev(known) if len(known) > 1 else None,
+            **{name: mean(each[name] for each in trained) for name in
+               ("retention", "agreement", "seconds", "images_per_second")}}] if students else []
+    arch = experiment.first.teacher.get("arch", settings.teacher_arch)
+    return {"target": name_of(settings.target), "classes": experiment.first.classes,
+            "recipe": settings.recipe, "seeds": [each.settings.seed for each in records],
+            "teacher": {"arch": name_of_arch(arch), "accuracy": experiment.teacher_accuracy},
+            "rows": rows, "notes": [shown(note) for note in notes(experiment)]}
+
+
+def notes(experiment):
+    """What the table must not hide, in sentences."""
+    record, approaches, records = experiment.first, experiment.approaches, experiment.records
+    settings = record.settings
+    unfinished = [name for name in approaches if any(name not in each.students for each in records)]
+    absent = [name for name in EATS_SOURCES if name not in record.sources]
+    published = not settings.teacher_checkpoint and ("cifar10", "imagenet", "imagenet") == (
+        name_of(settings.target), settings.teacher_weights, settings.supervised_weights)
+    found = [sentence for true, sentence in (
+        (unfinished, f"Not finished: {listed(unfinished)}."),
+        (settings.limit, f"A trial run with at most {settings.limit} images of each data set."),
+        (settings.data_free, "Data-free: no training image of the target was used."),
+        (not record.teacher.get("linear_head", True),
+         "MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits."),
+        (record.thresholds, _about_thresholds(settings)),
+        ("eats" in approaches and absent, f"eats does without {listed(absent)}."),
+        ("supervised" in approaches,
+         "The supervised student learns from labelled images. Its initial weights: "
+         f"{settings.supervised_weights}. Those of the others: {settings.student_weights}."),
+        (published, "Published with all sources and a ResNet-18 as student: "
+                    "supervised 79.65%, eats 60.67%, mms 68.02%.")) if true]
+    said = {}       # {sentence about @: approaches}: what is true of several is said once
+    for each in records:
+        seed = f" (seed {each.settings.seed})" * (len(records) > 1)
+        for approach, summary in each.summaries.items():
+            for sentence in _about_transfer_set(summary, each.students.get(approach)):
+                said.setdefault(sentence, []).append(approach + seed)
+    return found + [sentence.replace("@", in_words(names), 1) for sentence, names in said.items()]
+
+
+def _about_thresholds(settings):
+    whose = "the confidence set" if settings.calibrate == "target" else "the sources' images"
+    said = (f"Thresholds are the criteria's own, from {whose}." if settings.threshold == "published"
+            else f"The surest {100 * settings.threshold:g}% of {whose} pass, class by class.")
+    if settings.floor:
+        said += (f" Where fewer than {100 * settings.floor:g}% of a bucket pass, the best images "
+                 "below the threshold come in.")
+    bucket = "One bucket for all classes is" if settings.no_balance else "Buckets are"
+    fill = "with the best scores" if settings.fill == "best" else "first come first served"
+    return f"{said} {bucket} filled {fill}."
+
+
+def _about_transfer_set(summary, student):
+    """Sentences, with @ where the approach comes."""
+    got = dict(zip(summary["classes"], summary["per_class"], strict=True))
+    never = [name for name in summary["no_threshold"] if not got[name]]
+    short = {name: got[name] for name in summary["shortfall"] if name not in never}
+    for words, counts in (
+            (f"Classes with fewer than {summary['bucket']:,} images in @", short),
+            ("Images below the threshold that --floor let in for @", summary["below_threshold"]),
+            ("Images that can't be read are left out of @", summary["unreadable"])):
+        if counts:
+            yield f"{words}: {listed([f'{name} ({count:,})' for name, count in counts.items()])}."
+    if never:
+        s, es, it = ("s", "", "it") if len(never) == 1 else ("", "es", "them")
+        where = "the confidence set" if summary["calibrated_on"] == "target" else "the sources"
+        yield (f"In @, class{es} {in_words(never)} get{s} no images: the teacher never predicts "
+               f"{it} on {where}.")
+    if student and not student["history"]:
+        yield "There is no student of @: its transfer set is too small to learn from."
+
+
+def in_words(names):
+    """a, b and c"""
+    return listed(names) if not 1 < len(names) < 20 else f"{listed(names[:-1])} and {names[-1]}"
+
+
+def cells(row):
+    """The text of a row, as in HEADS."""
+    def number(name, form, scale=1):
+        return "-" if row[name] is None else format(row[name] * scale, form)
+    least, most = min(row["per_class"]), max(row["per_class"])
+    spread = "" if row["accuracy_std"] is None else " ± " + number("accuracy_std", ".2f", 100)
+    return [row["approach"], row["student"], ", ".join(row["sources"]), f"{row['transfer_size']:,}",
+            f"{least:,} to {most:,}" if least < most else f"{least:,}",
+            number("accuracy", ".2f", 100) + spread, number("retention", ".3f"),
+            number("agreement", ".2f", 100), number("seconds", ",.0f"),
+            number("images_per_second", ",.0f")]
+
+
+def _markdown(heads, rows, words=3):
+    """A table whose first columns are words, the others numbers."""
+    rule = ["---"] * words + ["---:"] * (len(heads) - words)
+    return "".join("| " + " | ".join(shown(cell).replace("|", "\\|") for cell in row) + " |\n"
+                   for row in (heads, rule, *rows))
+
+
+def heading(results):
+    teacher = results["teacher"]
+    known = "accuracy unknown" if teacher["accuracy"] is None else f"{teacher['accuracy']:.2%}"
+    return (f"Target {results['target']}, recipe {results['recipe']}, seed "
+            f"{listed(results['seeds'])}. Teacher {teacher['arch']}, {known}.")
+
+
+def as_markdown(results):
+    """The table for people."""
+    return "\n".join([heading(results), "", _markdown(HEADS, map(cells, results["rows"])),
+                      *(f"- {note}" for note in results["notes"]), ""])
+
+
+def write(experiment):
+    """Writes results.json and results.md of a finished run. Returns the Markdown."""
+    results = collect(experiment)
+    write_json(experiment.folder / "results.json", results)
+    write_text(experiment.folder / "results.md", as_markdown(results))
+    return as_markdown(results)
+
+
+def compare(folders, out):
+    """Writes table.md, table.csv (figures as in results.json) and figures over several runs below
+    `out`. Returns the Markdown."""
+    from kd import figures
+    experiments, rows, file = [Experiment(folder) for folder in folders], [], io.StringIO()
+    for each in experiments:
+        results = collect(each)
+        rows += [{"run": each.name, "target": results["target"],
+                  "teacher_accuracy": results["teacher"]["accuracy"], **row}
+                 for row in results["rows"]]
+    table = csv.DictWriter(file, rows[0] if rows else ["run"], lineterminator="\n")
+    table.writeheader()
+    table.writerows(row | {name: " ".join(map(str, row[name])) for name in ("sources", "per_class")}
+                    for row in rows)
+    markdown = _markdown(["run", *HEADS], [[row["run"], *cells(row)] for row in rows], words=4)
+    write_text(Path(out) / "table.csv", file.getvalue())
+    write_text(Path(out) / "table.md", markdown)
+    with figures.styled(""):
+        _written(Path(out), [figures.accuracy(experiments), figures.sizes(experiments)])
+    return f"{markdown}\ntable.md, table.csv and figures are in {out}"
+
+
+def _at_hand(record, open_source):
+    """{number: source} of those that are there, as they were when they were scored."""
+    found = {}
+    for number, spec in enumerate(record.settings.sources):
+        scored = record.scored.get(name_of(spec), {"made_from": {}})
+        try:
+            source = open_source(record.settings, spec)
+        except (UserError, OSError) as error:
+            say(f"  {name_of(spec)}: only selected images are shown ({first_line(error)})")
+            continue
+        if source.fingerprint == scored["made_from"].get("images"):
+            found[number] = source
+    return found
+
+
+def _drawn(experiment, open_source):
+    """Every figures.Figure of a run, None among them."""
+    from kd import figures
+    record = experiment.first
+    ours = [name for name in record.pools if name in record.selected]
+    sources = _at_hand(record, open_source) if ours else {}
+    yield from (figures.accuracy([experiment]), figures.sizes([experiment]), figures.curves(record))
+    yield figures.counts(record)
+    yield from (figures.scores(record, name) for name in ours or list(record.pools)[:1])
+    yield from (figures.strip(record, name, sources) for name in ours)
+
+
+def _written(folder, drawn):
+    """[(figure, PNG)] of those that are not None, written below `folder`; others are deleted."""
+    from kd import figures
+    found = [(figure, figures.as_png(figure)) for figure in drawn if figure]
+    for figure, png in found:
+        path = folder / f"figures/{figure.name}.png"
+        write_atomically(path, lambda file, png=png: file.write(png))
+    for path in (folder / "figures").glob("*.png"):
+        if path.stem not in {figure.name for figure, _ in found}:
+            path.unlink(missing_ok=True)
+    return found
+
+
+def illustrate(experiment, open_source):
+    """Writes figures/*.png and report.html of a run, finished or not. Returns a line about them.
+    open_source(settings, spec): the data layer's way to open a source that is at hand."""
+    from kd import figures, page
+    results, record = collect(experiment), experiment.first
+    with figures.styled("".join(record.classes)):
+        drawn = _written(experiment.folder, _drawn(experiment, open_source))
+    command = ["python", "compile.py", *record.config["command"], "--run-dir", "runs/again",
+               "--seeds", ",".join(map(str, results["seeds"]))]
+    text = page.render(record, drawn, name=experiment.name, results=results, heads=HEADS,
+                       rows=map(cells, results["rows"]), heading=heading(results),
+                       command=shlex.join(command), now=time.strftime("%Y-%m-%d %H:%M"))
+    write_text(experiment.folder / "report.html", text)
+    return (f"{len(drawn)} figures in {experiment.folder / 'figures'}, page in "
+            f"{experiment.folder / 'report.html'}")

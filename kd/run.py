@@ -1,0 +1,262 @@
+"""The run folder, and the one mechanism for "is it there, whole, and made from these inputs?".
+
+What a stage makes is a product: some files and a JSON beside them, written last, that names the
+settings and the digests of what it was made from, and the digests of its files. What comes later
+has the digests of what came before among its inputs, so nothing else needs to know which setting
+decides what. """
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from kd.files import (
+    UserError,
+    file_digest,
+    hold,
+    is_first,
+    listed,
+    nearest_existing,
+    read_sealed,
+    say,
+    write_sealed,
+)
+from kd.flags import USES, parse, stored_words, words_of
+from kd.settings import FIELDS, STAGES, resolve
+from kd.values import name_of
+
+# What each stage makes, as patterns below the run folder.
+MADE_BY = {
+    "teacher": ("split.*", "teacher.*", "tensorboard/teacher"),
+    "scores": ("scores/*", "thresholds.json"),
+    "transfer": ("transfer/*",),
+    "students": ("students/*", "results.json", "results.md", "tensorboard/student-*", "figures/*",
+                 "report.html"),
+}
+CHECKED = ("teacher.json", "transfer/*/summary.json", "students/*.json")
+
+
+class Product:
+    """A JSON in the run folder and the files that belong to it.
+
+    done: whether it is there, whole, and made from `made_from`; content: what is in the JSON, then.
+    """
+
+    def __init__(self, run, name, made_from, remake):
+        self.run, self.name, self.made_from = run, name, json.loads(json.dumps(made_from))
+        self.content, wrong = read_product(run, name)
+        if wrong and name == "teacher.json":    # it costs hours: nobody wants it made again unasked
+            raise UserError(f"{wrong}. Restore it, or add --restart-from teacher to make another.")
+        if wrong:
+            say(f"{wrong}. It will be made again.")
+        if self.content is not None and not remake:
+            run.require_same(name, self.content, self.made_from)
+        self.done = self.content is not None and self.content["made_from"] == self.made_from
+        if self.done:
+            run.reused.append(name.removesuffix(".json").removesuffix("/summary"))
+
+    def write(self, content, files=()):
+        """Writes the JSON, after its files (paths), and returns its content."""
+        digests = {path.relative_to(self.run.path).as_posix(): file_digest(path)
+                   for path in files} if is_first() else {}
+        self.content = dict(content) | {"made_from": self.made_from, "files": digests}
+        write_sealed(self.run / self.name, self.content)
+        return self.content
+
+
+def read_product(run, name):
+    """(content, None) of a product that is whole, (None, what is wrong) of one that isn't, (None,
+    None) where there is none."""
+    if not (run / name).exists():
+        return None, None
+    content = read_sealed(run / name)
+    if content is None:
+        return None, f"{run / name} is damaged: it is not what was written there"
+    for file, written in content["files"].items():
+        if not (run / file).exists():
+            return None, f"{run / file} is missing"
+        if file_digest(run / file) != written:
+            return None, f"{run / file} is damaged: it is not what was written there"
+    return content, None
+
+
+def stage_of(name):
+    """The stage that makes this file."""
+    return next(stage for stage, patterns in MADE_BY.items() if any(
+        Path(name).match(pattern) or Path(name).parent.match(pattern) for pattern in patterns))
+
+
+class Run:
+    """The run folder of `settings`. stages: those whose settings the command line states; reused:
+    the products that were found done."""
+
+    def __init__(self, settings, stages=STAGES):
+        self.path, self.settings, self.stages = Path(settings.run_dir), settings, stages
+        self.reused = []
+
+    def __truediv__(self, name):
+        return self.path / name
+
+    def board(self, name):
+        """Where --tensorboard has a training written; None without it."""
+        return self.path / "tensorboard" / name if self.settings.tensorboard else None
+
+    def product(self, name, remake=False, **inputs):
+        """The Product `name`, a path below the folder: made from the settings of its stage and from
+        `inputs`, digests or other plain values. Raises UserError where it was made from other ones,
+        unless `remake`: then it is made again, since it takes no time."""
+        return Product(self, name, self.settings.of_stage(stage_of(name)) | inputs, remake)
+
+    def content_of(self, name, command):
+        """The content of an earlier stage's product. Raises UserError, with the command that
+        makes it, where it is not there or not whole."""
+        content, wrong = read_product(self, name)
+        if content is None:
+            target, folder = self.settings.target, self.settings.run_dir
+            flags = f" --target {target}" if target != "cifar10" else ""
+            flags += f" --run-dir {folder}" if folder != f"runs/{name_of(target)}" else ""
+            raise UserError(f"{wrong or f'{self / name} is missing'}. Make it with "
+                            f"`{command}{flags}`.")
+        return content
+
+    def has(self, name):
+        """Whether a file is there that no --restart takes away."""
+        cleared = [path for pattern in self._cleared() for path in self.path.glob(pattern)]
+        path = self / name
+        return path.exists() and not any(path.is_relative_to(each) for each in cleared)
+
+    def require_same(self, name, content, now):
+        """Raises UserError where a product was made from something else than `now`, with every key
+        that differs and the flag that helps."""
+        before, stage = content["made_from"], stage_of(name)
+        changed = [key for key in now if before.get(key) != now[key]]
+        if not changed:
+            return
+        flags = [key for key in changed if key in FIELDS or key == "seed"]
+        was = [f"{_flag(key)} {_text(before.get(key))}" for key in flags]
+        was += [f"another version of its {key.replace('_', ' ')}" for key in changed
+                if key not in flags]
+        new = ", ".join(f"{_flag(key)} {_text(now[key])}" for key in flags)
+        raise UserError(
+            f"{self / name} was made with {', '.join(was)}{f', not {new}' if new else ''}. To make "
+            f"it again, add --restart-from {stage}, which keeps what comes before, or choose "
+            "another --run-dir.")
+
+    def check(self):
+        """Raises UserError, before any long work, where a setting differs from the one with which a
+        product of this run was made, or the folder can't be used."""
+        if self.settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UserError("--tensorboard needs a package: pip install tensorboard")
+        if (self / "config.json").exists() and not self.settings.restart:
+            _config_of(self / "config.json")
+        there = nearest_existing(self.path)
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UserError(f"{self.path} can't be written. Choose another --run-dir.")
+        for pattern in CHECKED:
+            for path in sorted(self.path.glob(pattern)):
+                name, content = path.relative_to(self.path).as_posix(), read_sealed(path)
+                if stage_of(name) in self.stages and self.has(name) and content is not None:
+                    now = self.settings.of_stage(stage_of(name))
+                    self.require_same(name, content, json.loads(json.dumps(now)))
+
+    def open(self, device, given, always=True):
+        """Holds the folder, checks it, deletes what is to be made again, and writes config.json
+        (of a stage run by hand only where there is none). device: the torch.device that
+        computes."""
+        hold(self.path)
+        self.check()
+        if is_first():
+            self._clear()
+            for path in self.path.rglob(".*.part"):     # of a process that was killed while writing
+                path.unlink()
+        if always or not (self / "config.json").exists():
+            settings = dataclasses.asdict(self.settings) | {"restart": False, "restart_from": None}
+            write_sealed(self / "config.json", settings | {
+                "seed": self.settings.seed, "device": device.type,
+                "command": words_of(self.settings, given)} | environment())
+
+    def _cleared(self):
+        """Patterns of what --restart or --restart-from takes away."""
+        first = "teacher" if self.settings.restart else self.settings.restart_from
+        stages = STAGES[STAGES.index(first):] if first else ()
+        patterns = [pattern for stage in stages for pattern in MADE_BY[stage]]
+        return patterns + ["config.json"] if self.settings.restart else patterns
+
+    def _clear(self):
+        """Deletes what is to be made again, and nothing else that may lie in the folder."""
+        made = [path for pattern in self._cleared() for path in sorted(self.path.glob(pattern))]
+        settings = self.settings
+        given = [settings.teacher_checkpoint, settings.teacher_weights, settings.student_weights,
+                 *settings.criteria]
+        given += [spec.partition("=")[2] for spec in (settings.target, *settings.sources)]
+        for path in filter(None, given):
+            if any(Path(path).resolve().is_relative_to(each.resolve()) for each in made):
+                raise UserError(f"--restart would delete {path}, which is given as an input. Copy "
+                                "it to another folder first.")
+        if made:
+            names = [path.relative_to(self.path).as_posix() for path in made]
+            say(f"Deleting {listed(names)} in {self.path}.")
+        for path in made:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def _text(value):
+    return ",".join(map(str, value)) if isinstance(value, list) else (
+        "unset" if value is None else str(value))
+
+
+def read_settings(folder):
+    """(Settings, the content of config.json) of a run folder. Code that it names is not run."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.json.")
+    config = _config_of(path)
+    return resolve(parse([], "compile", "", config["command"]) | {"run_dir": str(folder)}), config
+
+
+def _config_of(path):
+    config = read_sealed(path)
+    if config is None:
+        raise UserError(f"{path} is damaged: it is not what was written there. Restore it, choose "
+                        "another --run-dir, or begin again with --restart.")
+    return config
+
+
+def open_stage(argv, script, description):
+    """For a stage run by hand: (its Run, what was given). What is not given comes from the run
+    folder's config.json. Nothing is written yet."""
+    given = parse(argv, script, description)
+    target = {"target": given["target"]} if "target" in given else {}
+    folder = given.get("run_dir", resolve(target).run_dir)
+    if (Path(folder) / "config.json").exists():
+        _config_of(Path(folder) / "config.json")
+        stored = stored_words(Path(folder) / "config.json", given, script)
+        given = parse(argv, script, description, stored) | {"run_dir": folder}
+    approach = {"approaches": (given["approach"],)} if "approach" in given else {}
+    run = Run(resolve(given | approach), USES[script])
+    run.check()
+    return run, given
+
+
+def environment():
+    """Versions, commit and machine, for config.json."""
+    import numpy
+    import torch
+    import torchvision
+    here = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True,
+        text=True, check=False).stdout.strip() if (here / ".git").exists() else None
+    return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "numpy": numpy.__version__},
+            "commit": commit or None,
+            "machine": {"system": platform.platform(), "cores": os.cpu_count(),
+                        "threads": torch.get_num_threads(),
+                        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}}

@@ -1,0 +1,313 @@
+"""Scores: one pass of the teacher over a source for all criteria, and the thresholds made of them.
+
+A criterion is a Python file with
+
+    KEEP = ">=" or "<="                     which side of its threshold an image is kept on
+    score(logits, weight) -> (N,)           logits (N, C) float; weight (C, D), the rows of the
+    last linear layer, or None where there is no such layer threshold(scores, predicted, classes)
+    (N,), (N,) -> (C,) float64, NaN where a class has none
+
+Those that ship are loaded exactly as a user's own.
+"""
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+from kd import checkpoints, engine, models
+from kd.evaluation import saved_split
+from kd.files import UserError, digest, file_digest, listed, say, write_atomically
+from kd.own import import_file
+from kd.processes import first_alone, gathered, on_all_ranks, rank, world_size
+from kd.progress import Progress
+from kd.run import open_stage
+from kd.thresholds import share_threshold
+from kd.values import name_of, name_of_approach, name_of_arch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT_IN = {"mms": "mms_threshold.py", "entropy": "entropy.py",
+            **{name: f"criteria/{name}.py" for name in ("confidence", "energy", "cross_entropy")}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+    """A criterion's file, its digest, and what it defines."""
+
+    path: Path
+    digest: str
+    module: object
+
+    @property
+    def keeps_high(self):
+        return self.module.KEEP == ">="
+
+    def score(self, logits, weight):
+        """(N,) float32 of a batch. Raises UserError where the file gives anything else."""
+        scores = self.module.score(logits.clone(), None if weight is None else weight.clone())
+        if getattr(scores, "shape", None) != logits.shape[:1]:
+            raise UserError(f"{self.path}: score must give one number per image, ({len(logits)},), "
+                            f"and gives {getattr(scores, 'shape', type(scores).__name__)}.")
+        return scores.float()
+
+    def threshold(self, scores, predicted, classes):
+        """(C,) float64 of the criterion's own rule."""
+        found = np.asarray(self.module.threshold(scores.copy(), predicted.copy(), classes), float)
+        if found.shape != (classes,):
+            raise UserError(f"{self.path}: threshold must give one number per class, ({classes},), "
+                            f"and gives {found.shape}.")
+        return found
+
+
+def load_criterion(path):
+    module = import_file(path)
+    lacking = [name for name in ("score", "threshold") if not callable(getattr(module, name, None))]
+    if getattr(module, "KEEP", None) not in (">=", "<="):
+        lacking.append("KEEP = '>=' or '<='")
+    if lacking:
+        raise UserError(f"{path} is not a criterion: it lacks {' and '.join(lacking)} (see "
+                        "criteria/energy.py).")
+    return Criterion(Path(path), file_digest(path), module)
+
+
+def load_criteria(settings):
+    """{name: Criterion} of all that ship and of the user's own among the approaches."""
+    files = {name: ROOT / file for name, file in BUILT_IN.items()}
+    files |= {name_of_approach(file): file for file in settings.criteria}
+    return {name: load_criterion(path) for name, path in files.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Scores
+# --------------------------------------------------------------------------------------------------
+
+def score_batches(teacher, source, rows, criteria, device, label):
+    """One pass of the teacher over a source. Returns {"predicted": (N,) int64, "index": (N,) int64,
+    and (N,) float32 for each of `criteria`}; images whose logits are not finite are left out.
+
+    source: what has `batches` (kd/packing.py); rows: as there. Of several processes each answers
+    for a part of the batches, and all return the whole. """
+    import torch
+    weight = models.head_weight(teacher)
+    progress = Progress(label, len(source) if rows is None else len(rows))
+    index = []
+
+    def pixels():
+        batch_size = engine.evaluation_batch(teacher)
+        for images, numbers, _ in source.batches(rows, batch_size, (rank(), world_size())):
+            index.append(numbers)
+            yield torch.from_numpy(np.ascontiguousarray(images))
+
+    def of_logits(logits):
+        scores = (criterion.score(logits, weight) for criterion in criteria.values())
+        return logits.topk(2, 1).indices[:, 0], logits.isfinite().all(1), *scores
+    parts = []
+    with engine.enough_memory(label, device, "Use a smaller network, or --device cpu."):
+        for columns in engine.answered(teacher, pixels(), device, of_logits):
+            parts.append([column.cpu() for column in columns])
+            progress.update(len(columns[0]))
+    progress.close()
+    mine = [torch.cat(column).numpy() for column in zip(*parts, strict=True)] if parts else None
+    found = [each for each in gathered((index, mine)) if each[1] is not None]
+    index = np.concatenate([numbers for each in found for numbers in each[0]])
+    columns = [np.concatenate(column) for column in zip(*(each[1] for each in found), strict=True)]
+    predicted, finite, *scores = columns
+    named = dict(zip(("predicted", "index", *criteria), (predicted, index, *scores), strict=True))
+    return {name: column[finite] for name, column in named.items()}, int((~finite).sum())
+
+
+@on_all_ranks
+def saved_scores(run, name, source, rows, teacher, criteria):
+    """The scores of a source, as from `score_batches`, kept in scores/<name>.npz. What is there of
+    another criterion, or another version of one, is scored again in one pass.
+
+    teacher: a LazyTeacher.
+    """
+    product = run.product(f"scores/{name}.json", teacher=teacher.digest, images=source.fingerprint,
+                          rows=None if rows is None else digest(np.ascontiguousarray(rows)))
+    wanted = {key: criterion.digest for key, criterion in criteria.items()}
+    path, known, columns = run / f"scores/{name}.npz", {}, {}
+    content = product.content if product.done else {"seconds": 0.0, "criteria": {}}
+    if product.done:
+        with np.load(path) as saved:
+            columns = {key: saved[key] for key in saved.files}
+        known = {key: value for key, value in content["criteria"].items()
+                 if wanted.get(key, value) == value}
+    lacking = {key: criteria[key] for key in wanted if key not in known}
+    if lacking:
+        began = time.monotonic()
+        found, unanswered = score_batches(teacher.classifier, source, rows, lacking, teacher.device,
+                                          f"scoring {name}")
+        seconds, count = time.monotonic() - began, len(found["predicted"])
+        say(f"scores: {name}, {count:,} images in {seconds:,.1f} s, {count / seconds:,.0f} img/s")
+        if unanswered:
+            say(f"  {unanswered:,} images are left out: the teacher's logits are not finite.")
+        if not count:
+            raise UserError(f"{name}: the teacher gives finite logits for none of its images.")
+        columns = {key: value for key, value in columns.items() if key in known} | found
+        write_atomically(path, lambda file: np.savez(file, **columns))
+        product.write({"images": count, "bad": source.bad + unanswered,
+                       "seconds": content["seconds"] + seconds, "criteria": known | wanted}, [path])
+    return columns
+
+
+class LazyTeacher:
+    """The run's teacher, loaded only when something has yet to be scored."""
+
+    def __init__(self, run, device):
+        self.run, self.device = run, device
+        self.figures = run.content_of("teacher.json", "python TeacherTrain.py")
+        self.path = run / "teacher.pt"
+        self.digest = file_digest(self.path)
+        if self.digest != self.figures["files"]["teacher.pt"]:
+            raise UserError(f"{self.path} is damaged: it is not what was written there. Restore "
+                            "it, or add --restart-from teacher to make another teacher.")
+        self.classes = self.figures["classes"]
+        self._classifier = None
+
+    @property
+    def classifier(self):
+        """In eval mode, its batch norms folded where it can be."""
+        if self._classifier is None:
+            loaded = checkpoints.load(self.path, self.run.settings.teacher_arch)
+            self._classifier = models.folded(loaded).to(self.device)
+        return self._classifier
+
+    @property
+    def has_mms(self):
+        return self.figures["linear_head"] or self.run.settings.mms_plain
+
+
+def no_mms(arch):
+    """The sentence about a teacher whose logits come from something else than a linear layer."""
+    return (f"No linear layer makes the logits of {name_of_arch(arch)}, so there are no rows for "
+            "the Minimal Margin Score, which mms and random need. Add --mms-plain to use the plain "
+            "margin z_a - z_b, or leave mms and random out of --approaches.")
+
+
+# --------------------------------------------------------------------------------------------------
+# Thresholds
+# --------------------------------------------------------------------------------------------------
+
+@on_all_ranks
+def make_thresholds(run, scores, criteria, classes):
+    """Makes thresholds.json, unless it is there and made from the same. Returns {criterion: (C,)
+    float64, NaN where a class has none}.
+
+    scores: those of the confidence set, or, with --calibrate sources, of all candidates; classes:
+    their names. A criterion that is not asked for keeps its thresholds.
+    """
+    settings = run.settings
+    predicted = scores["predicted"].tobytes()
+    inputs = {name: [criterion.digest, digest(scores[name].tobytes() + predicted)]
+              for name, criterion in criteria.items()}
+    product = run.product("thresholds.json", remake=True, criteria=inputs,
+                          threshold=settings.threshold, calibrate=settings.calibrate)
+    if not product.done:
+        made = {}
+        for name, criterion in criteria.items():
+            column, predicted = scores[name], scores["predicted"]
+            if settings.threshold == "published":
+                found = criterion.threshold(column, predicted, len(classes))
+            else:
+                found = share_threshold(column, predicted, len(classes), criterion.keeps_high,
+                                        settings.threshold)
+            if np.isinf(found).any():
+                label = classes[np.isinf(found).argmax()]
+                raise UserError(f"{criterion.path}: the threshold of {label} is infinite, so that "
+                                "no image or every image passes it.")
+            made[name] = [None if math.isnan(value) else value for value in found.tolist()]
+        product.write(made | {"calibrated_on": settings.calibrate, "classes": classes})
+    return {name: np.array([math.nan if value is None else value
+                            for value in product.content[name]]) for name in criteria}
+
+
+def report_thresholds(name, criterion, thresholds, classes, calibrated_on):
+    shown = [f"{label}: {'none' if math.isnan(value) else f'{value:.4g}'}"
+             for label, value in zip(classes, thresholds, strict=True)]
+    side = "at least" if criterion.keeps_high else "at most"
+    say(f"thresholds: {name}, {side} ({listed(shown)})")
+    absent = [label for label, value in zip(classes, thresholds, strict=True) if math.isnan(value)]
+    if absent:
+        where = "confidence set" if calibrated_on == "target" else "sources"
+        say(f"  Classes that get no images: {listed(absent)}. The teacher never predicts them on "
+            f"the {where}.")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a stage needs of all this
+# --------------------------------------------------------------------------------------------------
+
+class Scoring:
+    """The teacher of a run and what it scores, each made when it is first asked for.
+
+    data: the module data.py, whose load_target and load_source are used; target, sources ({name:
+    what has `batches`}): where the caller has opened them already. """
+
+    def __init__(self, run, device, data, target=None, sources=()):
+        self.run, self.data, self._target, self._sources = run, data, target, dict(sources)
+        self.teacher = LazyTeacher(run, device)
+        self.criteria = load_criteria(run.settings)
+        if not self.teacher.has_mms:
+            del self.criteria["mms"]
+        self._candidates = None
+
+    @property
+    def target(self):
+        if self._target is None:
+            self._target = first_alone(lambda: self.data.load_target(self.run.settings))
+        return self._target
+
+    def source(self, name):
+        if name not in self._sources:
+            settings = self.run.settings
+            spec = next(spec for spec in settings.sources if name_of(spec) == name)
+            self._sources[name] = first_alone(lambda: self.data.load_source(settings, spec))
+        return self._sources[name]
+
+    def require(self, approach):
+        """Raises UserError where this teacher can't have that approach."""
+        if not self.teacher.has_mms and approach in ("mms", "random"):
+            raise UserError(no_mms(self.teacher.figures["arch"]))
+
+    def confidence(self):
+        """The scores of the confidence set."""
+        train = self.target.train
+        _, confidence = saved_split(self.run, len(train))
+        return saved_scores(self.run, "confidence", train, train.rows[confidence], self.teacher,
+                            self.criteria)
+
+    def candidates(self):
+        """{source: its scores}, in the order of the settings."""
+        if self._candidates is None:
+            names = [name_of(spec) for spec in self.run.settings.sources]
+            self._candidates = {name: saved_scores(self.run, name, self.source(name), None,
+                                                   self.teacher, self.criteria) for name in names}
+        return self._candidates
+
+    def bad(self, name):
+        """How many images of a source, which has been scored, have no score."""
+        return self.run.content_of(f"scores/{name}.json", "python transfer.py")["bad"]
+
+    def thresholds(self):
+        """{criterion: (C,) float64}, as from `make_thresholds`."""
+        if self.run.settings.calibrate == "target":
+            scores = self.confidence()
+        else:
+            parts = list(self.candidates().values())
+            scores = {column: np.concatenate([part[column] for part in parts])
+                      for column in parts[0]}
+        return make_thresholds(self.run, scores, self.criteria, self.teacher.classes)
+
+
+def threshold_command(name, script, description, data, argv):
+    """`python mms_threshold.py`, `python entropy.py`: print and save a criterion's thresholds."""
+    run, given = open_stage(argv, script, description)
+    device = engine.pick_device(run.settings.device)
+    scoring = Scoring(run, device, data)
+    first_alone(lambda: run.open(device, given, always=False))
+    scoring.require(name)
+    report_thresholds(name, scoring.criteria[name], scoring.thresholds()[name],
+                      scoring.teacher.classes, run.settings.calibrate)
+    say(f"saved in {run / 'thresholds.json'}")

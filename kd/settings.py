@@ -1,0 +1,360 @@
+"""Every setting, once: its default, its parser, its help, its group, and which stage depends on it.
+
+A field of `Settings` is a flag of the same name (kd/flags.py). `resolve` fills in what is not given
+from the target, the recipe and the defaults.
+"""
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+from kd import values
+from kd.files import UserError, listed
+from kd.values import AUGMENTATIONS, is_own, name_of, name_of_approach, name_of_arch, plain
+
+IMAGE_SIZE = 32
+MAX_BAD = 0.01              # share of unreadable images in a folder above which something is wrong
+DATA_FREE_SIZE = 50_000     # images of a transfer set where no training split says how many
+SOURCE_SHARE = 0.25         # of a class's candidates that pass where thresholds come from them
+FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from trained weights
+APPROACHES = ("supervised", "eats", "balanced", "random", "mms", "entropy")
+MORE_APPROACHES = ("all", "confidence", "energy", "cross_entropy")
+EATS_SOURCES = ("svhn", "tinyimagenet")     # arXiv 2011.09113
+PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "caltech101",
+                   "caltech256")
+BUILT_IN_SOURCES = ("glyphs", "photos", "noise")
+STAGES = ("teacher", "scores", "transfer", "students")
+
+
+# --------------------------------------------------------------------------------------------------
+# Recipes
+# --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one network is trained: SGD for `epochs` passes, or for `steps` batches where not 0."""
+
+    epochs: int
+    batch_size: int
+    lr: float                       # peak learning rate
+    momentum: float = 0.0           # Nesterov's, where it is not 0
+    weight_decay: float = 0.0
+    schedule: str = "constant"      # or "onecycle": warm up to `lr`, then anneal to nearly 0
+    augment: str = "none"           # or some of AUGMENTATIONS, joined by commas
+    temperature: float = 1.0        # of the KD loss
+    steps: int = 0
+    ema: float = 0.0                # decay of the average of weights that it ends as
+
+
+_SGD = dict(momentum=0.9, weight_decay=5e-4, schedule="onecycle")
+
+# Defaults by recipe. How the published teacher was trained is not stated: `reference` trains it as
+# is usual for CIFAR. The published student: constant rate, no augmentation, T = 10.
+RECIPES = {
+    "reference": dict(
+        teacher_epochs=15, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
+        epochs=20, steps=0, batch_size=64, lr=0.1, momentum=0.0, weight_decay=0.0,
+        schedule="constant", augment="none", temperature=10.0, ema=0.0,
+        student_weights="none", threshold="published", floor=0.0),
+    "best": dict(
+        teacher_epochs=24, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
+        epochs=40, steps=6_000, batch_size=256, lr=0.05, **_SGD, augment="crop,flip",
+        temperature=4.0, ema=0.0, student_weights="auto", threshold="published", floor=0.0),
+    "quick": dict(
+        teacher_epochs=12, teacher_batch_size=64, teacher_lr=0.02, teacher_augment="crop",
+        epochs=16, steps=0, batch_size=64, lr=0.1, **_SGD, augment="none",
+        temperature=4.0, ema=0.0, student_weights="none", threshold="published", floor=0.0),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# The settings
+# --------------------------------------------------------------------------------------------------
+
+GROUPS = ("everyday", "data", "teacher", "selection", "students", "running")
+BY_RECIPE = None        # the default of what `resolve` takes from the recipe
+
+
+def setting(group, stage, default, kind, help=None, metavar=None):
+    """A field of Settings.
+
+    stage: the first whose files depend on it. kind: the parser of its flag's text, a tuple of
+    choices, bool for a switch, or None where it has no flag. """
+    flag = {"help": help and help.replace("%", "%%")}
+    if kind is bool:
+        flag["action"] = "store_true"
+    elif isinstance(kind, tuple):
+        flag |= {"choices": kind, "metavar": metavar}
+    else:
+        flag |= {"type": kind, "metavar": metavar}
+    return dataclasses.field(default=default, metadata={
+        "group": group, "stage": stage, "flag": flag if kind is not None else None})
+
+
+_everyday, _data, _teacher, _selection, _students, _running = (
+    functools.partial(setting, group) for group in GROUPS)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run, resolved: no field is left for a later stage to guess."""
+
+    target: str = _everyday(
+        "teacher", "cifar10", values.data_set_spec,
+        "data set whose classes the teacher knows: a known name, or a folder that holds "
+        "train/<class>/* and test/<class>/* (default: cifar10)", "NAME|NAME=PATH")
+    sources: tuple = _everyday(
+        "transfer", (), values.list_of(values.data_set_spec, "source"),
+        "unlabelled data sets for the students, in the order in which they fill the transfer set; "
+        "B=PATH is a folder of images at any depth, B=SHARDS{000..099}.tar tar shards (default: "
+        f"{','.join(PUBLISHED_ORDER)} without the target, cifar10 first for cifar100; for digits "
+        f"{','.join(BUILT_IN_SOURCES)})", "A,B=PATH,...")
+    approaches: tuple = _everyday(
+        None, (), values.list_of(values.approach, "approach"),
+        f"rows of the table: {','.join(APPROACHES)} (default: all of these; eats where "
+        f"{' or '.join(EATS_SOURCES)} is a source), {','.join(MORE_APPROACHES)}, or a Python file "
+        "with a criterion of your own (KEEP, score and threshold as in criteria/energy.py)",
+        "A,B,...")
+    recipe: str = _everyday(
+        None, "reference", tuple(RECIPES),
+        "how the networks are trained: reference is the published protocol, best the strongest "
+        "known, quick takes minutes (default: reference; quick for digits)")
+    seeds: tuple = _everyday(
+        None, (0,), values.list_of(values.seed, "seed"),
+        "all randomness comes from it; the whole run is repeated for each of several, and the "
+        "table has mean and deviation (default: 0)", "N[,N,...]")
+    run_dir: str = _everyday(None, "", values.path,
+                             "the run folder (default: runs/<target>)", "DIR")
+
+    data_dir: str = _data(
+        None, "data", values.path,
+        "where data sets are looked for, fetched to and packed (default: data)", "DIR")
+    image_size: int = _data("teacher", IMAGE_SIZE, values.edge,
+                            "edge in pixels to which all images are brought (default: 32)", "N")
+    limit: int | None = _data(
+        "teacher", None, values.count,
+        "use at most N images of every data set and split, evenly spaced, for a trial run", "N")
+    max_bad: float = _data(
+        None, MAX_BAD, values.share,
+        "share of a folder's images that may be unreadable (default: 0.01)", "SHARE")
+    pack: str = _data(
+        None, "auto", ("auto", "always", "never"),
+        "keep a source's images decoded on disk: auto does so below 8 GB and decodes larger "
+        "sources as they are read (default: auto)")
+
+    teacher_arch: str = _teacher(
+        "teacher", "", values.arch,
+        "any torchvision classifier, resnet18_cifar, resnet34_cifar, timm:NAME, or "
+        "FILE.py:FACTORY, a function that makes it (default: resnet34; inception_v3 for cifar100)",
+        "ARCH")
+    teacher_checkpoint: str | None = _teacher(
+        "teacher", None, values.path,
+        "a teacher to use instead of training one: a teacher.pt, or weights for --teacher-arch",
+        "FILE")
+    teacher_weights: str = _teacher(
+        "teacher", "", values.weights,
+        "what its training starts from (default: imagenet; none for digits and FILE.py:FACTORY)",
+        "imagenet|none|FILE")
+    teacher_size: int | None = _teacher(
+        "teacher", None, values.edge,
+        "edge in pixels to which the teacher resizes its input (default: --image-size, or what the "
+        "architecture needs: 299 for inception_v3)", "N")
+    teacher_mean: tuple | None = _teacher(
+        "teacher", None, values.mean,
+        "what it subtracts from pixels in [0, 1] (default: what its weights state, else "
+        "0.5,0.5,0.5)", "R,G,B")
+    teacher_std: tuple | None = _teacher(
+        "teacher", None, values.std,
+        "what it divides them by (default: what its weights state, else 0.5,0.5,0.5)", "R,G,B")
+    teacher_epochs: int = _teacher("teacher", BY_RECIPE, values.count, "its epochs", "N")
+    teacher_lr: float = _teacher("teacher", BY_RECIPE, values.positive,
+                                 "its peak learning rate, a tenth from trained weights", "RATE")
+    teacher_batch_size: int = _teacher("teacher", BY_RECIPE, values.batch, "its batch size", "N")
+    teacher_augment: str = _teacher("teacher", BY_RECIPE, None)
+    classes: tuple | int | None = _teacher(
+        "teacher", None, values.classes,
+        "a file with the names of the teacher's classes, one per line, in the order of its logits, "
+        "or their number (default: the checkpoint's, or the target's folders by name)", "N|FILE")
+    data_free: bool = _teacher(
+        "teacher", False, bool,
+        "touch no training image of the target: thresholds come from the sources; accuracy is "
+        "measured where the target has a test split; the teacher is --teacher-checkpoint")
+
+    threshold: float | str = _selection(
+        "transfer", BY_RECIPE, values.threshold,
+        "published: the criterion's own rule; or a share R: the score that the surest R of a "
+        "class's confidence set reach (0.25 with --calibrate sources)", "published|R")
+    floor: float = _selection(
+        "transfer", BY_RECIPE, values.share,
+        "where fewer than this share of a bucket pass, the best ones below the threshold come in",
+        "SHARE")
+    calibrate: str = _selection(
+        "transfer", "target", ("target", "sources"),
+        "thresholds from the confidence set, or, data-free, from the candidates (default: target)")
+    fill: str = _selection(
+        "transfer", "first", ("first", "best"),
+        "fill a class first come first served in the order of the sources, or with its best scores "
+        "(default: first)")
+    no_balance: bool = _selection(
+        "transfer", False, bool, "fill the whole transfer set as one bucket, whatever the classes")
+    transfer_size: int | None = _selection(
+        "transfer", None, values.count,
+        "images of a full transfer set, shared equally by the classes (default: the size of the "
+        f"target's training split; {DATA_FREE_SIZE} with --data-free)", "N")
+    mms_plain: bool = _selection(
+        "scores", False, bool,
+        "where no linear layer makes the teacher's logits, use the plain margin z_a - z_b for MMS")
+
+    student_arch: str = _students("students", "resnet18", values.arch,
+                                  "as --teacher-arch (default: resnet18)", "ARCH")
+    student_weights: str = _students(
+        "students", BY_RECIPE, values.weights,
+        "what students start from; teacher: the layers that it has under the same names; auto: "
+        "those, where they are at least half of the student (the supervised student starts from "
+        "imagenet where the teacher does)", "imagenet|none|teacher|auto|FILE")
+    epochs: int = _students("students", BY_RECIPE, values.count, "passes over the images", "N")
+    steps: int = _students("students", BY_RECIPE, values.count, "batches, instead of --epochs", "N")
+    batch_size: int = _students("students", BY_RECIPE, values.batch, "images per batch", "N")
+    lr: float = _students("students", BY_RECIPE, values.positive, "peak learning rate", "RATE")
+    schedule: str = _students("students", BY_RECIPE, ("constant", "onecycle"), "of the rate")
+    momentum: float = _students("students", BY_RECIPE, values.below_one, "Nesterov's", "M")
+    weight_decay: float = _students("students", BY_RECIPE, values.below_one, "of SGD", "W")
+    temperature: float = _students("students", BY_RECIPE, values.temperature, "of the KD loss", "T")
+    augment: str = _students(
+        "students", BY_RECIPE, values.augment,
+        f"what changes the images, of {','.join(AUGMENTATIONS)}; teacher and student see the same",
+        "none|A,B,...")
+    ema: float = _students("students", BY_RECIPE, values.below_one,
+                           "end as the moving average of the weights with this decay", "D")
+
+    device: str = _running(None, "auto", ("auto", "cpu", "cuda", "mps"),
+                           "where to compute (default: auto)")
+    tensorboard: bool = _running(
+        None, False, bool, "write losses, accuracies and views into the run folder's tensorboard/")
+    restart: bool = _running(None, False, bool, "delete what the run folder holds and begin again")
+    restart_from: str | None = _running(
+        None, None, STAGES, "delete what STAGE and those after it have made, and make it again: "
+        f"{', '.join(STAGES)}", "STAGE")
+
+    @property
+    def seed(self):
+        return self.seeds[0]
+
+    @property
+    def criteria(self):
+        """The files of the user's own criteria among the approaches."""
+        return tuple(each for each in self.approaches if each.endswith(".py"))
+
+    @property
+    def supervised_weights(self):
+        """What the supervised student starts from: it has no teacher whose layers it could take."""
+        if self.student_weights not in ("none", "teacher", "auto"):
+            return self.student_weights
+        from_imagenet = self.teacher_weights == "imagenet" and not is_own(self.student_arch)
+        return "imagenet" if from_imagenet else "none"
+
+    @property
+    def teacher_recipe(self):
+        return Recipe(self.teacher_epochs, self.teacher_batch_size, self.teacher_lr,
+                      augment=self.teacher_augment, **_SGD)
+
+    @property
+    def student_recipe(self):
+        names = [field.name for field in dataclasses.fields(Recipe)]
+        return Recipe(**{name: getattr(self, name) for name in names})
+
+    def of_stage(self, stage):
+        """{name: value as JSON has it} of the settings that a stage's files depend on first."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                 if field.metadata["stage"] == stage}
+        if stage == "teacher":
+            found["seed"] = self.seed
+        for name, value in found.items():      # files may move; their content is told by digests
+            if name in ("target", "sources"):
+                value = name_of(value) if name == "target" else [name_of(each) for each in value]
+            elif isinstance(value, str):
+                value = name_of_arch(value)
+            found[name] = list(value) if isinstance(value, tuple) else value
+        return found
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+FLAGS = tuple(name for name, field in FIELDS.items() if field.metadata["flag"])
+
+
+def default_teacher(target):
+    return "inception_v3" if name_of(target) == "cifar100" else "resnet34"
+
+
+def resolve(given):
+    """Settings from {name: value} of what was given; the rest are defaults."""
+    given = {name: value for name, value in given.items() if name in FIELDS}
+    target = given.get("target", "cifar10")
+    name, built_in = name_of(target), target == "digits"
+    data_free, sources = given.get("data_free", False), given.get("sources")
+    chosen = {
+        "recipe": "quick" if built_in else "reference", "run_dir": f"runs/{name}",
+        "teacher_arch": default_teacher(target), "calibrate": "sources" if data_free else "target",
+        "sources": sources or default_sources(target), "student_arch": "resnet18",
+        "transfer_size": DATA_FREE_SIZE if data_free else None} | given
+    untrained = built_in or is_own(chosen["teacher_arch"])
+    chosen = {
+        "teacher_weights": "none" if untrained else "imagenet",
+        "approaches": tuple(each for each in APPROACHES if (
+            each != "eats" or _has_eats(chosen["sources"])) and (
+            each != "supervised" or not data_free))} | chosen
+    recipe = dict(RECIPES[chosen["recipe"]])
+    if chosen["teacher_weights"] != "none":
+        recipe["teacher_lr"] *= FINE_TUNING_SCALE
+    if chosen["calibrate"] == "sources":
+        recipe["threshold"] = SOURCE_SHARE
+    if "epochs" in given:
+        recipe["steps"] = 0
+    settings = Settings(**recipe | chosen)
+    _require_consistent(settings)
+    return settings
+
+
+def default_sources(target):
+    if target == "digits":
+        return BUILT_IN_SOURCES
+    first = ("cifar10",) if name_of(target) == "cifar100" else ()
+    return first + tuple(each for each in PUBLISHED_ORDER if each != name_of(target))
+
+
+def _has_eats(sources):
+    return any(name_of(source) in EATS_SOURCES for source in sources)
+
+
+def _require_consistent(settings):
+    """Raises UserError where settings contradict each other."""
+    names = [name_of_approach(each) for each in settings.approaches]
+    sources = [name_of(each) for each in settings.sources]
+    known = APPROACHES + MORE_APPROACHES
+    for file in settings.criteria:
+        name = name_of_approach(file)
+        if name in known + ("predicted", "index", "classes", "calibrated_on") or not plain(name):
+            raise UserError(f"{file}: {name!r} can't be the name of an approach. Rename the file.")
+    unknown = [each for each in settings.approaches if each not in known and each[-3:] != ".py"]
+    contradictions = (
+        (unknown, f"There is no approach {listed(unknown)}. There are {', '.join(known)}, and "
+                  "FILE.py for a criterion of your own."),
+        (len(set(names)) < len(names), "--approaches names an approach twice."),
+        (settings.data_free and not settings.teacher_checkpoint,
+         "--data-free trains no teacher: give yours as --teacher-checkpoint FILE."),
+        (settings.data_free and "supervised" in names,
+         "supervised learns from the target's labelled images, which --data-free does not touch: "
+         "leave it out of --approaches."),
+        (settings.data_free and settings.calibrate == "target",
+         "--calibrate target needs images of the target, which --data-free does not touch: use "
+         "--calibrate sources."),
+        ("eats" in names and not _has_eats(settings.sources),
+         f"eats needs {' or '.join(EATS_SOURCES)} among the sources, which are {listed(sources)}."),
+        (name_of(settings.target) in sources,
+         f"{name_of(settings.target)} is the target and can't be a source as well: take it out of "
+         "--sources."),
+        ("confidence" in sources, "A source can't be called confidence, since "
+                                  "scores/confidence.npz is the confidence set's: rename it."),
+    )
+    for wrong, sentence in contradictions:
+        if wrong:
+            raise UserError(sentence)

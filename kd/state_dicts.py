@@ -1,0 +1,190 @@
+"""State dicts of any origin: files read without running what is in them, keys fitted to a network.
+
+A checkpoint holds the weights under some key ("state_dict", "model", ...), their names start with
+something ("module.", "model.", ...), and beside them lies what nobody needs. All of that is one
+question here: below which prefix do the network's own names lie?
+"""
+import collections
+import functools
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from kd.files import UserError, listed, say
+
+IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")    # as the hubs name them
+OURS = {"arch": str, "classes": list, "input_size": int, "mean": list, "std": list,
+        "state_dict": dict}         # what a checkpoint of this project holds
+MOST_STAND_INS = 100
+REMEDY = "torch.save(network.state_dict(), FILE)"
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Counters of profilers and of averages; the state of a loss or a metric.
+LEFT_OUT = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$|^\w*(criterion|loss|metric)")
+say_once = functools.cache(say)     # a file is read for a check and again for the work
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
+
+class StandIn(list):
+    """In place of what a class named in a file would make. It takes all that a file does to it."""
+
+    def __init__(self, *args):
+        super().__init__()
+
+    def __setstate__(self, state):
+        pass
+
+
+class DictStandIn:
+    """The same for what a file fills as a dict."""
+
+    def __new__(cls, *args):
+        return collections.OrderedDict()
+
+
+def weights_file(path):
+    """The file of the weights: `path`, or in a folder the one that a hub puts there."""
+    return next((file for name in IN_A_FOLDER if (file := Path(path) / name).is_file()), Path(path))
+
+
+def read_file(path):
+    """What a file holds, on the CPU: tensors, plain types, and StandIns for all else. Nothing in it
+    is run. Raises UserError where it can't be read so."""
+    file = weights_file(path)
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _unpickled(file)
+    except Exception as error:      # what a damaged file makes readers raise is of every kind
+        said = str(error).rpartition("WeightsUnpickler error:")[2].strip() or repr(error)
+        reason = ("no such file" if not file.exists() else
+                  f"a folder without {' or '.join(IN_A_FOLDER)}" if file.is_dir() else
+                  "pip install safetensors" if isinstance(error, ImportError) else
+                  f"{said.splitlines()[0][:120]}. Where it was made, use {REMEDY}")
+        raise UserError(f"{path} can't be read as tensors and plain types: {reason}.") from None
+
+
+def _unpickled(file):
+    """torch.load, restricted to tensors and plain types. What else the file names gets a stand-in
+    of that name, so that nothing is imported or called."""
+    made = {}       # {name: its stand-in}
+    for _ in range(MOST_STAND_INS):
+        try:
+            with torch.serialization.safe_globals(list(made.values())):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+            filled = re.search(r"Can only SETITEM.* but got <class '(\S+)'>", str(error))
+            if not (unknown or filled):
+                raise
+            name, base = (unknown[1], StandIn) if unknown else (filled[1], DictStandIn)
+            module, _, qualified = name.rpartition(".")
+            made[name] = type(qualified, (base,), {"__module__": module or "builtins"})
+    raise pickle.UnpicklingError(f"objects of more than {MOST_STAND_INS} kinds")
+
+
+def is_ours(content):
+    return isinstance(content, dict) and set(content) >= OURS.keys()
+
+
+def sound(content, path):
+    """`content`, if it is that of a checkpoint of this project; else raises UserError."""
+    wrong = [key for key, kind in OURS.items() if not isinstance(content.get(key), kind)] if (
+        isinstance(content, dict)) else OURS
+    if wrong:
+        raise UserError(f"{path} is damaged, or not a checkpoint of this project: it lacks "
+                        f"{listed(list(wrong))}.")
+    return content
+
+
+# --------------------------------------------------------------------------------------------------
+# Fitting
+# --------------------------------------------------------------------------------------------------
+
+def tensors_of(content, at="", depth=4):
+    """Yields (keys joined by dots, tensor) of the dense real tensors in dicts within dicts."""
+    for key, value in dict.items(content):
+        if isinstance(value, dict) and depth:
+            yield from tensors_of(value, f"{at}{key}.", depth - 1)
+        elif isinstance(value, torch.Tensor):
+            value = torch.Tensor.detach(value)
+            if value.layout is torch.strided and not (
+                    value.is_nested or value.is_meta or value.is_complex()):
+                yield _bare(f"{at}{key}"), value
+
+
+def _bare(key):
+    """A name without what wraps modules, and as torchvision renames those of its old DenseNets."""
+    key = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", key)
+
+
+def _prefixes(theirs, ours):
+    """The prefixes of names in `theirs` {name: tensor} below which the most of `ours` {name: shape}
+    lie and the least else; plain weights come before averages of them."""
+    matches = collections.Counter()
+    for key, value in theirs.items():
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
+            if key[start:] in ours:
+                matches[key[:start]] += 1 + (ours[key[start:]] == value.shape)
+    for prefix in matches:
+        rest = (key.removeprefix(prefix) for key in theirs if key.startswith(prefix))
+        matches[prefix] -= sum(key not in ours and not LEFT_OUT.search(key) for key in rest)
+    best = max(matches.values(), default=0)
+    tied = [prefix for prefix in matches if matches[prefix] == best] or [""]
+    return sorted(tied, key=lambda prefix: (bool(re.search("ema|av(era)?g|swa", prefix.lower())),
+                                            "teacher" not in prefix))
+
+
+def fit(network, content, path, arch, remedy=""):
+    """Loads the weights of `network` that a file's content holds. Raises UserError that names the
+    keys which do not fit, or those that hold NaN."""
+    expected = {name: value for name, value in network.state_dict().items()
+                if isinstance(value, torch.Tensor)}
+    names = {_bare(name): name for name in expected}
+    theirs = dict(tensors_of(content)) if isinstance(content, dict) else {}
+    prefix, *others = _prefixes(theirs, {key: expected[names[key]].shape for key in names})
+    state = collections.OrderedDict()
+    for key, value in theirs.items():
+        rest = key.removeprefix(prefix)
+        if key.startswith(prefix) and (rest in names or not LEFT_OUT.search(rest)):
+            state[names.get(rest, rest)] = value
+    versions, known = getattr(content, "_metadata", {}), network.state_dict()._metadata
+    state._metadata = versions if versions.keys() == known.keys() else known    # of its layers
+    broken = [name for name in state.keys() & expected.keys()
+              if state[name].shape == expected[name].shape and expected[name].isfinite().all()
+              and not state[name].float().isfinite().all()]
+    wrong = _misfits(network, state) or (
+        broken and f"it has NaN or infinity in {listed(sorted(broken), 3)}")
+    if not theirs:
+        wrong, remedy = "it holds no state dict", f"Where it was made, use {REMEDY}."
+    if wrong:
+        raise UserError(f"{path} does not fit {arch}: {wrong}. {remedy}".rstrip())
+    if prefix:
+        beside = f", not those under {listed([repr(other[:-1]) for other in others])}"
+        say_once(f"{path}: the weights under '{prefix[:-1]}' are used{beside * bool(others)}.")
+
+
+def _misfits(network, state):
+    """Loads what fits; what does not, in words."""
+    try:        # the network may rename or reshape what it is given
+        lacks, beyond = network.load_state_dict(state, strict=False)
+    except RuntimeError as error:       # of other shapes; below a heading
+        return "; ".join(line.strip(" \t.") for line in str(error).splitlines()[1:4])
+    if hasattr(network, "aux_logits"):      # auxiliary heads have no part in an answer
+        for name in {name.partition(".")[0] for name in lacks if "aux" in name.lower()}:
+            setattr(network, name, None)
+            network.aux_logits = False
+        lacks, beyond = ([name for name in names if "aux" not in name.lower()]
+                         for names in (lacks, beyond))
+    wrong = {"it lacks": [name for name in lacks if not name.endswith("num_batches_tracked")],
+             "it has besides": beyond}
+    return "; ".join(f"{what} {listed(names, 3)}" for what, names in wrong.items() if names)

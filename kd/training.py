@@ -1,0 +1,356 @@
+"""The training loop, and what hangs on it: progress, boards, checkpoints, signals.
+
+`train` over `train_one_epoch` is what learns. Everything else is in `_Keeper`, which is called
+after each step and each epoch. """
+import io
+import time
+import zipfile
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kd.augment import augment, shuffled_batches, step_generator
+from kd.board import open_board
+from kd.command import Interrupted, interrupted, orderly
+from kd.engine import allow_tf32, autocast, enough_memory, prefetched, resident, seed_for
+from kd.files import UserError, is_first, say, write_atomically
+from kd.processes import agreed, rank, share_of, summed, world_size
+from kd.progress import Progress
+
+AUXILIARY_WEIGHT = 0.4      # of an auxiliary head's loss, as in Inception (Szegedy et al. 2015)
+COMPILING_PAYS = 300.0      # seconds of training left on CUDA from which torch.compile pays
+ROUND = 1_000               # steps after which a training is saved within an epoch
+SAVE_INTERVAL = 20.0        # seconds of work between two checkpoints, at least
+CHECK_STEPS = 50            # on a device: steps between two looks at whether the loss is finite
+AGREE_STEPS = 10            # steps after which several processes agree whether to stop
+
+
+@dataclass
+class Training:
+    """A network while it learns, and all that its next step depends on.
+
+    history: {"epoch", "loss", "lr", "confidence_accuracy"} of each epoch; seconds: of the steps
+    alone, over all sittings; step: the next one within the epoch; total: the sum of the epoch's
+    losses. """
+
+    classifier: object
+    optimizer: object
+    scheduler: object
+    average: object
+    total: torch.Tensor
+    per_epoch: int
+    steps: int
+    history: list = field(default_factory=list)
+    seconds: float = 0.0
+    images: int = 0
+    step: int = 0
+    rate: float = 0.0
+    network: object = None      # the classifier, perhaps compiled or shared among processes
+
+    @classmethod
+    def begin(cls, classifier, count, recipe, device):
+        """The state before the first step on `count` images."""
+        per_epoch = max(1, count // recipe.batch_size)
+        steps = recipe.steps or recipe.epochs * per_epoch
+        optimizer = torch.optim.SGD(
+            classifier.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
+            nesterov=recipe.momentum > 0, fused=True)
+        schedulers = torch.optim.lr_scheduler
+        scheduler = (schedulers.OneCycleLR(optimizer, recipe.lr, steps, cycle_momentum=False)
+                     if recipe.schedule == "onecycle" else schedulers.ConstantLR(optimizer, 1.0))
+        average = AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema),
+                                use_buffers=True) if recipe.ema else None
+        return cls(classifier, optimizer, scheduler, average, torch.zeros((), device=device),
+                   per_epoch, steps, network=_shared(classifier, device))
+
+    @property
+    def images_per_second(self):
+        return self.images / self.seconds if self.seconds else 0.0
+
+    @property
+    def epoch(self):
+        return len(self.history)
+
+    @property
+    def batches_left(self):
+        """Batches of this epoch, the last of which may be a part of one."""
+        return min(self.per_epoch, self.steps - self.epoch * self.per_epoch)
+
+    @property
+    def result(self):
+        """The classifier as it would end now."""
+        return self.classifier if self.average is None else self.average.module
+
+    def state(self):
+        """Everything, as plain types and tensors."""
+        scheduler = {name: value for name, value in self.scheduler.state_dict().items()
+                     if isinstance(value, (int, float, list, bool))}
+        total = summed(self.total) / world_size()
+        average = None if self.average is None else self.average.state_dict()
+        return {"network": self.classifier.network.state_dict(), "average": average,
+                "optimizer": self.optimizer.state_dict(), "scheduler": scheduler, "total": total,
+                **{name: getattr(self, name) for name in (
+                    "history", "seconds", "images", "step", "rate")}}
+
+    def restore(self, state):
+        self.classifier.network.load_state_dict(state.pop("network"))
+        for name in ("optimizer", "scheduler", "average"):
+            if state[name] is not None:
+                getattr(self, name).load_state_dict(state[name])
+            del state[name]
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def _shared(classifier, device):
+    """The network whose gradients are the mean over all processes."""
+    if world_size() == 1:
+        return classifier
+    return DistributedDataParallel(classifier, [device] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What hangs on a training and is not learning.
+
+    checkpoint: a Checkpoint; label: of its progress; evaluate(network): an accuracy to note after
+    each epoch, or None; board: the folder of kd.board, or None; remedy: for a loss that is not
+    finite. """
+
+    checkpoint: object
+    label: str
+    evaluate: object = None
+    board: object = None
+    remedy: str = "a smaller --lr, with --restart-from students"
+
+
+def train(classifier, images, rows, objective, recipe, *, seed, device, watch):
+    """Trains `classifier` in place and returns the Training.
+
+    images: (N, H, W, 3) uint8 array. rows: (n,) int64, those to train on. objective(logits, views,
+    rows): the mean loss of a batch, where views are the augmented pixels that the classifier saw.
+
+    A step draws from (seed, epoch, step) alone. After an epoch, or a thousand steps, and when a
+    signal asks to stop, everything is saved; a later call resumes there and ends in the same
+    bits. Raises UserError when the loss is no longer finite or the memory does not suffice; the
+    checkpoint stays. """
+    smallest = 2 * world_size()
+    if min(recipe.batch_size, len(rows)) < smallest:
+        raise UserError(f"{watch.label}: a batch needs {smallest} images or more, and there are "
+                        f"{min(recipe.batch_size, len(rows))}.")
+    remedy = "Use a smaller --batch-size (--teacher-batch-size), or a smaller network."
+    with orderly(), enough_memory(watch.label, device, remedy):
+        classifier.to(device)
+        state = Training.begin(classifier, len(rows), recipe, device)
+        keeper = _Keeper(state, recipe, watch, min(recipe.batch_size, len(rows)), device)
+        tensor, rows = resident(images, device), torch.as_tensor(rows)
+        while state.epoch * state.per_epoch < state.steps:
+            batches = shuffled_batches(rows, recipe.batch_size, step_generator(seed, state.epoch))
+            train_one_epoch(state, tensor, batches[:state.batches_left], objective, recipe.augment,
+                            seed, device, keeper)
+            keeper.after_epoch()
+        keeper.close()
+    classifier.load_state_dict(state.result.state_dict())
+    return state
+
+
+def train_one_epoch(state, images, batches, objective, steps, seed, device, keeper):
+    """The steps of one epoch that are left. batches: [(n,) int64 rows]; steps: of `augment`."""
+    state.classifier.train()
+    allow_tf32(True)
+    mine = slice(*share_of(len(batches[0])))        # this process's share of every batch
+    weight = (mine.stop - mine.start) * world_size() / len(batches[0])
+    batches = [batch.to(images.device) for batch in batches]
+    pixels = prefetched((images[batch[mine]] for batch in batches[state.step:]), device)
+    for step, (batch, raw) in enumerate(zip(batches[state.step:], pixels, strict=True), state.step):
+        generator = step_generator(seed, state.epoch, step)
+        seed_dropout(seed, f"{state.epoch}/{step}/{rank()}", device)
+        views = augment(raw, steps, generator, len(batch), mine)
+        with autocast(device):
+            logits = state.network(views)
+            loss = weight * _loss(objective, logits, views, batch[mine])
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        state.optimizer.step()
+        state.rate = state.optimizer.param_groups[0]["lr"]
+        state.scheduler.step()
+        if state.average is not None:
+            state.average.update_parameters(state.classifier)
+        state.total += loss.detach()
+        state.images += len(batch)
+        state.step = step + 1
+        keeper.after_step(loss.detach(), views, step + 1 == len(batches))
+
+
+def _loss(objective, logits, views, rows):
+    """Of a network with auxiliary heads (Inception-V3 has one, GoogLeNet two) all of them count."""
+    if not isinstance(logits, tuple):
+        return objective(logits, views, rows)
+    main, *others = (objective(each, views, rows) for each in logits if each is not None)
+    return main + AUXILIARY_WEIGHT * sum(others)
+
+
+def cross_entropy(labels, device):
+    """The objective of a network that learns from labels. labels: (N,) int64 of all images."""
+    labels = torch.as_tensor(labels).to(device)
+
+    def objective(logits, views, rows):
+        return torch.nn.functional.cross_entropy(logits.float(), labels[rows.to(device)])
+    return objective
+
+
+def seed_dropout(seed, purpose, device):
+    """Seeds what draws without a generator. Not torch.manual_seed: without CUDA it remembers every
+    call, for later."""
+    number = seed_for(seed, purpose)
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(number)
+    elif device.type == "mps":
+        torch.mps.manual_seed(number)
+
+
+# --------------------------------------------------------------------------------------------------
+# What hangs on a training: progress, boards, checkpoints, signals
+# --------------------------------------------------------------------------------------------------
+
+class Checkpoint:
+    """The file from which an interrupted training is resumed. made_from: what the training
+    depends on; a checkpoint with another one is not used."""
+
+    def __init__(self, path, made_from):
+        self.path, self.made_from = path, str(made_from)
+
+    def load(self, device):
+        """What was saved; None where there is nothing, or it is damaged or of another training."""
+        try:
+            with zipfile.ZipFile(self.path) as parts:       # torch.load checks no checksum
+                whole = parts.testzip() is None
+            saved = torch.load(self.path, weights_only=True, map_location=device) if whole else {}
+        except FileNotFoundError:
+            return None
+        except (OSError, RuntimeError, zipfile.BadZipFile, ValueError, EOFError):
+            saved = {}
+        if saved.pop("made_from", None) == self.made_from:
+            return saved
+        say(f"{self.path} is {'of another training' if saved else 'damaged'} and is not used.")
+        return None
+
+    def save(self, state):
+        buffer = io.BytesIO()
+        if is_first():
+            torch.save(state | {"made_from": self.made_from}, buffer)
+        write_atomically(self.path, lambda file: file.write(buffer.getbuffer()))
+
+    def remove(self):
+        if is_first():
+            self.path.unlink(missing_ok=True)
+
+
+class _Keeper:
+    """Called after each step and each epoch of a Training."""
+
+    def __init__(self, state, recipe, watch, batch_size, device):
+        self.state, self.watch, self.device = state, watch, device
+        saved = watch.checkpoint.load(device)
+        if saved is not None:
+            state.restore(saved)
+        self.epochs = -(-state.steps // state.per_epoch)
+        done = state.epoch * state.per_epoch + state.step
+        self.progress = Progress(watch.label, state.steps * batch_size, done=done * batch_size)
+        self.board = open_board("tensorboard" if watch.board else None, watch.board, done)
+        self.losses, self.rates = [], []      # of the steps since they were last seen to be finite
+        self.began = self.saved = time.monotonic()
+
+    def after_step(self, loss, views, last):
+        state = self.state
+        self.losses.append(loss)
+        self.rates.append(state.rate)
+        self.progress.update(len(views) * world_size(), self._figures)
+        if state.step == 1 and state.epoch & (state.epoch + 1) == 0:        # epochs 1, 2, 4, 8, ...
+            self.board.views(state.epoch * state.per_epoch, views)
+        looks = 1 if self.device.type == "cpu" else CHECK_STEPS
+        stop = interrupted()
+        if world_size() > 1:
+            stop = agreed(stop)[0] if last or state.step % AGREE_STEPS == 0 else 0
+        if stop or last or len(self.losses) >= looks:
+            self._require_finite()
+        if stop or (state.step % ROUND == 0 and not last):
+            self._save(always=stop)
+        if stop:
+            self.close()
+            raise Interrupted(stop)
+
+    def after_epoch(self):
+        state, watch = self.state, self.watch
+        batches, position = state.batches_left, state.epoch * state.per_epoch
+        loss = summed(state.total).item() / batches / world_size()      # waits for the device
+        self._tick()
+        _share_buffers(state)
+        reached = watch.evaluate(state.result) if watch.evaluate else None
+        state.history.append({"epoch": state.epoch + 1, "loss": loss, "lr": state.rate,
+                              "confidence_accuracy": reached})
+        self.board.epoch(position + batches - 1, epoch_loss=loss, learning_rate=state.rate,
+                         confidence_accuracy=reached)
+        state.total, state.step = torch.zeros((), device=self.device), 0
+        self._save()
+        left = (state.steps - position - batches) / max(1, position + batches) * state.seconds
+        if self.device.type == "cuda" and state.epoch == 1 and left > COMPILING_PAYS:
+            state.network = torch.compile(state.network)
+        self.began = time.monotonic()
+
+    def close(self):
+        self.progress.close()
+        self.board.close()
+
+    def _figures(self):
+        state = self.state
+        reached = state.history and state.history[-1]["confidence_accuracy"]
+        return (f"epoch {state.epoch + 1}/{self.epochs}, loss {state.total.item() / state.step:.4f}"
+                + (f", confidence set {reached:.2%}" if reached else ""))
+
+    def _tick(self):
+        now = time.monotonic()
+        self.state.seconds, self.began = self.state.seconds + now - self.began, now
+
+    def _save(self, always=False):
+        """Saves a network that is finite, where that is worth its time."""
+        due = always or time.monotonic() - self.saved >= SAVE_INTERVAL
+        if not agreed(due)[0]:
+            return
+        self._tick()
+        parameters = list(self.state.classifier.parameters())
+        norms = torch.stack(torch._foreach_norm([each.detach() for each in parameters]))
+        if not norms.isfinite().all():
+            self._fail("the weights are no longer finite", self.state.step)
+        self.watch.checkpoint.save(self.state.state())
+        self.saved = self.began = time.monotonic()
+
+    def _require_finite(self):
+        losses = torch.stack(self.losses).tolist()
+        position, first = self.state.epoch * self.state.per_epoch, self.state.step - len(losses)
+        for number, (loss, rate) in enumerate(zip(losses, self.rates, strict=True)):
+            if not np.isfinite(loss):
+                self._fail(f"the loss is {loss} at a learning rate of {rate:.3g}",
+                           first + number + 1)
+        self.board.losses(position + self.state.step - 1, self.losses)
+        self.losses.clear()
+        self.rates.clear()
+
+    def _fail(self, what, step):
+        self.close()
+        epoch = self.state.epoch + 1
+        raise UserError(f"{self.watch.label}: {what} in step {step} of epoch {epoch}. Use "
+                        f"{self.watch.remedy}.")
+
+
+def _share_buffers(state):
+    """Gives every process the batch statistics of the first one, which saves."""
+    for network in {state.classifier, state.result} if world_size() > 1 else ():
+        for buffer in network.buffers():
+            distributed.broadcast(buffer, 0)

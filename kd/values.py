@@ -1,0 +1,146 @@
+"""Values of settings: parsers of their texts. Each raises ValueError with what is wrong."""
+import json
+from pathlib import Path
+
+LARGEST = 4_096             # pixels of an edge
+AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
+
+
+def name_of(spec):
+    """The name in NAME or NAME=PATH."""
+    return spec.partition("=")[0]
+
+
+def name_of_approach(approach):
+    """The name of an approach, or of a criterion's file, in the table and the run folder."""
+    return Path(approach).stem if approach.endswith(".py") else approach
+
+
+def is_own(arch):
+    """Whether an architecture is a function in a file of the user's, FILE.py:FACTORY."""
+    return ".py:" in arch
+
+
+def name_of_arch(arch):
+    """An architecture, or a path, without its folders."""
+    return arch if arch.startswith("timm:") else arch.rpartition("/")[2]
+
+
+def plain(name):
+    """Whether a name may be that of a file and be shown."""
+    return bool(name) and name.isprintable() and name == Path(name).name and (
+        name[0] != "." and len(name.encode()) <= 180)
+
+
+def _number(kind, right, what):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not right(value):
+            raise ValueError(f"'{text}' is not a {what}")
+        return value
+    return parse
+
+
+def _share_of(text):
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
+positive = _number(float, lambda x: 0 < x < float("inf"), "positive number")
+temperature = _number(float, lambda x: 1e-6 <= x <= 1e6, "temperature from 1e-6 to 1e6")
+below_one = _number(float, lambda x: 0 <= x < 1, "number from 0 up to, not including, 1")
+share = _number(_share_of, lambda x: 0 <= x <= 1, "share from 0 to 1, as 0.05 or 5%")
+count = _number(int, lambda x: 1 <= x <= 10 ** 12, "positive whole number")
+batch = _number(int, lambda x: 2 <= x <= 10 ** 12, "batch size of 2 or more")
+seed = _number(int, lambda x: 0 <= x < 2 ** 32, "whole number from 0 to 4294967295")
+edge = _number(int, lambda x: 1 <= x <= LARGEST, f"number of pixels from 1 to {LARGEST:,}")
+
+
+def threshold(text):
+    if text != "published" and not share(text):
+        raise ValueError("a threshold of 0 lets nothing pass")
+    return text if text == "published" else share(text)
+
+
+def path(text):
+    """An absolute spelling; links stay as they are, so that people recognise their paths."""
+    if not text:        # of a shell variable that is not set
+        raise ValueError("no path is given")
+    return str(Path(text).expanduser().absolute())
+
+
+def data_set_spec(text):
+    """NAME, or NAME=PATH with the path made absolute."""
+    name, equals, where = text.partition("=")
+    if not plain(name) or (equals and not where):
+        raise ValueError(f"'{text}' is neither NAME nor NAME=PATH (a comma separates data sets)")
+    return f"{name}={path(where)}" if equals else name
+
+
+def list_of(item, what):
+    """A parser of values joined by commas, each once."""
+    def parse(text):
+        items = tuple(item(each.strip()) for each in text.split(",") if each.strip())
+        names = [name_of(each) if isinstance(each, str) else each for each in items]
+        if not items or len(set(names)) < len(names):
+            raise ValueError(f"a {what} is given twice" if items else f"no {what} is given")
+        return items
+    return parse
+
+
+def approach(text):
+    """The name of an approach, or the absolute path of a file with a criterion."""
+    return path(text) if text.endswith(".py") else text
+
+
+def arch(text):
+    file, _, factory = text.rpartition(":")
+    return f"{path(file)}:{factory}" if file.endswith(".py") else text
+
+
+def weights(text):
+    return text if text in ("none", "imagenet", "teacher", "auto") else path(text)
+
+
+def augment(text):
+    steps = text.split(",")
+    if text != "none" and (len(set(steps)) < len(steps) or not set(steps) <= set(AUGMENTATIONS)):
+        raise ValueError(f"'{text}' is neither none nor some of {','.join(AUGMENTATIONS)}")
+    return text
+
+
+def _three(least):
+    def parse(text):
+        values = tuple(map(float, text.split(",")))
+        if len(values) != 3 or not all(least <= value <= 1 for value in values):
+            raise ValueError(f"'{text}' is not three numbers up to 1, one per colour")
+        return values
+    return parse
+
+
+mean, std = _three(0.0), _three(1e-6)
+
+
+def classes(text):
+    """Names of classes, the lines of a file or a JSON list (in it, or as it is); or their
+    number."""
+    if text.isdecimal():
+        if not 2 <= int(text) <= 10 ** 6:
+            raise ValueError(f"{text} is not a number of classes")
+        return int(text)
+    if text[:1] != "[" and not Path(text).is_file():
+        raise ValueError(f"'{text}' is neither a number nor a file with one class per line")
+    try:
+        content = text if text[:1] == "[" else Path(text).read_text("utf-8-sig")
+        names = json.loads(content) if content.lstrip()[:1] == "[" else content.splitlines()
+    except ValueError:
+        raise ValueError(f"{text} is not UTF-8 text with one class per line") from None
+    seen, unique = {}, []       # ImageNet has two cranes: the second becomes "crane (2)"
+    for name in filter(None, (str(name).strip() for name in names)):
+        seen[name] = seen.get(name, 0) + 1
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    if len(unique) < 2:
+        raise ValueError(f"{text} names fewer than two classes")
+    return tuple(unique)

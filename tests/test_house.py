@@ -1,0 +1,79 @@
+"""The shape of the code: imports run downwards, files and functions fit a screen, ruff is content."""
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("compile", "data", "TeacherTrain", "mms_threshold", "entropy", "transfer", "distill",
+          "report")
+FILES = sorted(path for pattern in ("*.py", "kd/*.py", "criteria/*.py") for path in ROOT.glob(pattern))
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+NAMES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+pytestmark = pytest.mark.quick
+
+
+def imports():
+    """{module: the modules of this project that it imports, anywhere in it}."""
+    found = {}
+    for module, path in NAMES.items():
+        names = set()
+        for node in ast.walk(TREES[path]):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[module] = (names & set(NAMES)) - {module}
+    return found
+
+
+def test_no_import_goes_in_a_circle():
+    graph = imports()
+
+    def reached(module, seen):
+        for other in graph[module] - seen:
+            seen.add(other)
+            reached(other, seen)
+        return seen
+    assert not [module for module in graph if module in reached(module, set())]
+
+
+def test_the_package_imports_no_script():
+    assert not [(module, other) for module, others in imports().items() for other in others
+                if module.startswith("kd.") and not other.startswith("kd")]
+
+
+def test_stages_do_not_import_each_other():
+    graph = imports()
+    assert not [(stage, other) for stage in STAGES[1:7] for other in graph[stage]
+                if other in STAGES and other != "data"]
+
+
+def test_what_lies_on_top_is_a_stage():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(STAGES)
+
+
+def test_files_and_functions_are_short():
+    assert not [path.name for path in FILES if len(path.read_text().splitlines()) > 380]
+    functions = [(node.name, node) for tree in TREES.values() for node in ast.walk(tree)
+                 if isinstance(node, ast.FunctionDef)]
+    assert not [name for name, node in functions if node.end_lineno - node.lineno + 1 > 60]
+    assert not [name for name, node in functions
+                if len(node.args.args) + len(node.args.kwonlyargs) > 9]
+
+
+def test_lines_are_at_most_100_columns_wide():
+    for path in (*FILES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")):
+        wide = [number for number, line in enumerate(path.read_text().splitlines(), 1)
+                if len(line) > 100]
+        assert not wide, (path, wide)
+
+
+def test_ruff_has_nothing_to_say():
+    ruff = shutil.which("ruff") or str(Path(sys.executable).with_name("ruff"))
+    done = subprocess.run([ruff, "check", "--no-cache", "."], cwd=ROOT, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stdout
