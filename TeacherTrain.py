@@ -10,13 +10,14 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
     from kd.flags import parser_of
     parser_of("TeacherTrain", __doc__).parse_args()
 
-import torch
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 import data
 from kd import checkpoints, engine, models
 from kd.command import command
 from kd.evaluation import evaluate, saved_split, watcher
-from kd.files import require_none, say
+from kd.files import listed, require_none, say
 from kd.processes import first_alone, on_all_ranks
 from kd.run import open_stage
 from kd.settings import default_teacher
@@ -30,7 +31,7 @@ def train_teacher(run, target, device):
     teacher.json.
 
     target: a data.Target. A --teacher-checkpoint is used as it is. An accuracy is None where the
-    target has no images for it. """
+    target has no images for it."""
     settings, path = run.settings, run / "teacher.pt"
     start = settings.teacher_checkpoint or settings.teacher_weights
     inputs = {"images": target.train.fingerprint if target.train else None,
@@ -42,10 +43,10 @@ def train_teacher(run, target, device):
     checkpoint = Checkpoint(run / "teacher.part", product.made_from)
     figures = {"seconds": 0.0, "images_per_second": 0.0, "history": []}
     if settings.teacher_checkpoint:
-        teacher = load_checkpoint(settings, target.classes).to(device)
+        teacher = load_checkpoint(settings, target).to(device)
     else:
         seed = engine.seed_for(settings.seed, "teacher")
-        torch.manual_seed(seed)
+        engine.seed_all(seed)
         teacher = new_teacher(settings, target.classes)
         watch = Watch(checkpoint, "teacher", watcher(target, confidence, device),
                       run.board("teacher"), "a smaller --teacher-lr, with --restart-from teacher")
@@ -56,6 +57,9 @@ def train_teacher(run, target, device):
     accuracies, _ = evaluate(teacher, target, confidence, run / "teacher.npz", device)
     figures = {"arch": teacher.arch, "input_size": teacher.input_size, "classes": teacher.classes,
                **accuracies, "linear_head": models.head_weight(teacher) is not None} | figures
+    if settings.teacher_checkpoint and target.train:
+        _warn(engine.answers(teacher, target.train.images, confidence, device),
+              target.train.labels[confidence], teacher.classes)
     checkpoints.save(path, teacher, accuracy=figures["accuracy"])
     files = [path, run / "teacher.npz"] if target.test else [path]
     content = product.write(figures, files)
@@ -73,12 +77,42 @@ def new_teacher(settings, classes):
                                     settings.image_size)
 
 
-def load_checkpoint(settings, classes):
-    """The teacher that was given, on the CPU. classes: names, or None where only it tells them."""
-    return checkpoints.load_teacher(
-        settings.teacher_checkpoint, settings.teacher_arch, classes, settings.teacher_size,
+def load_checkpoint(settings, target):
+    """The teacher that was given, on the CPU, asked about a few images."""
+    teacher = checkpoints.load_teacher(
+        settings.teacher_checkpoint, settings.teacher_arch, target.classes, settings.teacher_size,
         settings.teacher_mean, settings.teacher_std, settings.image_size,
         default_teacher(settings.target))
+    known = target.train or target.test
+    images = known.images if known else models.noise(teacher, settings.image_size).numpy()
+    models.question_teacher(teacher, images)
+    return teacher
+
+
+def misreading(predicted, labels, classes):
+    """What is wrong where a teacher is near chance: (accuracy, the order of its logits under
+    which it is not, or None). predicted, labels: (N,) int64; classes: names. None where nothing
+    is wrong."""
+    count, right = len(classes), float((predicted == labels).mean())
+    if right > max(2 / count, 0.1) and right > 0.3 or not len(labels):
+        return None
+    seen = np.bincount(predicted * count + labels, minlength=count * count).reshape(count, count)
+    logit, label = linear_sum_assignment(-seen)
+    better = seen[logit, label].sum() / len(labels)
+    found = better > 0.5 and better > 2 * right
+    return right, [classes[each] for each in label] if found else None
+
+
+def _warn(predicted, labels, classes):
+    found = misreading(predicted, labels, classes)
+    if found is None:
+        return
+    say(f"teacher: {found[0]:.2%} on the confidence set is low. Are its pixels and the order of "
+        "its classes what it was trained with (--teacher-mean, --teacher-std, --teacher-size, "
+        "--classes)?")
+    if found[1]:
+        say("  It would be right with its classes in this order, as --classes FILE states it: "
+            f"{listed(found[1], 30)}")
 
 
 def report_teacher(figures):

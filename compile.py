@@ -63,11 +63,13 @@ def check_networks(settings, target):
     if Run(settings).has("teacher.json"):
         return
     given = settings.teacher_checkpoint
-    teacher = load_checkpoint(settings, target.classes) if given else None
+    teacher = load_checkpoint(settings, target) if given else None
     if settings.student_weights == "teacher":
         models.require_heir(settings.student_arch, teacher.arch if given else settings.teacher_arch)
     if is_own(settings.student_arch):
-        student = models.build(settings.student_arch, target.classes or teacher.classes)
+        size = models.input_size_of(settings.student_arch, settings.image_size)
+        student = models.build(settings.student_arch, target.classes or teacher.classes,
+                               input_size=size)
         models.require_trainable(models.require_logits(student, settings.image_size),
                                  settings.image_size)
     if not given and not is_own(settings.teacher_arch):
@@ -110,10 +112,8 @@ def run_once(settings, device, target):
     selecting = [approach for approach in approaches if approach != "supervised"]
     if selecting:
         scoring = Scoring(run, device, data, target)
-        thresholds = scoring.thresholds()
         for name in (name for name in scoring.criteria if name in selecting):
-            report_thresholds(name, scoring.criteria[name], thresholds[name],
-                              scoring.teacher.classes, settings.calibrate)
+            report_thresholds(name, scoring)
         target_size = len(target.train) if target.train else None
         for approach in selecting:
             report_transfer_set(approach, make_transfer_set(run, approach, scoring, target_size))

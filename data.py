@@ -99,10 +99,6 @@ def obtain(settings, sources=True):
     require_none(lines)
 
 
-# --------------------------------------------------------------------------------------------------
-# Loading
-# --------------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Target:
     """The two splits, packed, and the names of the classes. With --data-free there is no train,
@@ -181,17 +177,15 @@ def _read(settings, spec, role, split, make=True, visited=None):
             raise UserError(f"{name} is not in {settings.data_dir}, ready to be read.")
         for path, file in place.files.items():
             fetch(file, path)
-        place = find(spec, settings.data_dir, role)
-        if place.kind == "archive":
-            for path in place.files:
+            if record.unpacked:
                 extract(path, place.path / record.layout, 4 * record.unpacked,
                         4 * sum(record.images.values()) + 1000,
                         functools.partial(_read_layout, record, split="source", named=path))
-            place = find(spec, settings.data_dir, role)
+        place = find(spec, settings.data_dir, role)
     if place.kind == "built-in":
         return record.read(settings.seed, split)
     if place.kind == "layout":
-        return _read_layout(record, place.path, split, place.path)
+        return _read_layout(record, place.path, split)
     if place.kind == "shards":
         images = open_shards(name, list(place.files))
     elif role == "source":
@@ -204,8 +198,10 @@ def _read(settings, spec, role, split, make=True, visited=None):
     return images
 
 
-def _read_layout(record, root, split, named):
+def _read_layout(record, root, split, named=None):
     """The images of an official layout. Raises UserError, about `named`, where it is not whole."""
+    if record.target_files and split == "test":
+        root = root.with_name(record.target_files[0].name)
     try:
         images = record.read(root, split)
         expected = record.images.get(split, images.count)
@@ -213,8 +209,8 @@ def _read_layout(record, root, split, named):
             raise ValueError(f"it holds {images.count:,} of {expected:,} images")
         return images
     except Exception as error:      # whatever a broken layout makes its reader raise
-        raise UserError(f"{named} is incomplete or damaged ({one_field(str(error))}). Delete it, "
-                        "and it is made again, or give a folder of images as "
+        raise UserError(f"{named or root} is incomplete or damaged ({one_field(str(error))}). "
+                        "Delete it, and it is made again, or give a folder of images as "
                         f"{record.name}=PATH.") from None
 
 
@@ -230,21 +226,17 @@ def _pack_folder(settings, spec, split):
     return Path(settings.data_dir) / "packed" / "-".join(parts)
 
 
-# --------------------------------------------------------------------------------------------------
-# Command
-# --------------------------------------------------------------------------------------------------
-
 def state(record, data_dir):
     """absent, partial, archive, extracted, packed or built in."""
     place = find(record.name, data_dir)
-    for made in Path(data_dir).glob(f"packed/{record.name}-source-*/pack.json"):
-        if re.fullmatch(r".*-source-\d+(-seed\d+)?", made.parent.name):
-            return "packed"
-    if place.kind == "absent" and any(
-            path.exists() or part_of(path).exists() for path in place.files):
-        return "partial"
-    return {"built-in": "built in", "folder": "extracted", "layout": "extracted"}.get(
-        place.kind, place.kind)
+    if any(re.fullmatch(r".*-source-\d+(-seed\d+)?", path.parent.name) for path in Path(
+            data_dir).glob(f"packed/{record.name}-source-*/pack.json")):
+        return "packed"
+    if place.kind != "absent":
+        return "built in" if place.kind == "built-in" else "extracted"
+    if all(path.exists() for path in place.files):
+        return "archive"
+    return "partial" if any(part_of(path).exists() for path in place.files) else "absent"
 
 
 def _list(data_dir):
@@ -261,19 +253,19 @@ def main(argv):
     parser = Parser(description="Fetch, extract and pack data sets.")
     parser.add_argument("names", nargs="*", default=[], metavar="NAME|NAME=PATH", help="of "
                         f"{', '.join(DATA_SETS)}, or a folder of images, or tar shards")
-    parser.add_argument("--all", action="store_true", help="every data set of the list",
-                        default=False)
-    parser.add_argument("--list", action="store_true", default=False,
+    parser.add_argument("--all", action="store_true", help="every data set of the list")
+    parser.add_argument("--list", action="store_true",
                         help="show every data set, its size, its state and its terms")
     add_flags(parser, ("data_dir", "seeds", "max_bad", "pack"))
     given = vars(parser.parse_args(argv))
-    names, everything, show = given.pop("names"), given.pop("all"), given.pop("list")
     try:
-        specs = dict.fromkeys([*map(data_set_spec, names), *(DATA_SETS if everything else ())])
+        specs = [data_set_spec(name) for name in given.pop("names")]
     except ValueError as error:
         parser.error(str(error))
-    settings = Settings(target="", sources=tuple(specs), **given)
-    if show or not specs:
+    specs = tuple(dict.fromkeys([*specs, *(DATA_SETS if given.pop("all", False) else ())]))
+    show = given.pop("list", False) or not specs
+    settings = Settings(target="", sources=specs, **given)
+    if show:
         return _list(settings.data_dir)
     lines = []
     for spec in specs:          # a name or a path that does not exist

@@ -44,7 +44,7 @@ def kd_loss(student_logits, teacher_logits, temperature):
     """The loss above. Logits: (N, C) float32. Returns a scalar.
 
     "batchmean" sums over the classes and averages over the images; "mean" would also divide by C
-    and make the gradient that much smaller. """
+    and make the gradient that much smaller."""
     return temperature ** 2 * F.kl_div(
         F.log_softmax(student_logits / temperature, dim=1),
         F.log_softmax(teacher_logits / temperature, dim=1), reduction="batchmean", log_target=True)
@@ -76,7 +76,7 @@ def train_student(run, approach, target, device):
 
     target: a data.Target; its test split is read once, at the end. An approach whose transfer set
     is too small to learn from gets no student: its history is empty. An accuracy is None where
-    there is no student or no image for it. """
+    there is no student or no image for it."""
     settings, supervised = run.settings, approach == "supervised"
     teacher = run.content_of("teacher.json", "python TeacherTrain.py")
     confidence = saved_split(run, len(target.train))[1] if target.train else None
@@ -95,7 +95,7 @@ def train_student(run, approach, target, device):
         return product.write(figures)
     path = run / f"students/{approach}"
     seed = engine.seed_for(settings.seed, "student")        # the same start for all approaches
-    torch.manual_seed(seed)
+    engine.seed_all(seed)
     student, figures["weights"] = new_student(run, weights, teacher["classes"])
     objective, recipe = objective_of(run, images, None if supervised else run / "teacher.pt",
                                      target, device)
@@ -160,7 +160,7 @@ def new_student(run, weights, classes):
 def objective_of(run, images, teacher_path, target, device):
     """(objective, recipe) of a student: labels where there is no path of a teacher."""
     recipe = run.settings.student_recipe
-    steps = [step for step in recipe.augment.split(",") if step not in MIXING]
+    steps = [step for step in recipe.augment.split(",") if step.partition(":")[0] not in MIXING]
     if teacher_path is None:        # a mixed image has no single label
         return (cross_entropy(target.train.labels, device),
                 dataclasses.replace(recipe, augment=",".join(steps) or "none"))

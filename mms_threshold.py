@@ -30,7 +30,13 @@ def score(logits, weight):
     if weight is None:
         return first - second
     distance = torch.linalg.vector_norm(weight[a] - weight[b], dim=1)
-    return (first - second) / distance.clamp_min(torch.finfo(logits.dtype).tiny)
+    margin = (first - second) / distance.clamp_min(torch.finfo(logits.dtype).tiny)
+    parallel = (distance == 0) & (first > second)
+    if parallel.any():      # no boundary lies between equal rows: take the nearest other one
+        others = torch.cdist(weight[a[parallel]], weight)
+        reached = (first[parallel, None] - logits[parallel]) / others
+        margin[parallel] = reached.where(others > 0, torch.inf).amin(1)
+    return margin
 
 
 def threshold(scores, predicted, classes):

@@ -53,7 +53,7 @@ def fill_buckets(predicted, eligible, bucket, preference=None):
     predicted: (N,) int, candidates of all sources in their order. eligible: (N,) bool.
     preference: (N,), the smallest values of a class are taken first, no NaN among the eligible;
     None: first come first served. Equals are taken in the order of the sources. Returns
-    positions, (n,) int64, ascending. """
+    positions, (n,) int64, ascending."""
     candidates = np.flatnonzero(eligible)
     labels = predicted[candidates]
     # Numbers of few bytes are sorted by counting, in linear time.
@@ -177,15 +177,15 @@ def make_transfer_set(run, approach, scoring, target_size):
     target_size: images of the target's training split; None where there is none.
     """
     scoring.require(approach)
-    settings, classes = run.settings, scoring.teacher.classes
-    candidates, thresholds = join(scoring.candidates()), scoring.thresholds()
+    settings, classes = run.settings, scoring.classes
+    candidates, thresholds = join(scoring.candidates), scoring.thresholds
     bucket = bucket_size(settings.transfer_size, target_size, len(classes))
     # An approach without a criterion of its own shows the margin, for comparison.
     shown = approach if approach in scoring.criteria else (
         "mms" if "mms" in scoring.criteria else "confidence")
     used = (candidates.predicted, candidates.index, candidates.scores[shown])
     product = run.product(
-        f"transfer/{approach}/summary.json", teacher=scoring.teacher.digest, bucket=bucket,
+        f"transfer/{approach}/summary.json", teacher=scoring.digest, bucket=bucket,
         criterion=scoring.criteria[shown].digest, thresholds=digest(thresholds[shown].tobytes()),
         scores=digest(b"".join(column.tobytes() for column in used)))
     if product.done:
@@ -238,7 +238,7 @@ def write_transfer_set(folder, scoring, candidates, chosen, shown, size):
             rows, done = chosen[candidates.source[chosen] == number], 0
             if not len(rows):
                 continue
-            for pixels, index, files in scoring.source(name).batches(candidates.index[rows]):
+            for pixels, index, files in scoring.sources[name].batches(candidates.index[rows]):
                 file.write(np.ascontiguousarray(pixels).data)
                 of = rows[done:done + len(pixels)]
                 done += len(pixels)

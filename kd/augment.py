@@ -31,7 +31,7 @@ def augment(images, steps, generator, batch=None, part=slice(None)):
     steps: "none", or some of crop, flip, mixup, cutmix, joined by commas. A crop shifts by up to
     an eighth of the edge either way; what comes in from outside is the image reflected at its
     edge. batch, part: where `images` are a part of a batch of that many, the views are those that
-    the whole batch would be given; mixing partners are found in the part. """
+    the whole batch would be given; mixing partners are found in the part."""
     steps = [] if steps == "none" else steps.split(",")
     count, height, width, _ = images.shape
     y = torch.arange(height, device=images.device).expand(count, height)

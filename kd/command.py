@@ -82,7 +82,7 @@ def command(main):
     except RuntimeError as error:
         if not several or "by peer" not in str(error):
             raise
-        _fail("another process has ended.")
+        _fail("another process has ended.", late=True)
     except KeyboardInterrupt as error:
         for number in STOPPING:     # who asks three times
             signal.signal(number, signal.SIG_IGN)
@@ -93,10 +93,11 @@ def command(main):
         let_go()
 
 
-def _fail(message):
-    """Ends with status 2. What every process runs into, the first one says."""
+def _fail(message, late=False):
+    """Ends with status 2. What every process runs into, the first one says; late: what another one
+    has said already, if it could."""
     program = Path(sys.argv[0]).name
-    if not is_first():
+    if late or not is_first():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(OTHERS_WAIT)         # torchrun ends this process meanwhile
         program = f"{program}, process {os.environ['RANK']}"

@@ -19,9 +19,9 @@ from kd.progress import Progress
 
 TIMEOUT = (10, 60)          # seconds to connect, and between two pieces of an answer
 PIECE = 1 << 16             # bytes at most that a read asks for
-ATTEMPTS = 5                # that bring nothing new, before the next mirror is tried
+ATTEMPTS = 3                # that bring nothing new, before the next mirror is tried
 BACKOFF = 0.5               # seconds: the first wait; each is twice the one before
-CRAWL = (100_000, 30.0)     # bytes a second, over this many seconds: below it a mirror crawls
+CRAWL, PATIENCE = 100_000, 30.0     # a mirror that is slower crawls: bytes a second, over seconds
 AT_ONCE = 4                 # files fetched at the same time
 BUSY = (429, 500, 502, 503, 504)
 
@@ -39,10 +39,6 @@ class RemoteFile:
     @property
     def name(self):
         return self.urls[0].partition("?")[0].rpartition("/")[2]
-
-
-class _NextMirror(Exception):
-    """Why this address will not do."""
 
 
 def wrong_with(path, file):
@@ -103,88 +99,84 @@ def fetch(file, path):
 
 
 def _from_mirrors(file, path, part):
-    tried, mirrors = [], [(url, False) for url in file.urls]    # (address, whether it may crawl)
-    progress = Progress(f"fetching {path.name}", file.size, "B", done=_length(part))
-    while mirrors:
-        url, may_crawl = mirrors.pop(0)
-        resumed = _length(part) > 0
-        try:
-            _fill(part, url, file.size, progress, may_crawl or not mirrors)
+    """Twice around: a part may hold another mirror's wrong bytes, and who crawls is better than
+    nobody."""
+    progress, tried = Progress(f"fetching {path.name}", file.size, "B", done=_length(part)), []
+    for number, url in enumerate(file.urls * 2):
+        slowest = CRAWL if number < len(file.urls) - 1 else 0
+        reason = _fill(part, url, file.size, slowest, progress)
+        if reason is None:
             wrong = wrong_with(part, file)
             if wrong is None:
                 progress.close()
                 return os.replace(part, path)
             part.unlink()
-            if resumed:                 # whose bytes were wrong is not known: this mirror alone
-                mirrors.insert(0, (url, may_crawl))
-            raise _NextMirror(f"sent a file that {wrong}")
-        except _NextMirror as reason:
-            tried.append(f"{url} {reason}")
-            if str(reason).startswith("crawls"):
-                mirrors.append((url, True))
-            if mirrors:
-                say(f"{path.name}: {tried[-1]}; trying {mirrors[0][0]}")
+            reason = f"sent a file that {wrong}"
+        tried.append(f"{url} {reason}")
+        say(f"{path.name}: {tried[-1]}")
     progress.close()
-    raise UserError(f"{path.name} can't be fetched: {'; '.join(tried)}. Put it at {path} by hand: "
-                    "it is verified and used.")
+    raise UserError(f"{path.name} can't be fetched: {'; '.join(dict.fromkeys(tried))}. Put it at "
+                    f"{path} by hand: it is verified and used.")
 
 
-def _fill(part, url, size, progress, may_crawl):
+def _fill(part, url, size, slowest, progress):
     """Fills the part from one mirror, in as many attempts as it takes while each brings something.
-    Raises _NextMirror."""
+    Returns why that can't be done, or None. slowest: bytes a second."""
     retry = urllib3.Retry(ATTEMPTS, status_forcelist=BUSY, backoff_factor=BACKOFF,
                           respect_retry_after_header=False, raise_on_status=False)
     failures = 0
     with requests.Session() as session:
         session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
         session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
-        while failures < ATTEMPTS and (size is None or _length(part) < size):
+        while failures < ATTEMPTS:
             start = _length(part)
+            if size is not None and start >= size:
+                return None
             headers = {"Accept-Encoding": "identity"}
             headers |= {"Range": f"bytes={start}-"} if start else {}
             try:
                 with session.get(url, stream=True, timeout=TIMEOUT, headers=headers) as answer:
-                    _receive(answer, part, start, size, progress, may_crawl)
-                if size is None:
-                    return
+                    reason = _receive(answer, part, start, size, slowest, progress)
+                if reason or size is None:
+                    return reason
             except urllib3.exceptions.HTTPError:        # what breaks off is asked for again
                 time.sleep(BACKOFF)
             except requests.RequestException as error:
-                raise _NextMirror(f"can't be reached ({type(error).__name__})") from None
+                return f"can't be reached ({type(error).__name__})"
             failures = 0 if _length(part) >= start + PIECE else failures + 1
-    if failures == ATTEMPTS:
-        raise _NextMirror(f"breaks off, {ATTEMPTS} times")
+    return f"breaks off, {ATTEMPTS} times"
 
 
-def _receive(answer, part, start, size, progress, may_crawl):
-    """Appends an answer to the part, which has `start` bytes, or begins it again."""
+def _receive(answer, part, start, size, slowest, progress):
+    """Appends an answer to the part, which has `start` bytes, or begins it again. Returns why it
+    will not do, or None."""
     if answer.status_code == 416 and size is None:      # there is no more of it
-        return
+        return None
     if answer.status_code not in (200, 206):
-        raise _NextMirror(f"answers {answer.status_code}")
+        return f"answers {answer.status_code}"
     if answer.status_code == 200:       # also a server that ignores ranges
         start = 0
     elif not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-        raise _NextMirror("does not continue from where it is asked to")
-    offered = answer.headers.get("Content-Length")
-    if size is not None and offered is not None and start + int(offered) != size:
-        raise _NextMirror(f"offers {start + int(offered):,} bytes instead of {size:,}")
+        return "does not continue from where it is asked to"
+    offered = start + int(answer.headers.get("Content-Length", (size or start) - start))
+    if size is not None and offered != size:
+        return f"offers {offered:,} bytes instead of {size:,}"
     progress.update(start - progress.done)
     began, received = time.monotonic(), 0
     with open(part, "r+b" if start else "wb", buffering=0) as content:
         content.seek(start)
         while piece := answer.raw.read1(PIECE, decode_content=False):
             if not content.tell() and re.match(rb"\s*<(!doctype|html|\?xml)", piece, re.I):
-                raise _NextMirror("answers with a web page instead of the file")
+                return "answers with a web page instead of the file"
             content.write(piece)
             progress.update(len(piece))
             received, seconds = received + len(piece), time.monotonic() - began
-            if seconds >= CRAWL[1]:
-                if received < CRAWL[0] * seconds and not may_crawl:
-                    raise _NextMirror(f"crawls ({received / seconds / 1e3:,.1f} kB/s)")
+            if seconds >= PATIENCE:
+                if received < slowest * seconds:
+                    return f"crawls ({received / seconds / 1e3:,.1f} kB/s)"
                 began, received = time.monotonic(), 0
             if size is not None and content.tell() > size:      # its checksum is wrong
-                return
+                return None
 
 
 def fetch_all(wanted):

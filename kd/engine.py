@@ -1,10 +1,11 @@
 """The device, and the one evaluation.
 
 Images stay uint8 until they are on the device; nothing here loops over images or waits for the
-device within a step. """
+device within a step."""
 import collections
 import contextlib
 import ctypes
+import random
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -62,6 +63,18 @@ def allow_tf32(allowed):
 def seed_for(seed, purpose):
     """A seed of its own for each purpose, so that no stage depends on which ran before it."""
     return zlib.crc32(f"{seed}/{purpose}".encode())
+
+
+def seed_all(number, device=CPU):
+    """Seeds what draws without a generator: Python's, numpy's and torch's numbers. Not by
+    torch.manual_seed: without CUDA it remembers every call, for later."""
+    random.seed(number)
+    np.random.seed(number)
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(number)
+    elif device.type == "mps":
+        torch.mps.manual_seed(number)
 
 
 def resident(images, device):
@@ -139,7 +152,7 @@ def predict(classifier, images, rows=None, device=CPU, label="evaluating",
 
     images: (N, H, W, 3) uint8, array or tensor. rows: (n,) int64, default all. Of several
     processes each answers for a part of the batches, which are those of one process, and all
-    return the whole. """
+    return the whole."""
     tensor = resident(images, device)
     rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
     batches = rows.split(evaluation_batch(classifier))

@@ -208,24 +208,27 @@ def counts(record):
         np.add.at(tables[approach], (images.predicted, images.source), 1)
     if not tables:
         return None
-    drawn, grid = _panels(len(tables), min(len(tables), max(1, 8 // max(2, len(record.sources)))),
-                          0.6 + 0.14 * len(labels))
+    small = len(labels) > NUMBERED
+    across = 4 if small else max(2, 8 // len(record.sources))
+    drawn, grid = _panels(len(tables), min(len(tables), across),
+                          0.6 + (0.06 if small else 0.14) * len(labels))
     scale = matplotlib.colors.PowerNorm(0.4, 0, max(table.max() for table in tables.values()))
     for axes, (approach, table) in zip(grid, tables.items(), strict=True):
         image = axes.imshow(table[:len(labels)], aspect="auto", cmap="cividis", norm=scale)
-        for (y, x), count in np.ndenumerate(table) if len(table) <= NUMBERED else ():
+        for (y, x), count in np.ndenumerate(table) if not small else ():
             axes.text(x, y, f"{count:,}", ha="center", va="center", fontsize=5.5,
                       color="black" if scale(count) > 0.55 else "white")
         short = {shown(name) for name in record.summaries[approach]["shortfall"]}
         names = ["▸ " * (name in short) + label
                  for name, label in zip(record.classes, labels, strict=False)]
-        axes.set_yticks(range(len(names)), names, fontsize=7 if len(names) <= NUMBERED else 3.5)
-        axes.set_xticks(range(len(record.sources)), record.sources, rotation=35, ha="right")
+        axes.set_yticks(range(len(names)), names, fontsize=3.5 if small else 7)
+        axes.set_xticks(range(len(record.sources)), record.sources, rotation=50, ha="right")
         axes.set_title(f"{approach}, {table.sum():,}")
         axes.grid(False)
         said.append(f"{approach}: " + ", ".join(f"{name} {count:,}" for name, count in zip(
             record.sources, table.sum(0), strict=True)))
-    drawn.colorbar(image, ax=list(grid), label="images", shrink=0.6, format="{x:,.0f}")
+    drawn.colorbar(image, ax=list(grid), label="images", shrink=0.6, format="{x:,.0f}",
+                   ticks=ticker.MaxNLocator(integer=True))
     return Figure("counts", f"Images by source. {'; '.join(said)}.", drawn)
 
 
@@ -282,7 +285,7 @@ def strip(record, criterion, sources):
     for (x, y), (source, index, score) in places.items():
         if (source, index) in pixels:
             axes.imshow(pixels[source, index], extent=(x, x + 0.94, y + 0.94, y))
-            axes.text(x, y - 0.04, f"{record.sources[source][:13]}\n{score:.3g}", fontsize=4.2,
+            axes.text(x, y - 0.04, f"{record.sources[source][:10]}\n{score:.3g}", fontsize=4,
                       linespacing=1)
     axes.set(xlim=(-0.1, 18), ylim=(1.3 * len(groups), -0.5), aspect="equal")
     axes.set_axis_off()

@@ -101,7 +101,7 @@ def parse(argv, script, description, stored=None):
 
 def words_of(settings, given):
     """The command line, [--flag=value], that stands for what was given, wherever it is run."""
-    words, always = [], {"data_dir": settings.data_dir, "seeds": settings.seeds}
+    words, always = [], {"data_dir": values.path(settings.data_dir), "seeds": settings.seeds}
     for name, value in (given | always).items():
         if name not in FLAGS or value is None or name in ("run_dir", "restart", "restart_from"):
             continue

@@ -32,32 +32,32 @@ def read_arrays(root, files, arrays, labels=None, classes=None):
     return Images(count, ArrayReader(arrays), state_of(root, files), labels, classes)
 
 
-class _CifarUnpickler(pickle.Unpickler):
+class _Unpickler(pickle.Unpickler):
     """A pickle can name any function to be called. CIFAR's need numpy's array and nothing else."""
 
-    ALLOWED = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
-               "numpy.ndarray", "numpy.dtype", "_codecs.encode")
-
     def find_class(self, module, name):
-        if f"{module}.{name}" not in self.ALLOWED:
+        if f"{module}.{name}" not in (
+                "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+                "numpy.ndarray", "numpy.dtype", "_codecs.encode"):
             raise pickle.UnpicklingError(f"a batch names {module}.{name}")
         return super().find_class(module, name)
 
 
-def _read_cifar(root, batches, meta, fine=""):
-    def content(name):
+def _read_cifar(root, batches, meta, fine):
+    found = []
+    for name in (*batches, meta):
         with open(root / name, "rb") as file:
-            return _CifarUnpickler(file, encoding="latin1").load()
-    found = [content(name) for name in batches]
+            found.append(_Unpickler(file, encoding="latin1").load())
+    names = list(found.pop()[f"{fine}label_names"])
     arrays = [np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
               for batch in found]
     labels = np.concatenate([np.asarray(batch[f"{fine}labels"], int) for batch in found])
-    return read_arrays(root, batches, arrays, labels, list(content(meta)[f"{fine}label_names"]))
+    return read_arrays(root, batches, arrays, labels, names)
 
 
 def read_cifar10(root, split):
     train = [f"data_batch_{i}" for i in range(1, 6)]
-    return _read_cifar(root, ["test_batch"] if split == "test" else train, "batches.meta")
+    return _read_cifar(root, ["test_batch"] if split == "test" else train, "batches.meta", "")
 
 
 def read_cifar100(root, split):
@@ -65,12 +65,10 @@ def read_cifar100(root, split):
 
 
 def read_svhn(root, split):
-    """root: train_32x32.mat, beside which the test split lies. X is height x width x channel x
-    image; label 10 means the digit 0."""
+    """root: the split's file. X is height x width x channel x image; label 10 means the digit 0."""
     from scipy.io import loadmat
-    name = "test_32x32.mat" if split == "test" else "train_32x32.mat"
-    content = loadmat(root.with_name(name))
-    return read_arrays(root.parent, [name], [content["X"].transpose(3, 0, 1, 2)],
+    content = loadmat(root)
+    return read_arrays(root.parent, [root.name], [content["X"].transpose(3, 0, 1, 2)],
                        content["y"].ravel().astype(int) % 10, list("0123456789"))
 
 
@@ -117,27 +115,18 @@ def read_places365(root, split):
     return read_files(root, list_images(root))
 
 
-def read_caltech101(root, split):
-    if split == "source":
-        return read_files(root, list_images(root))
-    return _fifth_as_test(read_class_folders(root, exclude=("BACKGROUND_Google",)), split)
-
-
-def read_caltech256(root, split):
-    """<class>/*.jpg directly in the class's folder: deeper lies junk. 257.clutter is no class."""
+def read_caltech(root, split):
+    """<class>/*.jpg directly in the class's folder: deeper lies junk. There is no official test
+    split: every fifth image of each class is test, whatever the seed."""
     pattern = r"[^/]+/[^/]+\.jpg"
     if split == "source":
         return read_files(root, list_images(root, wanted=re.compile(pattern).fullmatch))
-    return _fifth_as_test(read_class_folders(root, "", ("257.clutter",), pattern), split)
+    images = read_class_folders(root, "", ("BACKGROUND_Google", "257.clutter"), pattern)
+    number = np.arange(images.count) - np.searchsorted(images.labels, images.labels)
+    return images.take(np.flatnonzero((number % 5 == 4) == (split == "test")))
 
 
-def _fifth_as_test(images, split):
-    """No official test split: every fifth image of each class is test, whatever the seed."""
-    position = np.zeros(images.count, np.int64)
-    for label in np.unique(images.labels):
-        members = np.flatnonzero(images.labels == label)
-        position[members] = np.arange(len(members))
-    return images.take(np.flatnonzero((position % 5 == 4) == (split == "test")))
+read_caltech101 = read_caltech256 = read_caltech
 
 
 def read_digits(seed, split):

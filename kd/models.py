@@ -2,6 +2,7 @@
 import collections
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -78,8 +79,9 @@ def unavailable(choices, image_size=IMAGE_SIZE):
     """
     lines = []
     for role, arch, weights, size in dict.fromkeys(choices):
-        _first_answer(build(arch, ["a", "b"], weights if is_file(weights) else "none",
-                            size or input_size_of(arch, image_size)), image_size)
+        classifier = build(arch, ["a", "b"], weights if is_file(weights) else "none",
+                           size or input_size_of(arch, image_size))
+        _watched(classifier, noise(classifier))
         reason = why_missing(arch, weights) if is_pretrained(weights) else None
         lines += [f"{reason} Or use --{role}-weights none."] if reason else []
     return lines
@@ -98,7 +100,8 @@ def _gives(module, count):
 
 @torch.no_grad()
 def _watched(classifier, images):
-    """(logits, {name: output of each layer that may be the head}) of images, in eval mode."""
+    """(logits, {name: output of each layer that may be the head}) of images, in eval mode. What a
+    network of the user's raises is shown as it is; of others it is a UserError."""
     training, seen, hooks = classifier.training, {}, []
     for name, module in classifier.network.named_modules():
         if _gives(module, len(classifier.classes)):
@@ -106,6 +109,12 @@ def _watched(classifier, images):
                 lambda _, inputs, output, name=name: seen.update({name: output.clone()})))
     try:
         return classifier.eval()(images), seen
+    except (RuntimeError, ValueError, TypeError, AssertionError, LookupError) as error:
+        if is_own(classifier.arch):
+            error.add_note(f"{classifier.arch} was given {classifier.takes()}.")
+            raise
+        raise UserError(f"{classifier.arch} can't answer for {classifier.takes()} "
+                        f"({first_line(error)}). Use another network or size.") from None
     finally:
         classifier.train(training)
         for hook in hooks:
@@ -232,22 +241,10 @@ def _refuse(what, wrong):
         raise UserError(f"{what} {wrong}.")
 
 
-def _first_answer(classifier, image_size):
-    """`_watched` on three images. What a network of the user's raises is shown as it is."""
-    try:
-        return _watched(classifier, noise(classifier, image_size, 3))
-    except (RuntimeError, ValueError, TypeError, AssertionError, LookupError) as error:
-        if is_own(classifier.arch):
-            error.add_note(f"{classifier.arch} was given {classifier.takes()}.")
-            raise
-        raise UserError(f"{classifier.arch} can't answer for {classifier.takes()} "
-                        f"({first_line(error)}). Use another network or size.") from None
-
-
 def require_logits(classifier, image_size=IMAGE_SIZE):
     """The classifier, in the mode it was in. Raises UserError unless it gives a logit for each of
     its classes. image_size: edge in pixels of the images."""
-    logits, seen = _first_answer(classifier, image_size)
+    logits, seen = _watched(classifier, noise(classifier, image_size, 3))
     found, wanted = _shape(logits), (3, len(classifier.classes))
     if found != wanted:
         wrong = f"gives {found} for three images of {wanted[1]} classes, not {wanted} logits"
@@ -285,7 +282,8 @@ def question_teacher(classifier, images):
     images: (N, H, W, 3) uint8, real ones, of which it is shown up to 16.
     """
     arch, half = f"The teacher {name_of_arch(classifier.arch)}", min(len(images), 16) // 2
-    shown = torch.as_tensor(images[:: max(1, len(images) // 16)][:16]).to(classifier.scale.device)
+    shown = np.array(images[:: max(1, len(images) // 16)][:16])
+    shown = torch.from_numpy(shown).to(classifier.scale.device)
     flat = torch.zeros_like(shown)
     flat[::2] = 255
     classifier.eval()

@@ -49,9 +49,9 @@ class Source:
         rows: (n,) int64, ascending, which images, as `index` numbers them; None for all. part:
         (rank, world size), for that process's contiguous share of a single process's batches.
         """
-        where = rows
-        if rows is None or self.numbers is not None:
-            where = range(len(self)) if rows is None else np.searchsorted(self.numbers, rows)
+        where = range(len(self)) if rows is None else rows
+        if rows is not None and self.numbers is not None:
+            where = np.searchsorted(self.numbers, rows)
         total, (rank, processes) = -(-len(where) // batch_size), part
         numbers = range(rank * total // processes, (rank + 1) * total // processes)
         wanted = [where[k * batch_size:(k + 1) * batch_size] for k in numbers]
@@ -174,10 +174,10 @@ def pack(images, folder, name, size, max_bad):
                 _make(images, folder, name, size, max_bad)
                 packed = open_pack(images, folder, name, size)
     if packed.bad:
-        _require_few(name, read_json(folder / "pack.json")["bad"], images.count, max_bad,
-                     folder / "bad.txt")
+        listing = folder / "bad.txt"
+        _require_few(name, _listed(listing), images.count, max_bad, listing)
         say(f"{name}: {packed.bad:,} of {images.count:,} images can't be read and are left out. "
-            f"They are listed in {folder / 'bad.txt'}.")
+            f"They are listed in {listing}.")
     _say_if_dark(name, packed.images[::len(packed) // 500 + 1])
     return packed
 
@@ -191,7 +191,7 @@ def open_pack(images, folder, name, size, tell=True):
     try:
         _require_as_written(folder, meta["digests"])
         pixels = np.load(folder / "images.npy", mmap_mode="c")
-        bad = [number for number, *_ in meta["bad"]]
+        bad = [number for number, *_ in _listed(folder / "bad.txt")]
         if len(pixels) + len(bad) != images.count:
             raise ValueError("it holds another number of images")
     except (ValueError, OSError, LookupError, TypeError) as error:
@@ -219,6 +219,13 @@ def _require_as_written(folder, digests):
         write_json(folder / ".checked", now)
 
 
+def _listed(path):
+    """[(number, file, what is wrong)] of a bad.txt."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+        fields = (line.split("\t") for line in lines)
+        return [(int(number), file, what) for file, what, number in fields]
+
+
 def _header(count, size):
     """The head of a .npy file, as long for any count, since numpy leaves room for larger ones."""
     head = io.BytesIO()
@@ -230,17 +237,16 @@ def _header(count, size):
 def _make(images, folder, name, size, max_bad):
     part = folder.with_name(f"{folder.name}.part")
     bad = _fill(images, part, name, size)
-    if bad:
-        write_text(part / "bad.txt", "".join(f"{file}\t{what}\t{i}\n" for i, file, what in bad))
-        _require_few(name, bad, images.count, max_bad, part / "bad.txt")
+    write_text(part / "bad.txt", "".join(f"{file}\t{what}\t{i}\n" for i, file, what in bad))
+    _require_few(name, bad, images.count, max_bad, part / "bad.txt")
     with open(part / "images.npy", "r+b") as pixels:
         pixels.write(_header(images.count - len(bad), size))
         pixels.flush()
         os.fsync(pixels.fileno())
     write_json(part / "pack.json", {
-        "images": images.count - len(bad), "bad": bad, "size": size, "classes": images.classes,
-        "fingerprint": images.fingerprint,
-        "digests": {"images.npy": file_digest(part / "images.npy")}})
+        "images": images.count - len(bad), "bad": len(bad), "size": size,
+        "classes": images.classes, "fingerprint": images.fingerprint,
+        "digests": {each: file_digest(part / each) for each in ("images.npy", "bad.txt")}})
     shutil.rmtree(folder, ignore_errors=True)       # a pack of files that have changed since
     os.replace(part, folder)
     (folder / "progress.json").unlink()

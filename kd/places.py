@@ -1,4 +1,4 @@
-"""Where a data set is: an official layout, a folder of images, shards, archives, or nowhere yet."""
+"""Where a data set is: an official layout, a folder of images, shards, or not there yet."""
 import re
 import tomllib
 from collections import Counter
@@ -15,10 +15,10 @@ from kd.shards import shard_paths
 
 @dataclass(frozen=True)
 class DataSet:
-    """A record of data_sets.toml, which explains the fields. native: edge in pixels, None: any."""
+    """A record of data_sets.toml, which explains the fields."""
 
     name: str
-    read: Callable      # (root or, where it is built in, seed; split) -> Images
+    read: Callable      # (root, or seed where it is built in; split) -> Images
     terms: str
     images: dict
     files: tuple = ()
@@ -31,20 +31,19 @@ class DataSet:
 
 def registry():
     """{name: DataSet}."""
-    records = tomllib.loads(Path(__file__).with_name("data_sets.toml").read_text())
-    for name, record in records.items():
+    found = tomllib.loads(Path(__file__).with_name("data_sets.toml").read_text())
+    for name, record in found.items():
         for key in ("files", "target_files"):
-            record[key] = tuple(RemoteFile(tuple(each.pop("urls")), **each)
-                                for each in record.get(key, ()))
-        reader = drawn.reader(name) if name in drawn.COUNTS else getattr(layouts, f"read_{name}")
-        records[name] = DataSet(name, reader, **record)
-    return records
+            record[key] = tuple(RemoteFile(**each) for each in record.get(key, ()))
+        read = drawn.reader(name) if name in drawn.COUNTS else getattr(layouts, f"read_{name}")
+        found[name] = DataSet(name, read, **record)
+    return found
 
 
 @dataclass(frozen=True)
 class Place:
-    """kind: built-in, layout, folder, shards, archive or absent; files: {path: RemoteFile} of what
-    a data set has still to be made of, there or not."""
+    """kind: built-in, layout, folder, shards or absent; files: {path: RemoteFile} of what a data
+    set has still to be made of, there or not."""
 
     kind: str
     path: Path
@@ -66,11 +65,8 @@ def find_named(record, data_dir, role):
         has_images = role == "source" and next(walk(folder, Counter(), set()), None)
         if has_images or role != "source" and not _lacking(folder, role):
             return Place("folder", folder)
-    whole = [folder for folder in (data_dir, *named)
-             if all((folder / file.name).exists() for file in record.files)]
-    folder = [*whole, data_dir][0]
-    return Place("archive" if whole else "absent", folder,
-                 {folder / file.name: file for file in record.files + more})
+    folder = next((each for each in named if (each / record.files[0].name).exists()), data_dir)
+    return Place("absent", folder, {folder / file.name: file for file in record.files + more})
 
 
 def find_path(spec, role):
@@ -78,8 +74,8 @@ def find_path(spec, role):
     name, _, path = spec.partition("=")
     root = Path(path)
     if not root.is_dir() and re.search(r"\.(tar\.\w+|tgz|zip)$", path):
-        raise UserError(f"{spec}: compressed archives can't be read image by image. Give shards as "
-                        "uncompressed .tar files, or extract it and give the folder.")
+        raise UserError(f"{spec}: compressed archives can't be read image by image. Give shards "
+                        "as uncompressed .tar files, or extract it and give the folder.")
     if not root.is_dir() and role == "source" and path.endswith(".tar"):
         return Place("shards", root, dict.fromkeys(shard_paths(name, path)))
     lacking = [f"{path}/{split}" for split in _lacking(root, role)] if root.is_dir() else [path]

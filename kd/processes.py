@@ -18,8 +18,9 @@ def start_processes():
     absent = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
               if name not in os.environ]
     if absent:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(absent)} is not "
-                        "set. Start several processes with torchrun, or unset WORLD_SIZE.")
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but there is no "
+                        f"{' and no '.join(absent)}. Start several processes with torchrun, or "
+                        "unset WORLD_SIZE.")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())

@@ -117,10 +117,13 @@ def is_hidden(name):
     return name.startswith(".") or name == "__MACOSX"
 
 
-def is_image(name, begin):
-    """Whether a file counts. begin(): its first bytes, read where the suffix does not tell."""
+def is_image(name, begin, passed):
+    """Whether a file counts; else it is counted in `passed`, by suffix. begin(): its first bytes,
+    read where the suffix does not tell."""
     suffix = os.path.splitext(name)[1].lower()
-    return suffix in SUFFIXES or suffix not in COMPANIONS and bool(BEGINNING.match(begin()))
+    counts = suffix in SUFFIXES or suffix not in COMPANIONS and bool(BEGINNING.match(begin()))
+    passed[suffix or "no suffix"] += not counts
+    return counts
 
 
 def _beginning(path):
@@ -149,12 +152,10 @@ def walk(root, passed, visited, below=""):
                     passed["hidden"] += 1
                 elif os.path.isdir(path) if entry.is_symlink() else entry.is_dir():
                     names.append(f"{name}/")    # sorted as the paths below it are
-                elif is_image(name, lambda path=path: _beginning(path)):
+                elif is_image(name, lambda path=path: _beginning(path), passed):
                     names.append(name)
-                else:
-                    passed[os.path.splitext(name)[1].lower() or "no suffix"] += 1
     except OSError:
-        yield below.rstrip("/")
+        yield below.rstrip("/") or "."
     names.sort()
     for name in names:
         if name.endswith("/"):
@@ -183,14 +184,19 @@ def read_files(root, files, labels=None, classes=None):
                   labels, classes, files)
 
 
+def say_passed(label, passed):
+    """passed: a Counter of what is passed over, by suffix."""
+    kinds = [f"{count:,} {kind}" for kind, count in passed.most_common() if count]
+    if label and kinds:
+        say(f"{label}: passing over what is not an image ({listed(kinds, 5)}).")
+
+
 def list_images(root, label="", wanted=lambda path: True, visited=None):
     """The Names of the images below `root`. label: of whom to say what is passed over; wanted:
     whether a path counts; visited: as in `walk`."""
     passed = Counter()
     names = Names(filter(wanted, walk(root, passed, set() if visited is None else visited)))
-    if label and passed:
-        kinds = [f"{count:,} {kind}" for kind, count in passed.most_common()]
-        say(f"{label}: {passed.total():,} other files are passed over ({listed(kinds, 5)}).")
+    say_passed(label, passed)
     return names
 
 

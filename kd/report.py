@@ -46,6 +46,8 @@ def notes(experiment):
     settings = record.settings
     unfinished = [name for name in approaches if any(name not in each.students for each in records)]
     absent = [name for name in EATS_SOURCES if name not in record.sources]
+    starts = ["random" if each == "none" else name_of_arch(each)
+              for each in (settings.supervised_weights, settings.student_weights)]
     published = not settings.teacher_checkpoint and ("cifar10", "imagenet", "imagenet") == (
         name_of(settings.target), settings.teacher_weights, settings.supervised_weights)
     found = [sentence for true, sentence in (
@@ -57,8 +59,8 @@ def notes(experiment):
         (record.thresholds, _about_thresholds(settings)),
         ("eats" in approaches and absent, f"eats does without {listed(absent)}."),
         ("supervised" in approaches,
-         "The supervised student learns from labelled images. Its initial weights: "
-         f"{settings.supervised_weights}. Those of the others: {settings.student_weights}."),
+         "The supervised student learns from labelled images and starts from "
+         f"{starts[0]} weights, the others from {starts[1]} weights."),
         (published, "Published with all sources and a ResNet-18 as student: "
                     "supervised 79.65%, eats 60.67%, mms 68.02%.")) if true]
     said = {}       # {sentence about @: approaches}: what is true of several is said once

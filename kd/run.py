@@ -3,7 +3,7 @@
 What a stage makes is a product: some files and a JSON beside them, written last, that names the
 settings and the digests of what it was made from, and the digests of its files. What comes later
 has the digests of what came before among its inputs, so nothing else needs to know which setting
-decides what. """
+decides what."""
 import dataclasses
 import importlib.util
 import json
@@ -28,13 +28,16 @@ from kd.flags import USES, parse, stored_words, words_of
 from kd.settings import FIELDS, STAGES, resolve
 from kd.values import name_of
 
-# What each stage makes, as patterns below the run folder.
+# What each stage makes, as patterns below the run folder; nothing else there is ever deleted.
 MADE_BY = {
-    "teacher": ("split.*", "teacher.*", "tensorboard/teacher"),
-    "scores": ("scores/*", "thresholds.json"),
-    "transfer": ("transfer/*",),
-    "students": ("students/*", "results.json", "results.md", "tensorboard/student-*", "figures/*",
-                 "report.html"),
+    "teacher": ("split.npz", "split.json", "teacher.pt", "teacher.npz", "teacher.json",
+                "teacher.part", "tensorboard/teacher"),
+    "scores": ("scores/*.npz", "scores/*.json", "thresholds.json"),
+    "transfer": tuple(f"transfer/*/{name}" for name in (
+        "images.npy", "manifest.csv", "summary.json")),
+    "students": (*(f"students/*.{form}" for form in (
+        "pt", "npz", "json", "part", "onnx", "pth", "safetensors")), "tensorboard/student-*",
+        "results.json", "results.md", "figures/*.png", "report.html"),
 }
 CHECKED = ("teacher.json", "transfer/*/summary.json", "students/*.json")
 
@@ -85,8 +88,8 @@ def read_product(run, name):
 
 def stage_of(name):
     """The stage that makes this file."""
-    return next(stage for stage, patterns in MADE_BY.items() if any(
-        Path(name).match(pattern) or Path(name).parent.match(pattern) for pattern in patterns))
+    return next(stage for stage, patterns in MADE_BY.items()
+                if any(Path(name).match(pattern) for pattern in patterns))
 
 
 class Run:

@@ -1,15 +1,11 @@
 """Scores: one pass of the teacher over a source for all criteria, and the thresholds made of them.
 
-A criterion is a Python file with
-
-    KEEP = ">=" or "<="                     which side of its threshold an image is kept on
-    score(logits, weight) -> (N,)           logits (N, C) float; weight (C, D), the rows of the
-    last linear layer, or None where there is no such layer threshold(scores, predicted, classes)
-    (N,), (N,) -> (C,) float64, NaN where a class has none
-
-Those that ship are loaded exactly as a user's own.
-"""
+A criterion is a Python file with KEEP, ">=" or "<=", the side of its threshold on which an image
+is kept; score(logits (N, C), weight (C, D), the rows of the last linear layer, or None where
+there is none) -> (N,); and threshold(scores (N,), predicted (N,), classes) -> (C,) float64, NaN
+where a class has none. Those that ship are loaded exactly as a user's own."""
 import dataclasses
+import functools
 import math
 import time
 from pathlib import Path
@@ -87,7 +83,7 @@ def score_batches(teacher, source, rows, criteria, device, label):
     and (N,) float32 for each of `criteria`}; images whose logits are not finite are left out.
 
     source: what has `batches` (kd/packing.py); rows: as there. Of several processes each answers
-    for a part of the batches, and all return the whole. """
+    for a part of the batches, and all return the whole."""
     import torch
     weight = models.head_weight(teacher)
     progress = Progress(label, len(source) if rows is None else len(rows))
@@ -118,13 +114,11 @@ def score_batches(teacher, source, rows, criteria, device, label):
 
 
 @on_all_ranks
-def saved_scores(run, name, source, rows, teacher, criteria):
-    """The scores of a source, as from `score_batches`, kept in scores/<name>.npz. What is there of
-    another criterion, or another version of one, is scored again in one pass.
-
-    teacher: a LazyTeacher.
-    """
-    product = run.product(f"scores/{name}.json", teacher=teacher.digest, images=source.fingerprint,
+def saved_scores(scoring, name, source, rows=None):
+    """The scores of a source, as from `score_batches`, kept in scores/<name>.npz. A criterion
+    that is not there, or was another version, is scored in one more pass. scoring: a Scoring."""
+    run, criteria = scoring.run, scoring.criteria
+    product = run.product(f"scores/{name}.json", teacher=scoring.digest, images=source.fingerprint,
                           rows=None if rows is None else digest(np.ascontiguousarray(rows)))
     wanted = {key: criterion.digest for key, criterion in criteria.items()}
     path, known, columns = run / f"scores/{name}.npz", {}, {}
@@ -137,7 +131,7 @@ def saved_scores(run, name, source, rows, teacher, criteria):
     lacking = {key: criteria[key] for key in wanted if key not in known}
     if lacking:
         began = time.monotonic()
-        found, unanswered = score_batches(teacher.classifier, source, rows, lacking, teacher.device,
+        found, unanswered = score_batches(scoring.teacher, source, rows, lacking, scoring.device,
                                           f"scoring {name}")
         seconds, count = time.monotonic() - began, len(found["predicted"])
         say(f"scores: {name}, {count:,} images in {seconds:,.1f} s, {count / seconds:,.0f} img/s")
@@ -150,40 +144,6 @@ def saved_scores(run, name, source, rows, teacher, criteria):
         product.write({"images": count, "bad": source.bad + unanswered,
                        "seconds": content["seconds"] + seconds, "criteria": known | wanted}, [path])
     return columns
-
-
-class LazyTeacher:
-    """The run's teacher, loaded only when something has yet to be scored."""
-
-    def __init__(self, run, device):
-        self.run, self.device = run, device
-        self.figures = run.content_of("teacher.json", "python TeacherTrain.py")
-        self.path = run / "teacher.pt"
-        self.digest = file_digest(self.path)
-        if self.digest != self.figures["files"]["teacher.pt"]:
-            raise UserError(f"{self.path} is damaged: it is not what was written there. Restore "
-                            "it, or add --restart-from teacher to make another teacher.")
-        self.classes = self.figures["classes"]
-        self._classifier = None
-
-    @property
-    def classifier(self):
-        """In eval mode, its batch norms folded where it can be."""
-        if self._classifier is None:
-            loaded = checkpoints.load(self.path, self.run.settings.teacher_arch)
-            self._classifier = models.folded(loaded).to(self.device)
-        return self._classifier
-
-    @property
-    def has_mms(self):
-        return self.figures["linear_head"] or self.run.settings.mms_plain
-
-
-def no_mms(arch):
-    """The sentence about a teacher whose logits come from something else than a linear layer."""
-    return (f"No linear layer makes the logits of {name_of_arch(arch)}, so there are no rows for "
-            "the Minimal Margin Score, which mms and random need. Add --mms-plain to use the plain "
-            "margin z_a - z_b, or leave mms and random out of --approaches.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,82 +183,88 @@ def make_thresholds(run, scores, criteria, classes):
                             for value in product.content[name]]) for name in criteria}
 
 
-def report_thresholds(name, criterion, thresholds, classes, calibrated_on):
-    shown = [f"{label}: {'none' if math.isnan(value) else f'{value:.4g}'}"
-             for label, value in zip(classes, thresholds, strict=True)]
-    side = "at least" if criterion.keeps_high else "at most"
-    say(f"thresholds: {name}, {side} ({listed(shown)})")
-    absent = [label for label, value in zip(classes, thresholds, strict=True) if math.isnan(value)]
+def report_thresholds(name, scoring):
+    named = list(zip(scoring.classes, scoring.thresholds[name], strict=True))
+    side = "at least" if scoring.criteria[name].keeps_high else "at most"
+    said = [f"{label}: {'none' if math.isnan(value) else f'{value:.4g}'}" for label, value in named]
+    say(f"thresholds: {name}, {side} ({listed(said)})")
+    absent = [label for label, value in named if math.isnan(value)]
     if absent:
-        where = "confidence set" if calibrated_on == "target" else "sources"
+        on_target = scoring.run.settings.calibrate == "target"
         say(f"  Classes that get no images: {listed(absent)}. The teacher never predicts them on "
-            f"the {where}.")
+            f"the {'confidence set' if on_target else 'sources'}.")
 
 
 # --------------------------------------------------------------------------------------------------
 # What a stage needs of all this
 # --------------------------------------------------------------------------------------------------
 
+def no_mms(arch):
+    """The sentence about a teacher whose logits come from something else than a linear layer."""
+    return (f"No linear layer makes the logits of {name_of_arch(arch)}, so there are no rows for "
+            "the Minimal Margin Score, which mms and random need. Add --mms-plain to use the plain "
+            "margin z_a - z_b, or leave mms and random out of --approaches.")
+
+
 class Scoring:
     """The teacher of a run and what it scores, each made when it is first asked for.
 
-    data: the module data.py, whose load_target and load_source are used; target, sources ({name:
-    what has `batches`}): where the caller has opened them already. """
+    data: the module data.py, whose load_target and load_source are used; target: a data.Target,
+    where the caller has opened it already. classes: names; digest: of teacher.pt.
+    """
 
-    def __init__(self, run, device, data, target=None, sources=()):
-        self.run, self.data, self._target, self._sources = run, data, target, dict(sources)
-        self.teacher = LazyTeacher(run, device)
+    def __init__(self, run, device, data, target=None):
+        self.run, self.device, self.data = run, device, data
+        self.figures = run.content_of("teacher.json", "python TeacherTrain.py")
+        self.classes, self.digest = self.figures["classes"], self.figures["files"]["teacher.pt"]
         self.criteria = load_criteria(run.settings)
-        if not self.teacher.has_mms:
+        if not self.figures["linear_head"] and not run.settings.mms_plain:
             del self.criteria["mms"]
-        self._candidates = None
+        if target is not None:
+            self.target = target
 
-    @property
+    @functools.cached_property
+    def teacher(self):
+        """In eval mode, its batch norms folded where they can be."""
+        loaded = checkpoints.load(self.run / "teacher.pt", self.run.settings.teacher_arch)
+        return models.folded(loaded).to(self.device)
+
+    @functools.cached_property
     def target(self):
-        if self._target is None:
-            self._target = first_alone(lambda: self.data.load_target(self.run.settings))
-        return self._target
+        return first_alone(lambda: self.data.load_target(self.run.settings))
 
-    def source(self, name):
-        if name not in self._sources:
-            settings = self.run.settings
-            spec = next(spec for spec in settings.sources if name_of(spec) == name)
-            self._sources[name] = first_alone(lambda: self.data.load_source(settings, spec))
-        return self._sources[name]
+    @functools.cached_property
+    def sources(self):
+        """{name: what has `batches`}, in the order of the settings."""
+        settings = self.run.settings
+        return {name_of(spec): first_alone(lambda spec=spec: self.data.load_source(settings, spec))
+                for spec in settings.sources}
+
+    @functools.cached_property
+    def candidates(self):
+        """{source: its scores}, in the order of the settings."""
+        return {name: saved_scores(self, name, source) for name, source in self.sources.items()}
+
+    @functools.cached_property
+    def thresholds(self):
+        """{criterion: (C,) float64}, as from `make_thresholds`."""
+        if self.run.settings.calibrate == "target":
+            train = self.target.train
+            rows = train.rows[saved_split(self.run, len(train))[1]]
+            scores = saved_scores(self, "confidence", train, rows)
+        else:
+            parts = list(self.candidates.values())
+            scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return make_thresholds(self.run, scores, self.criteria, self.classes)
 
     def require(self, approach):
         """Raises UserError where this teacher can't have that approach."""
-        if not self.teacher.has_mms and approach in ("mms", "random"):
-            raise UserError(no_mms(self.teacher.figures["arch"]))
-
-    def confidence(self):
-        """The scores of the confidence set."""
-        train = self.target.train
-        _, confidence = saved_split(self.run, len(train))
-        return saved_scores(self.run, "confidence", train, train.rows[confidence], self.teacher,
-                            self.criteria)
-
-    def candidates(self):
-        """{source: its scores}, in the order of the settings."""
-        if self._candidates is None:
-            names = [name_of(spec) for spec in self.run.settings.sources]
-            self._candidates = {name: saved_scores(self.run, name, self.source(name), None,
-                                                   self.teacher, self.criteria) for name in names}
-        return self._candidates
+        if "mms" not in self.criteria and approach in ("mms", "random"):
+            raise UserError(no_mms(self.figures["arch"]))
 
     def bad(self, name):
         """How many images of a source, which has been scored, have no score."""
         return self.run.content_of(f"scores/{name}.json", "python transfer.py")["bad"]
-
-    def thresholds(self):
-        """{criterion: (C,) float64}, as from `make_thresholds`."""
-        if self.run.settings.calibrate == "target":
-            scores = self.confidence()
-        else:
-            parts = list(self.candidates().values())
-            scores = {column: np.concatenate([part[column] for part in parts])
-                      for column in parts[0]}
-        return make_thresholds(self.run, scores, self.criteria, self.teacher.classes)
 
 
 def threshold_command(name, script, description, data, argv):
@@ -308,6 +274,5 @@ def threshold_command(name, script, description, data, argv):
     scoring = Scoring(run, device, data)
     first_alone(lambda: run.open(device, given, always=False))
     scoring.require(name)
-    report_thresholds(name, scoring.criteria[name], scoring.thresholds()[name],
-                      scoring.teacher.classes, run.settings.calibrate)
+    report_thresholds(name, scoring)
     say(f"saved in {run / 'thresholds.json'}")

@@ -78,7 +78,7 @@ def setting(group, stage, default, kind, help=None, metavar=None):
     """A field of Settings.
 
     stage: the first whose files depend on it. kind: the parser of its flag's text, a tuple of
-    choices, bool for a switch, or None where it has no flag. """
+    choices, bool for a switch, or None where it has no flag."""
     flag = {"help": help and help.replace("%", "%%")}
     if kind is bool:
         flag["action"] = "store_true"

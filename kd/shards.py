@@ -5,6 +5,7 @@ import os
 import re
 import tarfile
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kd.files import UserError, first_line
-from kd.readers import Images, is_hidden, is_image, opened, state_of
+from kd.readers import Images, is_hidden, is_image, opened, say_passed, state_of
 
 META = re.compile(r"__[^/]*__")     # members that WebDataset keeps for itself
 
@@ -67,7 +68,7 @@ class ShardReader(Sequence):
                 return f"{os.path.basename(path)}/{tar.next().name}"
 
 
-def _members(path):
+def _members(path, passed):
     """Yields the tarfile.TarInfo of each image. Raises UserError where the shard is damaged."""
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -77,8 +78,10 @@ def _members(path):
             while (member := tar.next()) is not None:
                 tar.members.clear()     # which it would keep, of millions
                 parts = [part for part in member.name.split("/") if part != "."]
-                if member.isreg() and not member.issparse() and is_image(member.name, begin) and (
-                        not any(is_hidden(part) or META.fullmatch(part) for part in parts)):
+                if any(is_hidden(part) or META.fullmatch(part) for part in parts):
+                    passed["hidden"] += 1
+                elif member.isreg() and not member.issparse() and (
+                        is_image(member.name, begin, passed)):
                     yield member
             file.seek(tar.offset)
             if file.read(512).strip(b"\0"):     # a broken header ends the loop as the end does
@@ -91,11 +94,13 @@ def _members(path):
 def open_shards(name, paths):
     """The Images in these shards, whose headers are walked through once."""
     shard, header, skip, size = array("i"), array("q"), array("i"), array("q")
+    passed = Counter()
     for number, path in enumerate(paths):
-        for member in _members(path):
+        for member in _members(path, passed):
             shard.append(number)
             header.append(member.offset)
             skip.append(member.offset_data - member.offset)
             size.append(member.size)
-    reader = ShardReader(paths, *map(np.array, (shard, header, skip, size)))
+    say_passed(name, passed)
+    reader = ShardReader(paths, *map(np.asarray, (shard, header, skip, size)))
     return Images(len(shard), reader, state_of("/", map(os.path.abspath, paths)), files=reader)

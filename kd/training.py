@@ -1,9 +1,10 @@
 """The training loop, and what hangs on it: progress, boards, checkpoints, signals.
 
 `train` over `train_one_epoch` is what learns. Everything else is in `_Keeper`, which is called
-after each step and each epoch. """
+after each step and each epoch."""
 import io
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 
@@ -16,7 +17,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from kd.augment import augment, shuffled_batches, step_generator
 from kd.board import open_board
 from kd.command import Interrupted, interrupted, orderly
-from kd.engine import allow_tf32, autocast, enough_memory, prefetched, resident, seed_for
+from kd.engine import (
+    allow_tf32,
+    autocast,
+    enough_memory,
+    prefetched,
+    resident,
+    seed_all,
+    seed_for,
+)
 from kd.files import UserError, is_first, say, write_atomically
 from kd.processes import agreed, rank, share_of, summed, world_size
 from kd.progress import Progress
@@ -35,7 +44,7 @@ class Training:
 
     history: {"epoch", "loss", "lr", "confidence_accuracy"} of each epoch; seconds: of the steps
     alone, over all sittings; step: the next one within the epoch; total: the sum of the epoch's
-    losses. """
+    losses."""
 
     classifier: object
     optimizer: object
@@ -110,8 +119,11 @@ def _shared(classifier, device):
     """The network whose gradients are the mean over all processes."""
     if world_size() == 1:
         return classifier
-    return DistributedDataParallel(classifier, [device] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True, broadcast_buffers=False)
+    devices = [device] if device.type == "cuda" else None
+    with warnings.catch_warnings():     # torch 2.14 has another name for broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(classifier, devices, gradient_as_bucket_view=True,
+                                       broadcast_buffers=False)
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ class Watch:
 
     checkpoint: a Checkpoint; label: of its progress; evaluate(network): an accuracy to note after
     each epoch, or None; board: the folder of kd.board, or None; remedy: for a loss that is not
-    finite. """
+    finite."""
 
     checkpoint: object
     label: str
@@ -138,7 +150,7 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch):
     A step draws from (seed, epoch, step) alone. After an epoch, or a thousand steps, and when a
     signal asks to stop, everything is saved; a later call resumes there and ends in the same
     bits. Raises UserError when the loss is no longer finite or the memory does not suffice; the
-    checkpoint stays. """
+    checkpoint stays."""
     smallest = 2 * world_size()
     if min(recipe.batch_size, len(rows)) < smallest:
         raise UserError(f"{watch.label}: a batch needs {smallest} images or more, and there are "
@@ -169,7 +181,7 @@ def train_one_epoch(state, images, batches, objective, steps, seed, device, keep
     pixels = prefetched((images[batch[mine]] for batch in batches[state.step:]), device)
     for step, (batch, raw) in enumerate(zip(batches[state.step:], pixels, strict=True), state.step):
         generator = step_generator(seed, state.epoch, step)
-        seed_dropout(seed, f"{state.epoch}/{step}/{rank()}", device)
+        seed_all(seed_for(seed, f"{state.epoch}/{step}/{rank()}"), device)
         views = augment(raw, steps, generator, len(batch), mine)
         with autocast(device):
             logits = state.network(views)
@@ -202,17 +214,6 @@ def cross_entropy(labels, device):
     def objective(logits, views, rows):
         return torch.nn.functional.cross_entropy(logits.float(), labels[rows.to(device)])
     return objective
-
-
-def seed_dropout(seed, purpose, device):
-    """Seeds what draws without a generator. Not torch.manual_seed: without CUDA it remembers every
-    call, for later."""
-    number = seed_for(seed, purpose)
-    torch.default_generator.manual_seed(number)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(number)
-    elif device.type == "mps":
-        torch.mps.manual_seed(number)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,6 +281,8 @@ class _Keeper:
             stop = agreed(stop)[0] if last or state.step % AGREE_STEPS == 0 else 0
         if stop or last or len(self.losses) >= looks:
             self._require_finite()
+        if stop or last or state.step % ROUND == 0:
+            self._require_finite_weights()
         if stop or (state.step % ROUND == 0 and not last):
             self._save(always=stop)
         if stop:
@@ -319,15 +322,11 @@ class _Keeper:
         self.state.seconds, self.began = self.state.seconds + now - self.began, now
 
     def _save(self, always=False):
-        """Saves a network that is finite, where that is worth its time."""
+        """Saves everything, where that is worth its time."""
         due = always or time.monotonic() - self.saved >= SAVE_INTERVAL
         if not agreed(due)[0]:
             return
         self._tick()
-        parameters = list(self.state.classifier.parameters())
-        norms = torch.stack(torch._foreach_norm([each.detach() for each in parameters]))
-        if not norms.isfinite().all():
-            self._fail("the weights are no longer finite", self.state.step)
         self.watch.checkpoint.save(self.state.state())
         self.saved = self.began = time.monotonic()
 
@@ -342,6 +341,12 @@ class _Keeper:
         self.losses.clear()
         self.rates.clear()
 
+    def _require_finite_weights(self):
+        """A loss may be finite whose gradient is not."""
+        parameters = [each.detach() for each in self.state.classifier.parameters()]
+        if not torch.stack(torch._foreach_norm(parameters)).isfinite().all():
+            self._fail("the weights are no longer finite", self.state.step)
+
     def _fail(self, what, step):
         self.close()
         epoch = self.state.epoch + 1
@@ -351,6 +356,7 @@ class _Keeper:
 
 def _share_buffers(state):
     """Gives every process the batch statistics of the first one, which saves."""
-    for network in {state.classifier, state.result} if world_size() > 1 else ():
+    networks = dict.fromkeys((state.classifier, state.result))     # a set has no order
+    for network in networks if world_size() > 1 else ():
         for buffer in network.buffers():
             distributed.broadcast(buffer, 0)

@@ -1,9 +1,13 @@
 """Values of settings: parsers of their texts. Each raises ValueError with what is wrong."""
 import json
+import re
 from pathlib import Path
 
 LARGEST = 4_096             # pixels of an edge
-AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
+# Steps of a recipe of views (kd/augment.py) and their usual strengths.
+AUGMENTATIONS = {"crop": 1 / 8, "flip": 0.5, "rrc": 0.25, "rotate": 15.0, "colour": 0.5,
+                 "grey": 0.2, "invert": 0.5, "mixup": 1.0, "cutmix": 1.0}
+FIXED = ("crop", "mixup", "cutmix")     # those whose strength can't be given
 
 
 def name_of(spec):
@@ -85,7 +89,7 @@ def list_of(item, what):
         items = tuple(item(each.strip()) for each in text.split(",") if each.strip())
         names = [name_of(each) if isinstance(each, str) else each for each in items]
         if not items or len(set(names)) < len(names):
-            raise ValueError(f"a {what} is given twice" if items else f"no {what} is given")
+            raise ValueError(f"the same {what} is given twice" if items else f"no {what} is given")
         return items
     return parse
 
@@ -101,19 +105,27 @@ def arch(text):
 
 
 def weights(text):
-    return text if text in ("none", "imagenet", "teacher", "auto") else path(text)
+    named = re.fullmatch(r"none|imagenet|teacher|auto|DEFAULT|IMAGENET1K_\w+", text)
+    return text if named else path(text)
 
 
 def augment(text):
-    steps = text.split(",")
-    if text != "none" and (len(set(steps)) < len(steps) or not set(steps) <= set(AUGMENTATIONS)):
+    parts = [part.partition(":") for part in text.split(",") if text != "none"]
+    names = [name for name, _, _ in parts]
+    if len(set(names)) < len(names) or not set(names) <= set(AUGMENTATIONS):
         raise ValueError(f"'{text}' is neither none nor some of {','.join(AUGMENTATIONS)}")
+    for name, colon, strength in parts:
+        if colon and (name in FIXED or positive(strength) > 180):
+            raise ValueError(f"'{name}:{strength}' is not a strength of {name}")
     return text
 
 
 def _three(least):
     def parse(text):
-        values = tuple(map(float, text.split(",")))
+        try:
+            values = tuple(map(float, text.split(",")))
+        except ValueError:
+            values = ()
         if len(values) != 3 or not all(least <= value <= 1 for value in values):
             raise ValueError(f"'{text}' is not three numbers up to 1, one per colour")
         return values

@@ -107,7 +107,9 @@ def test_all_is_everything():
 
 def test_the_first_source_fills_the_bucket_before_the_second():
     scores = {name: {"predicted": np.zeros(3, int), "index": np.arange(3),
-                     "mms": np.full(3, value, np.float32)} for name, value in (("a", 1.0), ("b", 2.0))}
+                     "mms": np.full(3, value, np.float32)}
+              for name, value in (("a", 1.0), ("b", 2.0))}
     thresholds = {"mms": np.array([0.0])}
     for fill, expected in (("first", [0, 1, 2, 3]), ("best", [0, 3, 4, 5])):
-        assert select("mms", join(scores), thresholds, rules(4, 1, fill=fill))[0].tolist() == expected
+        chosen, _ = select("mms", join(scores), thresholds, rules(4, 1, fill=fill))
+        assert chosen.tolist() == expected

@@ -1,0 +1,194 @@
+"""Archives: fetched, verified, extracted and read; hostile and damaged ones refused in one line."""
+import gzip
+import io
+import os
+import stat
+import tarfile
+import tracemalloc
+import zipfile
+
+import layout_files as made
+import pytest
+from layout_files import WRITERS, names_in, register, remote, settings_of, source, tar_of, zip_of
+
+import data
+from kd.archives import extract
+from kd.files import UserError
+
+small, server = made.small, made.server
+MEGABYTE = 1 << 20
+REGULAR = tarfile.REGTYPE
+
+
+def official(tmp_path, name):
+    """A small archive as the official one is made."""
+    root = WRITERS[name](tmp_path / "made")
+    if name == "caltech101":
+        return zip_of({"caltech-101/101_ObjectCategories.tar.gz": tar_of(root.parent, root.name),
+                       "caltech-101/Annotations.tar": b"", "__MACOSX/._101.tar.gz": b"junk"})
+    if name == "tinyimagenet":
+        return zip_of({str(path.relative_to(root.parent)): path.read_bytes()
+                       for path in root.rglob("*") if path.is_file()})
+    file = data.DATA_SETS[name].files[0].name
+    return tar_of(root.parent, root.name, mode="w:gz" if file.endswith("gz") else "w")
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "svhn"])
+@pytest.mark.parametrize("below", ["", "Caltech-256"])
+def test_an_archive_is_fetched_or_found_verified_extracted_and_read(
+        tmp_path, monkeypatch, server, small, name, below):
+    if below and name != "caltech256":
+        below = ""
+    content, file = official(tmp_path, name), data.DATA_SETS[name].files[0].name
+    url = server.url(file, lambda handler: handler.answer(200, content))
+    register(monkeypatch, name, files=(remote(content, url),))
+    if below:       # put there by hand, where torchvision has it
+        (tmp_path / "d" / below).mkdir(parents=True)
+        (tmp_path / "d" / below / file).write_bytes(content)
+    settings = settings_of(tmp_path / "d", sources=(name,))
+    data.obtain(settings)
+    assert len(server.asked) == (0 if below else 1)
+    assert len(data.load_source(settings, name)) == data.DATA_SETS[name].images["source"]
+    assert names_in(tmp_path / "d" / below) == sorted(
+        [data.DATA_SETS[name].layout, file, *([] if below else ["packed"])])
+    data.obtain(settings)
+    assert len(server.asked) == (0 if below else 1)
+
+
+def test_what_can_not_be_had_is_a_line_each(tmp_path, monkeypatch, server, small):
+    for name in ("cifar10", "svhn"):
+        url = server.url(f"{name}.tar.gz", lambda handler: handler.answer(404))
+        register(monkeypatch, name, files=(remote(b"x", url),))
+    with pytest.raises(UserError) as refusal:
+        data.obtain(settings_of(tmp_path, sources=("cifar10", "svhn", "noise")))
+    first, second = sorted(str(refusal.value).splitlines())
+    assert "cifar10.tar.gz answers 404" in first and "svhn.tar.gz answers 404" in second
+
+
+def test_an_archive_that_is_not_whole_is_refused_and_named(
+        tmp_path, monkeypatch, small):
+    root = made.write_cifar10(tmp_path / "made")
+    (root / "data_batch_4").unlink()
+    content = tar_of(root.parent, root.name)
+    (tmp_path / "d").mkdir()
+    archive = tmp_path / "d" / "cifar-10-python.tar.gz"
+    archive.write_bytes(content)
+    url = "http://127.0.0.1:9/cifar-10-python.tar.gz"
+    register(monkeypatch, "cifar10", files=(remote(content, url),))
+    with pytest.raises(UserError, match=rf"^{archive} is incomplete or damaged .*data_batch_4"):
+        source(tmp_path / "d", "cifar10")
+    assert names_in(tmp_path / "d") == [archive.name]
+
+
+def tar_with(*members):
+    """A .tar.gz of pictures/first.txt and these members: (name, type, a link's target, content)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, kind, target, content in (("pictures/first.txt", REGULAR, "", b"1"), *members):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, target, len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zip_with(**files):
+    return zip_of({"pictures/first.txt": b"1", **files})
+
+
+def header(name, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, 60 * MEGABYTE
+    return gzip.compress(member.tobuf(tarfile.GNU_FORMAT))
+
+
+def with_holes():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("pictures/a.jpg")
+        member.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": "1000000000000",
+                              "GNU.sparse.numblocks": "1"}
+        archive.addfile(member)
+    return buffer.getvalue()
+
+
+ZEROS = gzip.compress(bytes(MEGABYTE)) * 60
+MANY = [(f"pictures/{i}.jpg", REGULAR, "", b"") for i in range(200)]
+CUT = tar_with(("pictures/a.jpg", REGULAR, "", os.urandom(100_000)))[:60_000]
+HOSTILE = {     # what it is: (suffix, content, what the line says)
+    **{f"a tar with {name}": (".tar.gz", tar_with((name, REGULAR, "", b"evil")), "leads out of")
+       for name in ("/tmp/evil", "../evil", "a/../../evil", "..", "a\\..\\..\\evil", "C:\\evil")},
+    **{f"a zip with {name}": (".zip", zip_with(**{name: b"evil"}), "leads out of")
+       for name in ("/tmp/evil", "../evil", "a/../../evil")},
+    **{f"a tar with a {what}": (".tar.gz", tar_with(("pictures/x", kind, "../../x", b"")), "a link")
+       for what, kind in (("link", tarfile.SYMTYPE), ("hard link", tarfile.LNKTYPE),
+                          ("device", tarfile.CHRTYPE), ("pipe", tarfile.FIFOTYPE))},
+    "a file with holes": (".tar.gz", with_holes(), "with holes"),
+    "a tar in a zip that climbs": (".zip", zip_with(**{"inner.tar.gz": tar_with(
+        ("../../evil", REGULAR, "", b"evil"))}), "leads out of"),
+    "zeros in a tar": (".tar.gz", header("pictures/0", REGULAR) + ZEROS, "several times"),
+    "zeros in a zip": (".zip", zip_with(zeros=bytes(60 * MEGABYTE)), "several times"),
+    "a large header": (".tar.gz", header("pictures/0", tarfile.XHDTYPE) + ZEROS, "several times"),
+    "many files in a tar": (".tar.gz", tar_with(*MANY), "several times"),
+    "many files in a zip": (".zip", zip_with(**{name: b"" for name, *_ in MANY}), "several times"),
+    "a tar cut short": (".tar.gz", CUT, "can't be used"),
+    "no tar": (".tar.gz", b"<html>not found</html>" * 100, "can't be used"),
+    "an empty file": (".tar", b"", "can't be used"),
+    "a zip cut short": (".zip", zip_with(a=os.urandom(100_000))[:60_000], "can't be used"),
+    "a damaged tar in a zip": (".zip", zip_with(**{"inner.tar.gz": CUT}), "can't be used"),
+    "a name with a zero byte": (".tar.gz", tar_with(("pictures/a\0b", REGULAR, "", b"")), ""),
+    "another content": (".zip", zip_of({"drawings/a.jpg": b""}), "does not hold pictures/"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("suffix, content, said", HOSTILE.values(), ids=map(ascii, HOSTILE))
+def test_a_hostile_or_damaged_archive_is_refused_and_leaves_nothing(
+        tmp_path, suffix, content, said):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    archive = folder / f"pictures{suffix}"
+    archive.write_bytes(content)
+    tracemalloc.start()
+    try:
+        extract(archive, folder / "pictures", 10 * MEGABYTE, 100, lambda folder: None)
+        assert not said     # a name with a zero byte may end there
+    except UserError as refusal:
+        assert str(refusal).startswith(f"{archive} can't be used (") and "\n" not in str(refusal)
+        assert said in str(refusal) and names_in(folder) == [archive.name]
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 30 * MEGABYTE and names_in(tmp_path) == ["d"]
+
+
+def test_an_archive_is_extracted_with_plain_modes_and_what_was_begun_is_begun_again(tmp_path):
+    archive, place = tmp_path / "pictures.tar.gz", tmp_path / "pictures"
+    archive.write_bytes(tar_with(("pictures/deep/last.txt", REGULAR, "", b"2")))
+    (tmp_path / ".pictures.part" / "pictures").mkdir(parents=True)
+    (tmp_path / ".pictures.part" / "pictures" / "junk").write_text("")
+    extract(archive, place, MEGABYTE, 10, lambda folder: None)
+    assert names_in(place) == ["deep", "first.txt"] and names_in(tmp_path) == [
+        "pictures", "pictures.tar.gz"]
+    assert not stat.S_IMODE((place / "first.txt").stat().st_mode) & 0o111
+    (place / "first.txt").write_text("mine")
+    extract(archive, place, MEGABYTE, 10, lambda folder: None)
+    assert (place / "first.txt").read_text() == "mine"
+
+
+def test_extraction_needs_no_filter_of_tarfile(tmp_path, monkeypatch):
+    monkeypatch.setattr("kd.archives.FILTER", {})       # as in Python 3.11.0 to 3.11.3
+    root = made.write_caltech101(tmp_path / "made")
+    archive = tmp_path / "a.tar"
+    archive.write_bytes(tar_of(root.parent, root.name, mode="w"))
+    extract(archive, tmp_path / root.name, MEGABYTE, 100, lambda folder: None)
+    assert len(list((tmp_path / root.name).rglob("*.jpg"))) == 18
+
+
+def test_a_zip_cannot_unpack_to_more_than_it_declares(tmp_path):
+    content = bytearray(zip_with(zeros=bytes(60 * MEGABYTE)))
+    for position in (content.rfind(b"PK\3\4") + 22, content.rfind(b"PK\1\2") + 24):
+        content[position:position + 4] = (1000).to_bytes(4, "little")
+    (tmp_path / "pictures.zip").write_bytes(content)
+    assert zipfile.is_zipfile(tmp_path / "pictures.zip")
+    with pytest.raises(UserError, match="Bad CRC-32"):
+        extract(tmp_path / "pictures.zip", tmp_path / "pictures", 10 * MEGABYTE, 100, print)

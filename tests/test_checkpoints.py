@@ -1,0 +1,377 @@
+"""Checkpoints of strangers: whatever lies around the weights, nothing in the file is run."""
+import argparse
+import collections
+import copy
+import enum
+import os
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from kd import checkpoints, models, own
+from kd.files import UserError
+
+CLASSES = ["ant", "bee", "cow"]
+NET = '''
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.fc = nn.Linear(4, classes)
+    def forward(self, x):
+        return self.fc(self.features(x).relu().mean((2, 3)))
+
+def make(num_classes):
+    return Net(num_classes)
+'''
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    """A network as its file makes it, in the folder of this test: net.py:make."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NET)
+    torch.manual_seed(0)
+    return own.import_file("net.py").make(3)
+
+
+def given(content, path="given.pth", **options):
+    """A teacher of that network from a file that holds `content`."""
+    torch.save(content, path, **options)
+    return checkpoints.load_teacher(path, "net.py:make", CLASSES)
+
+
+def same(classifier, network):
+    known = network.state_dict()
+    return all(torch.equal(value, known[name].float()) or name.endswith("num_batches_tracked")
+               for name, value in classifier.network.state_dict().items())
+
+
+def refused(said, call, *arguments, **options):
+    """Asserts that it is one sentence that says so."""
+    with pytest.raises(UserError, match=said) as raised:
+        call(*arguments, **options)
+    assert len(str(raised.value).splitlines()) == 1
+    return str(raised.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Of this project
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.quick
+def test_a_checkpoint_gives_the_same_logits_and_is_plain(tmp_path):
+    classifier = models.build("resnet18", CLASSES, mean=(0.1, 0.2, 0.3)).eval()
+    checkpoints.save(tmp_path / "student.pt", classifier, accuracy=0.5)
+    images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    loaded = checkpoints.load(tmp_path / "student.pt")
+    assert torch.equal(classifier(images), loaded(images)) and not loaded.training
+    content = torch.load(tmp_path / "student.pt", weights_only=True)
+    assert {key: content[key] for key in content if key != "state_dict"} == {
+        "arch": "resnet18", "classes": CLASSES, "input_size": 32, "mean": [0.1, 0.2, 0.3],
+        "std": [0.5] * 3, "accuracy": 0.5}
+    torchvision.models.resnet18(num_classes=3).load_state_dict(content["state_dict"])
+
+
+@pytest.mark.quick
+def test_a_student_is_a_teacher_whatever_the_default_architecture_is(net):
+    checkpoints.save("mms.pt", models.build("resnet18_cifar", CLASSES, mean=(0.1, 0.2, 0.3)))
+    loaded = checkpoints.load_teacher("mms.pt", "resnet34", CLASSES, 40, default_arch="resnet34")
+    assert (loaded.arch, loaded.input_size, loaded.mean) == ("resnet18_cifar", 40, [0.1, 0.2, 0.3])
+    assert checkpoints.load_teacher("mms.pt", "resnet18_cifar", None).classes == CLASSES
+    refused("holds a resnet18_cifar, not a resnet50. Leave --teacher-arch out",
+            checkpoints.load_teacher, "mms.pt", "resnet50", CLASSES, default_arch="resnet34")
+    refused(r"knows 3 classes \(ant, bee, cow\), and the target has 2 \(a, b\)",
+            checkpoints.load_teacher, "mms.pt", "resnet18_cifar", ["a", "b"])
+
+
+@pytest.mark.quick
+def test_code_that_only_a_checkpoint_names_does_not_run(net):
+    checkpoints.save("ours.pt", models.build("net.py:make", CLASSES))
+    Path("evil.py").write_text("open('ran', 'w')\n" + NET)
+    torch.save(torch.load("ours.pt") | {"arch": "evil.py:make"}, "ours.pt")
+    for call in (checkpoints.load, lambda path: checkpoints.load_teacher(path, "resnet18", None),
+                 lambda path: models.build("resnet18", CLASSES, path)):
+        refused("evil.py:make", call, "ours.pt")
+    assert not Path("ran").exists()
+    assert checkpoints.load("ours.pt", "net.py:make").arch == "net.py:make"
+    assert set(checkpoints.files_of("net.py:make", "ours.pt", "none", None, "IMAGENET1K_V1")) == {
+        "net.py", "ours.pt"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Whatever lies around the weights
+# --------------------------------------------------------------------------------------------------
+
+class Attributes(dict):
+    """As EasyDict, CfgNode, ... are."""
+    __getattr__ = dict.__getitem__
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def replaced(old, new, state):
+    return {key.replace(old, new): value for key, value in state.items()}
+
+
+def averaged(network):
+    return torch.optim.swa_utils.AveragedModel(network, use_buffers=True).state_dict()
+
+
+SAVED = {
+    "bare": lambda net: net.state_dict(),
+    "parallel": lambda net: nn.DataParallel(net).state_dict(),
+    "parallel features": lambda net: replaced("features.", "features.module.", net.state_dict()),
+    "compiled": lambda net: torch.compile(net).state_dict(),
+    "compiled part": lambda net: replaced("features.", "features._orig_mod.", net.state_dict()),
+    "averaged": averaged,
+    "checkpointed": lambda net: replaced("features.", "features._checkpoint_wrapped_module.",
+                                         net.state_dict()),
+    "no counters": lambda net: {key: value for key, value in net.state_dict().items()
+                                if "num_batches" not in key},
+    "counted by thop": lambda net: net.state_dict() | {
+        name: torch.zeros(1) for name in ("total_ops", "fc.total_ops", "features.0.total_params")},
+    "halved": lambda net: {key: value.half() for key, value in net.half().state_dict().items()},
+    "a key of its own": lambda net: {"weights_of_mine": net.state_dict(), "args": {"lr": 0.1}},
+    "two keys": lambda net: {"epoch": 3, "model": {"net": under("module.", net.state_dict())}},
+    "Lightning": lambda net: {
+        "epoch": 9, "global_step": 100, "pytorch-lightning_version": "2.4.0", "loops": {},
+        "state_dict": under("model.", net.state_dict()) | {
+            "criterion.weight": torch.ones(3), "metric.confusion": torch.ones(3, 3)},
+        "callbacks": {}, "optimizer_states": [], "hyper_parameters": Attributes(lr=0.1)},
+    "criterion beside": lambda net: net.state_dict() | {"criterion.weight": torch.ones(3)},
+    "things beside": lambda net: {
+        "state_dict": net.state_dict(), "best": np.float64(0.9), "array": np.zeros(3),
+        "opt": argparse.Namespace(lr=0.05, data=Path("/data")), "kind": Colour.RED,
+        "cfg": Attributes(a=Attributes(b=1)), "last": collections.deque([1], 3),
+        "log": collections.defaultdict(list, {"loss": [1.0]})},
+    "torchvision's references": lambda net: {
+        "model": net.state_dict(), "model_ema": averaged(net), "epoch": 3,
+        "optimizer": (optimizer := torch.optim.AdamW(net.parameters())).state_dict(),
+        "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3).state_dict(),
+        "args": argparse.Namespace(model="resnet18", data_path=Path("/data"))},
+}
+
+
+@pytest.mark.parametrize("how", SAVED)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_state_dict_is_read_however_it_was_saved(net, how, zipped):
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.zeros(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    content = SAVED[how](copy.deepcopy(net))
+    assert same(given(content, _use_new_zipfile_serialization=zipped),
+                net.half() if how == "halved" else net)
+
+
+def test_what_timms_own_script_saves_is_read(net, capsys):
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    from timm.utils import CheckpointSaver, ModelEmaV2
+    ema = ModelEmaV2(copy.deepcopy(net))
+    for parameter in ema.parameters():
+        parameter.data += 1
+    saver = CheckpointSaver(net, torch.optim.SGD(net.parameters(), 0.1), checkpoint_dir=".",
+                            args=argparse.Namespace(model="net"), model_ema=ema)
+    saver.save_checkpoint(3, metric=np.float64(0.9))
+    assert same(checkpoints.load_teacher("last.pth.tar", "net.py:make", CLASSES), net)
+    assert ("last.pth.tar: the weights under 'state_dict' are used, not those under "
+            "'state_dict_ema'.") in capsys.readouterr().out
+
+
+def test_of_a_student_and_a_teacher_the_teacher_is_taken_and_that_is_said(net, capsys):
+    other = {key: torch.randn_like(value.float()) for key, value in net.state_dict().items()}
+    assert same(given({"model": other, "teacher": net.state_dict()}), net)
+    said = capsys.readouterr().out
+    assert "the weights under 'teacher' are used, not those under 'model'." in said
+
+
+@pytest.mark.parametrize("place", ["model.safetensors", "hub/model.safetensors",
+                                   "hub/pytorch_model.bin"])
+def test_safetensors_and_the_folder_of_a_hub_are_read(net, place, monkeypatch):
+    save = pytest.importorskip("safetensors.torch", reason="an optional extra").save_file
+    Path("hub").mkdir()
+    (torch.save if place.endswith("bin") else save)(net.state_dict(), place)
+    Path("hub/config.json").write_text("{}")
+    path = place.rpartition("/")[0] or place
+    assert same(checkpoints.load_teacher(path, "net.py:make", CLASSES), net)
+    assert list(checkpoints.files_of("resnet18", path)) == [path]
+    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+    if place.endswith("safetensors"):
+        refused("pip install safetensors", checkpoints.load_teacher, path, "net.py:make", CLASSES)
+
+
+@pytest.mark.parametrize("wrapped", ["module.", ""])
+def test_torchvision_renames_the_keys_of_its_older_densenets_and_so_do_we(tmp_path, wrapped):
+    network = torchvision.models.densenet121(num_classes=3)
+    state = {wrapped + re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): value
+             for key, value in network.state_dict().items() if "num_batches" not in key}
+    torch.save({"arch": "densenet121", "state_dict": state}, tmp_path / "w.pth.tar")
+    assert same(checkpoints.load_teacher(tmp_path / "w.pth.tar", "densenet121", CLASSES), network)
+
+
+def test_a_network_whose_loading_depends_on_the_version_of_its_layers_is_loaded(tmp_path):
+    network = torchvision.models.mnasnet0_5(num_classes=3)
+    torch.save(dict(network.state_dict()), tmp_path / "w.pth")      # versions are lost
+    assert same(checkpoints.load_teacher(tmp_path / "w.pth", "mnasnet0_5", CLASSES), network)
+
+
+@pytest.mark.parametrize("arch, size, heads", [("inception_v3", 75, {"AuxLogits"}),
+                                               ("googlenet", 32, {"aux1", "aux2"})])
+def test_a_state_dict_need_not_have_the_auxiliary_heads_of_the_network(arch, size, heads, tmp_path):
+    network = torchvision.models.get_model(arch, num_classes=3, init_weights=False).eval()
+    state = {key: value for key, value in network.state_dict().items()
+             if key.partition(".")[0] not in heads}
+    assert len(state) < len(network.state_dict())
+    for content in (network.state_dict(), state):
+        torch.save(content, tmp_path / "w.pth")
+        assert same(checkpoints.load_teacher(tmp_path / "w.pth", arch, CLASSES, size), network)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is assumed
+# --------------------------------------------------------------------------------------------------
+
+def test_what_is_assumed_of_the_pixels_is_said(net, capsys):
+    torch.save(net.state_dict(), "w.pth")
+    checkpoints.load_teacher("w.pth", "net.py:make", CLASSES)
+    said = capsys.readouterr().out
+    assert "w.pth is given images of 32x32 pixels, mean 0.5, 0.5, 0.5, std" in said
+    assert "(assumed, as the file does not say)" in said
+    checkpoints.load_teacher("w.pth", "net.py:make", CLASSES, 48, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    said = capsys.readouterr().out
+    assert "48x48 pixels, mean 0.1, 0.2, 0.3, std 0.4, 0.5, 0.6 (as asked)" in said
+    refused("does not say which classes it knows. Add --classes", checkpoints.load_teacher,
+            "w.pth", "net.py:make", None)
+
+
+def test_a_state_dict_for_a_network_of_timm_takes_the_mean_and_deviation_that_timm_has(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is an optional extra")
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict()
+    torch.save({"state_dict": under("module.", state)}, tmp_path / "w.pth")
+    loaded = checkpoints.load_teacher(tmp_path / "w.pth", "timm:vit_tiny_patch16_224", CLASSES)
+    assert (loaded.input_size, loaded.mean, loaded.std) == (224, [0.5] * 3, [0.5] * 3)
+    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "w.pth")
+    loaded = checkpoints.load_teacher(tmp_path / "w.pth", "timm:resnet10t", CLASSES)
+    assert (loaded.input_size, loaded.mean) == (32, [0.485, 0.456, 0.406])
+
+
+def test_with_imagenets_mean_googlenet_transforms_its_input_as_in_torchvision(tmp_path):
+    mean, std = models.IMAGENET
+    theirs = torchvision.models.googlenet(num_classes=3, aux_logits=False, transform_input=True,
+                                          init_weights=False).eval()
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    ours = checkpoints.load_teacher(tmp_path / "w.pth", "googlenet", CLASSES, 64, mean, std, 64)
+    images = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
+    pixels = images.permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        expected = theirs(torchvision.transforms.functional.normalize(pixels, mean, std))
+        scale = (expected - expected.mean(0)).abs().max()
+        assert (ours(images) - expected).abs().max() < 1e-2 * scale
+    assert ours.takes().endswith("transform_input")
+
+
+@pytest.mark.parametrize("classes", [CLASSES, ["a", "b", "c", "d", "e"]])
+@pytest.mark.parametrize("form", ["bare", "wrapped", "ours"])
+def test_a_start_may_be_a_state_dict_or_a_checkpoint_that_knows_other_classes(net, form, classes):
+    state = net.state_dict()
+    torch.save({"state_dict": under("module.", state)} if form == "wrapped" else state, "w.pth")
+    if form == "ours":
+        checkpoints.save("w.pth", given(state))
+    started = models.build("net.py:make", classes, "w.pth")
+    assert torch.equal(started.network.features[0].weight, net.features[0].weight)
+    assert started.classes == classes and len(started.network.fc.weight) == len(classes)
+    assert torch.equal(started.network.fc.weight[:3], net.fc.weight) == (len(classes) == 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is refused
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change, said", [
+    (lambda state: state.pop("fc.weight"), "it lacks fc.weight"),
+    (lambda state: state.update({"fc2.weight": torch.zeros(1)}), "it has besides fc2.weight"),
+    (lambda state: state.update({"fc.bias": torch.zeros(4)}),
+     r"size mismatch for fc.bias: .* torch.Size\(\[4\]\) .* torch.Size\(\[3\]\)"),
+    (lambda state: state.update({"fc.bias": torch.zeros(1).expand(10 ** 12)}), "size mismatch"),
+    (lambda state: state["fc.bias"].fill_(float("nan")), "it has NaN or infinity in fc.bias"),
+    (lambda state: state.update({"fc.bias": torch.zeros(3).to_sparse()}), "it lacks fc.bias"),
+    (lambda state: state.update({"fc.bias": torch.empty(3, device="meta")}), "it lacks fc.bias"),
+    (lambda state: [state.pop(key) for key in list(state)], "it holds no state dict"),
+    (lambda state: [state.update({f"other{i}": state.pop(key)})
+                    for i, key in enumerate(list(state))],
+     "it has besides other0, other1, other2 and")])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_keys_that_do_not_fit_are_named_with_what_to_do(net, change, said):
+    state = copy.deepcopy(net.state_dict())
+    change(state)
+    assert refused(said, given, state).startswith("given.pth does not fit net.py:make: ")
+
+
+class Bomb:
+    """Unpickled by Python's own pickle, it writes a file."""
+
+    def __init__(self, call, *arguments):
+        self.reduced = call, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+class Built(dict):
+    def __getstate__(self):
+        return {"a": 1}
+
+    def __setstate__(self, state):
+        open("ran", "w").close()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("bomb", [
+    Bomb(eval, "open('ran', 'w')"), Bomb(open, "ran", "w"), Bomb(os.system, "touch ran"),
+    Bomb(np.save, "ran", np.zeros(1)), Bomb(torch.save, 1, "ran"), Built()],
+    ids=["eval", "open", "system", "numpy", "torch", "state"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_code_from_a_file_runs(net, bomb, zipped):
+    pickle.loads(pickle.dumps(bomb))
+    ran, = Path().glob("ran*")
+    ran.unlink()
+    for content in (bomb, {"state_dict": net.state_dict(), "epoch": bomb},
+                    {"state_dict": net.state_dict() | {"fc.bias": bomb}}):
+        try:
+            given(content, _use_new_zipfile_serialization=zipped)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+        Path("given.pth").write_bytes(pickle.dumps(content, protocol=2))
+        refused("given.pth", checkpoints.load_teacher, "given.pth", "net.py:make", CLASSES)
+    assert not list(Path().glob("ran*"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("save, said", [
+    (lambda net: torch.save(nn.Sequential(nn.Linear(3, 3)), "given.pth"),
+     r"it holds no state dict. Where it was made, use torch.save\(network.state_dict\(\), FILE\)"),
+    (lambda net: torch.jit.save(torch.jit.script(nn.Linear(3, 3)), "given.pth"), "TorchScript"),
+    (lambda net: Path("given.pth").write_bytes(b"junk"), "can't be read as tensors and plain"),
+    (lambda net: Path("given.pth").write_bytes(b""), "can't be read as tensors and plain types"),
+    (lambda net: torch.save({"epoch": 3}, "given.pth"), "it holds no state dict"),
+    (lambda net: torch.save([1, 2], "given.pth"), "it holds no state dict"),
+    (lambda net: None, "no such file"),
+    (lambda net: Path("given.pth").mkdir(), "a folder without model"),
+])
+def test_what_is_no_state_dict_is_refused_with_the_way_out(net, save, said):
+    save(net)
+    refused(said, checkpoints.load_teacher, "given.pth", "net.py:make", CLASSES)

@@ -1,0 +1,332 @@
+"""Data sets: what every layout is read as, where they are found, what is refused.
+
+All files are generated, small, in the official layouts; torchvision's own classes are the oracle.
+"""
+import os
+import pickle
+import shutil
+import unicodedata
+
+import layout_files as made
+import numpy as np
+import pytest
+import torchvision
+from conftest import run_script
+from layout_files import save, settings_of, source, target
+from PIL import Image
+from torchvision.transforms import Resize
+
+import data
+from kd.files import UserError
+
+small = made.small
+pytestmark = pytest.mark.usefixtures("small")
+ORACLES = {     # name: arguments of torchvision's class for train, test and source
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}, {"train": True}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}, {"train": True}),
+    "svhn": ("SVHN", {"split": "train"}, {"split": "test"}, {"split": "train"}),
+    "stl10": ("STL10", {"split": "train"}, {"split": "test"}, {"split": "train+unlabeled"})}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ORACLES)
+def test_arrays_are_read_as_torchvision_reads_them(tmp_path, monkeypatch, name):
+    kind, *splits = ORACLES[name]
+    for module in ("cifar", "svhn", "stl10"):       # it knows the official checksums alone
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *_: True)
+    made.WRITERS[name](tmp_path)
+    size = 96 if name == "stl10" else 32
+    ours = target(tmp_path, name, image_size=size)
+    for pack, arguments in zip((ours.train, ours.test, source(tmp_path, name, image_size=size)),
+                               splits, strict=True):
+        theirs = getattr(torchvision.datasets, kind)(tmp_path, **arguments)
+        for image, (expected, _) in zip(pack.images, theirs, strict=True):
+            np.testing.assert_array_equal(image, np.asarray(expected))
+        if pack.labels is not None:
+            assert pack.labels.tolist() == [label for _, label in theirs]
+            assert pack.classes == getattr(theirs, "classes", list("0123456789"))
+
+
+@pytest.mark.parametrize("name", ["tinyimagenet", "places365", "caltech256", "caltech101"])
+def test_image_files_become_what_torchvisions_resize_makes_of_them(tmp_path, name):
+    root, pack = made.WRITERS[name](tmp_path), source(tmp_path, name)
+    assert len(pack) == made.SMALL[name]["source"] and pack.labels is None
+    assert list(pack.files) == sorted(pack.files)
+    for file, image in zip(pack.files, pack.images, strict=True):
+        path = root / "train" / file if name == "tinyimagenet" else root / file
+        np.testing.assert_array_equal(image, np.asarray(Resize((32, 32))(Image.open(path))))
+
+
+def test_folders_of_classes_have_their_official_test_split_or_every_fifth_image(tmp_path):
+    for write in (made.write_tinyimagenet, made.write_caltech256, made.write_caltech101):
+        write(tmp_path)
+    tiny = target(tmp_path, "tinyimagenet")
+    assert tiny.classes == ["n01", "n02"] and tiny.train.labels.tolist() == [0, 0, 1, 1]
+    assert tiny.test.labels.tolist() == [1, 0, 1] and tiny.test.files[2] == "val_2.JPEG"
+    found = target(tmp_path, "caltech256")
+    assert found.classes == ["056.dog", "198.spider"] and len(found.train) == 14
+    assert list(found.test.files) == ["056.dog/056_0005.jpg", "056.dog/056_0010.jpg",
+                                      "198.spider/198_0005.jpg"]
+    assert not set(found.train.rows) & set(found.test.rows)
+    assert target(tmp_path, "caltech101").classes == ["Motorbikes", "accordion"]
+
+
+@pytest.mark.quick
+def test_digits_are_scikit_learns_with_the_same_split_for_every_seed(tmp_path):
+    from sklearn.datasets import load_digits
+    official = load_digits()
+    digits, other = target(tmp_path / "a", "digits"), target(tmp_path / "b", "digits", seeds=(7,))
+    assert sorted([*digits.train.rows, *digits.test.rows]) == list(range(1797))
+    assert digits.test.rows.tolist() == other.test.rows.tolist() and len(digits.test) == 359
+    assert digits.test.labels.tolist() == official.target[digits.test.rows].tolist()
+    ink = np.rint(official.images[digits.test.rows[3]] / 16 * 255).astype(np.uint8)
+    expected = Resize((32, 32))(Image.fromarray(ink).convert("RGB"))
+    np.testing.assert_array_equal(digits.test.images[3], np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", ["glyphs", "photos", "noise"])
+def test_drawn_sources_depend_on_seed_and_number_alone(tmp_path, name):
+    first, again, other = (source(tmp_path / str(seed), name, limit=limit, seeds=(seed,))
+                           for limit, seed in ((12, 3), (2, 3), (12, 4)))
+    np.testing.assert_array_equal(first.images[[0, 11]], again.images)
+    assert first.rows[[0, 11]].tolist() == again.rows.tolist()
+    assert all((one != two).any() for one, two in zip(first.images, other.images, strict=True))
+
+
+def cut(path, count):
+    os.truncate(path, path.stat().st_size - count)
+
+
+DAMAGE = {      # what it is: (data set, what is done to its layout)
+    "a batch that calls a function": ("cifar10", lambda root: (root / "data_batch_3").write_bytes(
+        f"cos\nsystem\n(S'touch {root.parent}/run'\ntR.".encode())),
+    "a batch cut short": ("cifar10", lambda root: cut(root / "data_batch_2", 500)),
+    "a missing batch": ("cifar10", lambda root: (root / "data_batch_5").unlink()),
+    "a batch of a list": ("cifar10", lambda root: (root / "test_batch").write_bytes(
+        pickle.dumps([1, 2]))),
+    "fewer labels": ("cifar100", lambda root: (root / "train").write_bytes(pickle.dumps(
+        {"data": made.random_pixels(3, 3072), "fine_labels": [1]}))),
+    "no MATLAB file": ("svhn", lambda path: path.write_bytes(b"<html>")),
+    "STL10 cut short": ("stl10", lambda root: cut(root / "test_X.bin", 1)),
+    "no annotations": ("tinyimagenet", lambda root: shutil.rmtree(root / "val")),
+    "a class without images": ("caltech101", lambda root: shutil.rmtree(root / "Motorbikes"))}
+
+
+@pytest.mark.parametrize("name, damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_layout_that_is_not_whole_is_one_line_that_names_it(tmp_path, name, damage):
+    root = made.WRITERS[name](tmp_path)
+    damage(root)
+    with pytest.raises(UserError) as refusal:
+        source(tmp_path, name) if name == "caltech101" else target(tmp_path, name)
+    assert str(refusal.value).startswith(f"{root} is incomplete or damaged")
+    assert "\n" not in str(refusal.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, below", [
+    ("svhn", "."), ("svhn", "SVHN"), ("cifar10", "CIFAR-10"), ("caltech101", "caltech101"),
+    ("stl10", "STL10"), ("tinyimagenet", "TinyImageNet")])
+def test_data_sets_are_read_in_place_where_torchvisions_users_have_them(tmp_path, name, below):
+    made.WRITERS[name](tmp_path / below)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(source(tmp_path, name)) == made.SMALL[name]["source"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_folder_with_a_data_sets_name_serves_as_it_and_may_hold_links(tmp_path):
+    save(tmp_path / "disk" / "cat", "a.png", "b.png")
+    (tmp_path / "data" / "caltech101").mkdir(parents=True)
+    (tmp_path / "data" / "caltech101" / "cat").symlink_to(tmp_path / "disk" / "cat")
+    assert list(source(tmp_path / "data", "caltech101").files) == ["cat/a.png", "cat/b.png"]
+    save(tmp_path / "data" / "cifar10", *(f"{split}/{name}/1.png" for split in ("train", "test")
+                                          for name in "ab"))
+    assert target(tmp_path / "data", "cifar10").classes == ["a", "b"]
+    assert list(source(tmp_path / "data", "cifar10").files) == ["a/1.png", "b/1.png"]
+
+
+def test_what_is_at_hand_is_opened_and_nothing_is_made(tmp_path):
+    save(tmp_path / "pool", "a.png")
+    spec = f"pool={tmp_path / 'pool'}"
+    for name in (spec, "cifar10"):
+        with pytest.raises(UserError, match="is not"):
+            data.load_source(settings_of(tmp_path / "d", sources=(name,)), name, make=False)
+    assert not (tmp_path / "d").exists()
+    source(tmp_path / "d", spec)
+    assert len(data.load_source(settings_of(tmp_path / "d", sources=(spec,)), spec, False)) == 1
+
+
+@pytest.mark.quick
+def test_what_counts_as_an_image_is_said_by_its_name_or_by_its_content(tmp_path, capsys):
+    root, names = tmp_path / "pool", ["b/2.PNG", "b/10.png", "a.b/x.png", "a/1.gif", "a/y/z.jpeg"]
+    save(root, *names, ".hidden.png", ".cache/a.png", "__MACOSX/a.png", "a/._1.png")
+    for name, kind in (("c.jfif", "JPEG"), ("d", "PNG"), ("e.orig", "WEBP"), ("f.avif", "AVIF")):
+        save(root, name, kind=kind)
+    for name in ("notes.txt", "labels.json", "a/page", "b/c.heic"):
+        (root / name).write_text("no image")
+    (tmp_path / "elsewhere").mkdir()
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(root)
+    save(tmp_path / "elsewhere", "a.png")
+    found = source(tmp_path / "d", f"pool={root}", max_bad=1.0)
+    assert list(found.files) == sorted([*names, "c.jfif", "d", "e.orig", "f.avif", "link/a.png"])
+    said = capsys.readouterr().out
+    assert "pool: passing over what is not an image (4 hidden" in said and "1 .heic" in said
+    assert found.bad == 0
+
+
+def pets(root, test="test", names=("ant", "bee")):
+    for split in ("train", test):
+        save(root / split, *(f"{name}/{i}.png" for name in names for i in range(3)))
+    return f"pets={root}"
+
+
+@pytest.mark.quick
+def test_a_target_has_a_class_per_folder_hidden_ones_and_empty_ones_left_out(tmp_path, capsys):
+    spec = pets(tmp_path / "pets", test="val")      # which is taken for test, where there is none
+    save(tmp_path / "pets" / "train", ".ipynb_checkpoints/a.png", "bee/deep/er/b.png")
+    (tmp_path / "pets" / "train" / "cow").mkdir()
+    found = target(tmp_path / "d", spec)
+    assert found.classes == ["ant", "bee"]
+    assert found.train.labels.tolist() == [0] * 3 + [1] * 4 and len(found.test) == 6
+    assert "pets train: cow holds no image and is not taken for a class." in capsys.readouterr().out
+
+
+def test_classes_are_the_same_however_their_accents_are_written(tmp_path):
+    forms = [[unicodedata.normalize(form, "café"), "ant"] for form in ("NFC", "NFD")]
+    pets(tmp_path / "pets", names=forms[0])
+    shutil.rmtree(tmp_path / "pets" / "train")
+    save(tmp_path / "pets" / "train", *(f"{name}/1.png" for name in forms[1]))
+    found = target(tmp_path / "d", f"pets={tmp_path / 'pets'}", classes=tuple(forms[1]))
+    assert found.classes == forms[0] and found.train.labels.tolist() == [1, 0]
+
+
+@pytest.mark.quick
+def test_classes_take_the_order_of_the_names_that_are_given(tmp_path):
+    spec = pets(tmp_path / "pets")
+    plain, turned = (target(tmp_path / "d", spec, classes=names) for names in (2, ("bee", "ant")))
+    assert plain.classes == ["ant", "bee"] and turned.classes == ["bee", "ant"]
+    assert turned.train.labels.tolist() == [1, 1, 1, 0, 0, 0]
+    assert turned.train.fingerprint != plain.train.fingerprint
+    for wrong in (3, ("bee", "cow"), ("bee", "ant", "cow")):
+        with pytest.raises(UserError, match="--classes gives . classes"):
+            target(tmp_path / "d", spec, classes=wrong)
+
+
+def test_a_data_free_target_needs_no_training_image_and_no_image_at_all(tmp_path):
+    spec = pets(tmp_path / "pets")
+    shutil.rmtree(tmp_path / "pets" / "train")
+    found = target(tmp_path / "d", spec, data_free=True)
+    assert (found.train, len(found.test), found.classes) == (None, 6, ["ant", "bee"])
+    found = target(tmp_path / "d", "flowers", data_free=True, classes=3)
+    assert (found.train, found.test, found.classes) == (None, None, ["0", "1", "2"])
+    assert target(tmp_path / "d", "flowers", data_free=True).classes is None
+
+
+def test_a_limit_takes_images_evenly(tmp_path):
+    found = target(tmp_path / "d", pets(tmp_path / "pets", names=("a", "b", "c")), limit=4).train
+    assert found.rows.tolist() == [0, 3, 5, 8] and found.labels.tolist() == [0, 1, 1, 2]
+
+
+REFUSED = {     # what it is: (target, sources, what the line says), in the working folder
+    "an unknown name": ("pets={}/pets", "cifar11", "no data set cifar11.*cifar10.*cifar11=PATH"),
+    "a missing folder": ("pets={}/pets", "pool={}/nowhere", "there is no folder .*nowhere"),
+    "a target without test": ("pets={}/pets/train", "noise", "there is no folder .*train/train"),
+    "a target without classes": ("noise", "glyphs", "no data set noise to be a target"),
+    "compressed shards": ("pets={}/pets", "pool={}/a.tar.gz", "uncompressed .tar files"),
+    "no shards": ("pets={}/pets", "pool={}/{{000..002}}.tar", r"there is no .*000.tar.*\*.tar"),
+    "the target": ("pets={}/pets", "pool={}/pets", "pool and the target are the same folder"),
+    "its test split": ("pets={}/pets", "pool={}/pets/test", "pool and the target"),
+    "a class of it": ("pets={}/pets", "pool={}/pets/train/ant", "pool and the target"),
+    "a link to it": ("pets={}/pets", "pool={}/link", "pool and the target"),
+    "what holds it": ("pets={}/pets", "pool={}", "the same folder"),
+    "its named layout": ("cifar10", "pool={}/d/cifar-10-batches-py", "pool and the target"),
+    "the data folder": ("pets={}/pets", "pool={}/d", "pool and the data folder"),
+    "the run folder": ("pets={}/pets", "pool={}/d/run", "pool and the run folder"),
+    "a folder twice": ("pets={}/pets", "a={}/pool,b={}/again", "b and the source a are the same"),
+    "a folder within": ("pets={}/pets", "a={}/pool/x,b={}/pool", "images would be used twice")}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("given, sources, said", REFUSED.values(), ids=REFUSED)
+def test_what_can_not_be_used_is_one_line_before_any_work(tmp_path, given, sources, said):
+    pets(tmp_path / "pets")
+    made.write_cifar10(tmp_path / "d")
+    save(tmp_path / "pool", "x/a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "pets" / "test")
+    (tmp_path / "again").symlink_to(tmp_path / "pool")
+    (tmp_path / "d" / "run").mkdir()
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    sources = [spec.format(tmp_path) for spec in sources.split(",")]
+    with pytest.raises(UserError, match=said) as refusal:
+        data.obtain(settings_of(tmp_path / "d", given.format(tmp_path), sources))
+    assert "\n" not in str(refusal.value)
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path):
+    with pytest.raises(UserError) as refusal:
+        data.obtain(settings_of(tmp_path, "pets=/nowhere", ("cifar11", "pool=/nowhere/else")))
+    assert len(str(refusal.value).splitlines()) == 3
+
+
+def test_links_below_a_source_lead_to_no_image_of_the_target_but_its_neighbours_are_free(tmp_path):
+    spec = pets(tmp_path / "pets")
+    save(tmp_path / "pets" / "unlabelled", "a.png")
+    settings = settings_of(tmp_path / "d", spec, (f"pool={tmp_path / 'pets' / 'unlabelled'}",))
+    data.obtain(settings)
+    assert len(data.load_source(settings, settings.sources[0])) == 1
+    (tmp_path / "pets" / "unlabelled" / "b").symlink_to(tmp_path / "pets" / "test" / "ant")
+    with pytest.raises(UserError, match="pool and the target"):
+        data.load_source(settings, settings.sources[0])
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda root: save(root, "test/zebra/1.png"), "zebra is in only one of train and test"),
+    (lambda root: [shutil.rmtree(root / split / "bee") for split in ("train", "test")],
+     "two classes or more, found 1"),
+    (lambda root: [path.unlink() for path in root.rglob("*.png")], "no images found")])
+def test_a_target_that_can_not_be_learnt_is_one_line(tmp_path, change, said):
+    spec = pets(tmp_path / "pets")
+    change(tmp_path / "pets")
+    with pytest.raises(UserError, match=said):
+        target(tmp_path / "d", spec)
+
+
+@pytest.mark.quick
+def test_the_list_shows_every_data_set_with_its_size_its_state_and_its_terms(tmp_path):
+    (tmp_path / "caltech-101.zip.part").write_bytes(bytes(7_000_000))
+    (tmp_path / "stl10_binary.tar.gz").write_bytes(b"")
+    made.write_tinyimagenet(tmp_path)
+    done = run_script("data.py", "--list", "--data-dir", tmp_path)
+    lines = {line.split()[0]: " ".join(line.split()) for line in done.stdout.splitlines()}
+    assert done.returncode == 0 and set(data.DATA_SETS) < set(lines)
+    for line in ("svhn 73,257 32 182 MB absent non-commercial", "cifar10 50,000 32 170 MB absent",
+                 "caltech101 9,144 all 130 MB partial CC BY 4.0", "digits 1,438 8 - built in",
+                 "stl10 105,000 96 2,640 MB archive", "tinyimagenet 100,000 64 - extracted"):
+        assert lines[line.split()[0]].startswith(line)
+
+
+def test_folders_are_packed_by_their_path_and_what_fails_keeps_no_other_back(tmp_path):
+    save(tmp_path / "pictures", *(f"{i:02}.png" for i in range(20)))
+    (tmp_path / "pictures" / "07.png").write_bytes(b"no image")
+    save(tmp_path / "more", "a.png")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "cifar-10-python.tar.gz").write_bytes(b"<html>quota exceeded</html>" * 150)
+    argv = ["cifar10", "mine=pictures", "more=~/more", "--data-dir", "d"]
+    done = run_script("data.py", *argv, cwd=tmp_path, env={"HOME": str(tmp_path)})
+    assert done.returncode == 2 and done.stdout.splitlines()[-1] == "more: 1 images packed"
+    first, second = done.stderr.splitlines()
+    assert "cifar-10-python.tar.gz has 4,050 bytes instead of 170,498,071. Delete it" in first
+    assert "mine: 1 of 20 images can't be read, more than 0.01 of all" in second
+    assert (tmp_path / "d" / "cifar-10-python.tar.gz").exists()
+    done = run_script("data.py", f"mine={tmp_path}/pictures", "--max-bad", "5%", "--data-dir", "d",
+                      cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.endswith("mine: 19 images packed, 1 left out\n")
+    assert len(made.names_in(tmp_path / "d" / "packed")) == 2
+
+
+def test_what_is_not_known_is_refused_before_anything_is_done(tmp_path):
+    save(tmp_path / "pictures", "a.png")
+    for wrong in ("cifar11", "a/b", "mine=nowhere"):
+        done = run_script("data.py", f"good={tmp_path}/pictures", wrong, "--data-dir",
+                          tmp_path / "d", cwd=tmp_path)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "d").exists()

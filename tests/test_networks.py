@@ -1,0 +1,401 @@
+"""Networks: what they are given, their heads, and what is asked of them before any long work."""
+import copy
+import hashlib
+import sys
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from kd import architectures, models, own
+from kd.download import RemoteFile
+from kd.files import UserError
+from kd.small_conv import SmallInputConv2d
+
+CLASSES = ["cat", "dog", "frog"]
+NETWORKS = '''
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Net(nn.Module):
+    """The mean of 4 feature maps and one linear layer; `end` is what becomes of its output."""
+    def __init__(self, classes, channels=3, end=lambda self, z: z, start=lambda self, x: x):
+        super().__init__()
+        self.start, self.end = start, end
+        self.conv1, self.fc = nn.Conv2d(channels, 4, 3), nn.Linear(4, classes)
+    def forward(self, x):
+        return self.end(self, self.fc(self.conv1(self.start(self, x)).relu().mean((2, 3))))
+
+def make(num_classes): return Net(num_classes)
+def positional(count, width=3): return Net(count)
+def three(): return Net(3)
+def half(num_classes): return Net(num_classes).half()
+def grey(num_classes): return Net(num_classes, 1)
+def softmax(num_classes): return Net(num_classes, end=lambda self, z: z.softmax(1))
+def sigmoid(num_classes): return Net(num_classes, end=lambda self, z: z.sigmoid())
+def log_softmax(num_classes): return Net(num_classes, end=lambda self, z: z.log_softmax(1))
+def in_place(num_classes): return Net(num_classes, end=lambda self, z: z.tanh_())
+def pair(num_classes): return Net(num_classes, end=lambda self, z: (z, z))
+def nan(num_classes): return Net(num_classes, end=lambda self, z: z * torch.nan)
+def scaled(num_classes): return Net(num_classes, end=lambda self, z: 2 * z)
+def in_train(num_classes):
+    return Net(num_classes, end=lambda self, z: {"out": z} if self.training else z)
+def dropout(num_classes): return Net(num_classes, end=lambda self, z: F.dropout(z, 0.5))
+def company(num_classes):
+    norm = nn.BatchNorm2d(3, affine=False, track_running_stats=False)
+    return Net(num_classes, start=lambda self, x: norm(x))
+def contrast(num_classes):
+    return Net(num_classes, start=lambda self, x: x / x.std((1, 2, 3), keepdim=True))
+class Twice(Net):
+    def __init__(self, classes):
+        super().__init__(classes)
+        self.norm = nn.BatchNorm2d(4)
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.fc((x + self.norm(x)).mean((2, 3)))
+def twice(num_classes): return Twice(num_classes)
+def lazy(num_classes):
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(num_classes))
+def weight_norm(num_classes):
+    net = make(num_classes)
+    net.conv1 = nn.utils.parametrizations.weight_norm(net.conv1)
+    return net
+class LeNet(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5)
+        self.last = nn.Conv2d(16, 8, 3, stride=4, padding=1)
+        self.fc = nn.Linear(32, classes)
+    def forward(self, x):
+        x = F.max_pool2d(self.conv1(x).relu(), 2)
+        x = self.last(F.max_pool2d(self.conv2(x).relu(), 2))
+        return self.fc(x.view(x.size(0), -1))
+def lenet(num_classes): return LeNet(num_classes)
+def broken(num_classes): raise RuntimeError("no such layer")
+def fails(num_classes): return Net(num_classes, end=lambda self, z: z.view(7, 7, 7))
+def nothing(): return 7
+'''
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "nets.py"
+    path.write_text(NETWORKS)
+    return path
+
+
+def random_images(count, seed=0, size=32):
+    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(seed))
+
+
+def with_statistics(classifier, count=16):
+    """Batch norms that have seen images, and are not alike."""
+    for module in classifier.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.normal_(module.bias)
+    with torch.no_grad():
+        classifier.train()(random_images(count))
+    return classifier.eval()
+
+
+# --------------------------------------------------------------------------------------------------
+# What a network is given
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.quick
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("options", [
+    dict(kernel_size=3, padding=1), dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=1),
+    dict(kernel_size=1, stride=2), dict(kernel_size=3, padding="same"),
+    dict(kernel_size=3, padding=1, groups=2), dict(kernel_size=3, padding=1, bias=False)])
+def test_small_inputs_are_convolved_as_torch_does(size, options):
+    torch.manual_seed(0)
+    reference = nn.Conv2d(4, 6, **options)
+    ours = SmallInputConv2d(4, 6, **options)
+    ours.load_state_dict(reference.state_dict())
+    images = torch.randn(4, 4, size, size, requires_grad=True)
+    gradient = torch.randn_like(reference(images))
+    results = []
+    for layer in (reference, ours):
+        out = layer(images)
+        results.append((out, *torch.autograd.grad(out, [images, *layer.parameters()], gradient)))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.quick
+def test_a_classifier_gives_the_logits_of_torchvisions_own_network_on_normalised_pixels():
+    torch.manual_seed(0)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    classifier = models.build("resnet18", CLASSES, input_size=40, mean=mean, std=std).eval()
+    plain = torchvision.models.resnet18(num_classes=3).eval()
+    plain.load_state_dict(classifier.network.state_dict())
+    pixels = torchvision.transforms.functional.normalize(
+        random_images(4).permute(0, 3, 1, 2) / 255, mean, std)
+    pixels = nn.functional.interpolate(pixels, (40, 40), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(classifier(random_images(4)), plain(pixels), rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_of_one_channel_gets_the_grey_images_that_torchvision_makes(nets):
+    classifier = models.require_logits(models.build(f"{nets}:grey", CLASSES).eval())
+    pixels = random_images(4).permute(0, 3, 1, 2) / 255 * 2 - 1
+    grey = torchvision.transforms.functional.rgb_to_grayscale(pixels)
+    torch.testing.assert_close(classifier(random_images(4)), classifier.network(grey),
+                               rtol=1e-3, atol=1e-4)
+    assert classifier.takes().startswith("grey images of 32x32 pixels, mean 0.5, 0.5, 0.5")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_network_that_views_its_maps_runs_as_it_does_in_pytorch(nets, mode):
+    classifier = models.build(f"{nets}:lenet", CLASSES).eval()
+    plain = own.import_file(nets).lenet(3).eval()
+    plain.load_state_dict(classifier.network.state_dict())
+    with mode():
+        expected = plain((random_images(4).permute(0, 3, 1, 2) / 255 * 2 - 1).contiguous())
+        torch.testing.assert_close(classifier(random_images(4)), expected, rtol=1e-4, atol=1e-5)
+    classifier.train()(random_images(4)).sum().backward()
+
+
+# --------------------------------------------------------------------------------------------------
+# Heads
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arch, head", [
+    ("resnet18", "fc"), ("resnet18_cifar", "fc"), ("densenet121", "classifier"),
+    ("mobilenet_v3_small", "classifier.3"), ("squeezenet1_1", "classifier.1"), ("googlenet", "fc"),
+    ("regnet_x_400mf", "fc"), ("mnasnet0_5", "classifier.1"), ("timm:resnet10t", "fc"),
+    ("timm:mobilenetv4_conv_small", "classifier"), ("timm:convnext_atto", "head.fc")])
+def test_the_head_of_every_family_is_found_replaced_trained_saved_and_loaded(arch, head, tmp_path):
+    from kd import checkpoints
+    if arch.startswith("timm:"):
+        pytest.importorskip("timm", reason="timm is an optional extra")
+    torch.manual_seed(0)
+    classifier = models.build(arch, CLASSES)
+    rows = classifier.network.get_submodule(head).weight
+    assert torch.equal(models.head_weight(classifier), rows.detach().flatten(1))
+    models.replace_head(classifier, list("abcde"))
+    new = classifier.network.get_submodule(head).weight
+    assert len(new) == 5 and models.require_trainable(classifier).training
+    answer = with_statistics(classifier).train()(random_images(8))
+    answers = answer if isinstance(answer, tuple) else (answer,)
+    sum(each.square().mean() for each in answers).backward()
+    assert new.grad.abs().sum() > 0
+    with torch.no_grad():
+        expected = classifier.eval()(random_images(4))
+        checkpoints.save(tmp_path / "network.pt", classifier)
+        loaded = checkpoints.load(tmp_path / "network.pt")
+        assert torch.equal(loaded(random_images(4)), expected) and loaded.classes == list("abcde")
+
+
+def test_inception_has_its_auxiliary_head_from_299_pixels_on_and_both_are_replaced():
+    assert models.build("inception_v3", CLASSES, input_size=298).network.AuxLogits is None
+    classifier = models.build("inception_v3", CLASSES)
+    models.replace_head(classifier, list("abcde"))
+    network = classifier.network
+    assert (network.fc.out_features, network.AuxLogits.fc.out_features) == (5, 5)
+
+
+@pytest.mark.parametrize("factory, found", [
+    ("make", True), ("log_softmax", True), ("weight_norm", True), ("lazy", True),
+    ("scaled", False), ("in_place", False)])
+def test_only_a_layer_that_makes_the_logits_is_taken_for_the_head(nets, factory, found):
+    classifier = models.build(f"{nets}:{factory}", CLASSES)
+    rows = models.head_weight(classifier)
+    assert (rows is not None) == found
+    if not found:
+        with pytest.raises(UserError, match="has no linear layer that makes its logits"):
+            models.replace_head(classifier, ["a", "b"])
+
+
+@pytest.mark.parametrize("arch, left", [("resnet18", 0), ("mobilenet_v2", 0), ("densenet121", 62),
+                                        ("{nets}:weight_norm", 0), ("{nets}:twice", 1)])
+def test_batch_norms_are_folded_where_the_logits_stay_the_same(nets, arch, left):
+    classifier = with_statistics(models.build(arch.format(nets=nets), CLASSES))
+    before = copy.deepcopy(classifier.state_dict())
+    folded = models.folded(classifier)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == left
+    assert all(torch.equal(before[name], value) for name, value in classifier.state_dict().items())
+    with torch.no_grad():
+        expected = classifier(random_images(32, 1))
+        torch.testing.assert_close(folded(random_images(32, 1)), expected, rtol=1e-3,
+                                   atol=1e-4 * expected.abs().max().item())
+
+
+def test_a_student_of_the_same_family_inherits_what_its_teacher_has():
+    teacher, student, stranger = (models.build(arch, CLASSES) for arch in (
+        "resnet34", "resnet18", "mobilenet_v3_small"))
+    assert models.inherit(student, with_statistics(teacher)) == 1
+    known = teacher.network.state_dict()
+    assert all(torch.equal(value, known[name])
+               for name, value in student.network.state_dict().items())
+    before = copy.deepcopy(stranger.state_dict())
+    assert models.inherit(stranger, teacher) < 0.5
+    assert all(torch.equal(value, before[name]) for name, value in stranger.state_dict().items())
+    with pytest.raises(UserError, match="mobilenet_v2 can't start from its teacher's weights"):
+        models.require_heir("mobilenet_v2", "resnet18")
+
+
+# --------------------------------------------------------------------------------------------------
+# Architectures and weights
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arch, size, said", [
+    ("alexnet", 32, "alexnet can't answer for images of 32x32 pixels.*Use another network or size"),
+    ("timm:vit_tiny_patch16_224", 32, "can't answer for images of 32x32 pixels.*doesn't match"),
+    ("resnet19", 32, "resnet19 is not a classifier of torchvision"),
+    ("timm:resnet19", 32, r"timm:resnet19 can't be made \(Unknown model"),
+    ("nowhere.py:make", 32, "nowhere.py: no such file"),
+    ("{nets}:nobody", 32, "no function nobody"),
+    ("{nets}:nothing", 32, "nothing gives a int, not a torch.nn.Module")])
+def test_a_network_that_can_not_be_had_is_one_sentence(nets, arch, size, said):
+    with pytest.raises(UserError, match=said) as raised:
+        models.unavailable([("teacher", arch.format(nets=nets), "none", size)])
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_weights_that_do_not_exist_are_a_line_each(nets):
+    one, other = models.unavailable([("student", "resnet18", "IMAGENET1K_V9", None),
+                                     ("teacher", f"{nets}:make", "imagenet", None)])
+    assert one == ("resnet18 has no weights IMAGENET1K_V9, but IMAGENET1K_V1, DEFAULT. Or use "
+                   "--student-weights none.")
+    assert other == f"There are no ImageNet weights for {nets}:make. Or use --teacher-weights none."
+
+
+def test_torchvisions_weights_bring_their_mean_and_deviation(tmp_path, monkeypatch, capsys):
+    """The cache holds a file of our own, since there is none to fetch."""
+    theirs = torchvision.models.resnet18().eval()
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    digest = hashlib.sha256((tmp_path / "resnet18.pth").read_bytes()).hexdigest()
+    preset = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
+    monkeypatch.setattr(architectures, "_imagenet", lambda arch, weights: (
+        preset, RemoteFile(("http://127.0.0.1:9/",), sha256=digest), tmp_path / "resnet18.pth"))
+    ours = models.build("resnet18", CLASSES, "imagenet").eval()
+    assert ours.network.fc.out_features == 3
+    assert "weights, which take images of 32x32 pixels, mean 0.485," in capsys.readouterr().out
+    ours.network.fc = theirs.fc
+    pixels = torchvision.transforms.functional.normalize(
+        random_images(4).permute(0, 3, 1, 2) / 255, preset.mean, preset.std)
+    torch.testing.assert_close(ours(random_images(4)), theirs(pixels), rtol=1e-3, atol=1e-4)
+    assert models.build("resnet18", CLASSES, "imagenet", mean=(0.5,) * 3).mean == [0.5] * 3
+
+
+def test_timms_weights_bring_their_mean_and_deviation(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is an optional extra")
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    theirs.pretrained_cfg["mean"] = (0.1, 0.2, 0.3)
+    timm.models.save_for_hf(theirs, tmp_path / "hub", model_config=None)
+    arch = f"timm:local-dir:{tmp_path / 'hub'}"       # as timm:hf-hub:NAME, without a network
+    ours = models.build(arch, CLASSES, "imagenet")
+    assert (ours.mean, ours.input_size) == ([0.1, 0.2, 0.3], 224)
+    assert torch.equal(ours.network.cls_token, theirs.cls_token)
+    assert models.build(arch, CLASSES).mean == [0.5] * 3      # random weights state nothing
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of the user's
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("factory", ["make", "positional", "three"])
+def test_a_factory_is_given_the_number_of_classes_where_it_asks_for_it(nets, factory):
+    assert models.build(f"{nets}:{factory}", CLASSES)(random_images(2)).shape == (2, 3)
+
+
+def test_what_a_network_of_the_users_raises_is_shown_with_what_it_was_given(nets):
+    with pytest.raises(RuntimeError, match="no such layer"):
+        models.build(f"{nets}:broken", CLASSES)
+    with pytest.raises(RuntimeError, match="shape") as raised:
+        models.require_logits(models.build(f"{nets}:fails", CLASSES))
+    assert "was given images of 32x32 pixels" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("added", ["insert(0, ", "append("])
+def test_names_of_ours_do_not_shadow_the_users(tmp_path, added):
+    """Beside the file, and on a path that it adds; at import, and when a function is called."""
+    for folder, width in (("mine", 5), ("repository", 7)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "data.py").write_text(f"WIDTH = {width}\n")
+    (tmp_path / "repository" / "transfer").mkdir()
+    (tmp_path / "repository" / "transfer" / "__init__.py").write_text("from .sizes import DEPTH\n")
+    (tmp_path / "repository" / "transfer" / "sizes.py").write_text("DEPTH = 11\n")
+    (tmp_path / "mine" / "nets.py").write_text(f"""
+import sys
+sys.path.{added}{str(tmp_path / 'repository')!r})
+from torch import nn
+from data import WIDTH
+from mms_threshold import KEEP      # one of ours, where they have none
+
+def make(num_classes):
+    from transfer import DEPTH
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, DEPTH), nn.Linear(DEPTH, num_classes))
+""")
+    import data
+    before = list(sys.path)
+    for _ in range(2):
+        network = models.build(f"{tmp_path}/mine/nets.py:make", CLASSES).network
+        assert network[1].out_features == 11
+        module = own.import_file(tmp_path / "mine" / "nets.py")
+        assert (module.KEEP, module.WIDTH) == (">=", 7 if "insert" in added else 5)
+    import transfer
+    assert sys.modules["data"] is data and "repository" not in transfer.__file__
+    sys.path[:] = before
+
+
+# --------------------------------------------------------------------------------------------------
+# What a network must do
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.quick
+@pytest.mark.parametrize("factory, said", [
+    ("softmax", "gives probabilities, which add up to 1, not logits"),
+    ("sigmoid", "gives the probabilities of a sigmoid, not logits"),
+    ("pair", "gives a tuple for three images of 3 classes"),
+    ("nan", "NaN or infinite for images of noise"),
+    ("in_train", "gives a dict for two images in train mode")])
+def test_what_can_not_be_a_teacher_or_learn_is_named_before_any_work(nets, factory, said):
+    classifier = models.build(f"{nets}:{factory}", CLASSES)
+    with pytest.raises(UserError, match=f"nets.py:{factory} .*{said}"):
+        models.require_trainable(models.require_logits(classifier))
+
+
+@pytest.mark.quick
+def test_a_network_that_knows_another_number_of_classes_is_named(nets):
+    with pytest.raises(UserError, match=r"gives \(3, 3\) for three images of 4 classes, not"):
+        models.require_logits(models.build(f"{nets}:three", list("abcd")))
+
+
+def test_a_look_at_how_a_network_trains_leaves_it_and_the_random_numbers_as_they_were():
+    network = models.build("googlenet", CLASSES).eval()
+    before, numbers = copy.deepcopy(network.state_dict()), torch.random.get_rng_state()
+    models.require_trainable(models.require_logits(network))
+    assert not network.training and torch.equal(torch.random.get_rng_state(), numbers)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("factory, said", [
+    ("dropout", "gives other answers when asked twice for the same images"),
+    ("company", "another answer beside other images: its batch norm has no running statistics")])
+def test_a_teacher_whose_answers_can_not_be_relied_on_is_refused(nets, factory, said):
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match=f"The teacher nets.py:{factory} .*{said}"):
+        teacher = models.build(f"{nets}:{factory}", CLASSES)
+        models.question_teacher(teacher, random_images(40).numpy())
+
+
+@pytest.mark.quick
+def test_what_else_is_odd_about_a_teacher_is_said(nets, capsys):
+    models.question_teacher(models.build(f"{nets}:make", CLASSES), random_images(40).numpy())
+    assert capsys.readouterr().out == ""
+    models.question_teacher(models.build(f"{nets}:contrast", CLASSES), random_images(3).numpy())
+    assert "gives NaN for images of one colour. Such images are left" in capsys.readouterr().out
+    teacher = models.build(f"{nets}:make", ["ant", "bee", "cow", "dog"])
+    with torch.no_grad():
+        teacher.network.fc.weight[3] = teacher.network.fc.weight[1]
+    models.question_teacher(teacher, random_images(40).numpy())
+    assert "equal rows in its last layer for bee, dog." in capsys.readouterr().out

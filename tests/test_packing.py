@@ -1,0 +1,403 @@
+"""Packing and streaming: what images become, which are left out, and what a kill costs: nothing."""
+import io
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import layout_files as made
+import numpy as np
+import pytest
+from conftest import ROOT
+from layout_files import GREEN, RED, save, source, target
+from PIL import Image
+from torchvision.transforms import Resize
+
+import data
+from kd.decoding import decode
+from kd.files import UserError
+from kd.packing import Streamed, pack
+from kd.readers import Images, Names
+
+ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("width, height", [(8, 8), (31, 33), (96, 96), (300, 200), (1, 9)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P"])
+@pytest.mark.parametrize("size", [32, 96])
+def test_decoding_is_torchvisions_resize_to_the_bit(width, height, mode, size):
+    image = Image.fromarray(made.random_pixels(height, width, 3)).convert(mode)
+    expected = Resize((size, size))(image.convert("RGB"))
+    np.testing.assert_array_equal(decode(image, size), np.asarray(expected))
+
+
+def saved(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def filled(colour, mode="RGB", kind="PNG", **options):
+    return saved(Image.new(mode, (32, 32), colour), kind, **options)
+
+
+def png16(pixels, colour_type, *chunks):
+    """A PNG of 16 bits per channel, written by hand. chunks: (kind, content) before the pixels."""
+    head = struct.pack(">IIBBBBB", 32, 32, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = ((b"IHDR", head), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content
+        + struct.pack(">I", zlib.crc32(kind + content)) for kind, content in chunks)
+
+
+def tiff12(pixels):
+    """A TIFF of 12 bits per pixel, written by hand: two pixels in three bytes."""
+    one, two = pixels.reshape(-1, 2).astype(int).T
+    content = np.stack([one >> 4, (one & 15) << 4 | two >> 8, two & 255], 1).astype(np.uint8)
+    tags = ((256, 32), (257, 32), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 32),
+            (279, content.size))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return (b"II*\0" + struct.pack("<I", 8 + content.size) + content.tobytes()
+            + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+def grey(values):
+    return np.repeat(values.astype(np.uint8)[..., None], 3, 2)
+
+
+def of(*colour):
+    return np.tile(np.array(colour, np.uint8), (32, 32, 1))
+
+
+TURNED = Image.Exif()
+TURNED[0x112] = 6
+WIDE = np.random.default_rng(1).integers(0, 65536, (32, 32, 3))
+GREY, NOISE = WIDE[..., 0].astype(np.uint16), made.random_pixels(32, 32, 3)
+# what it is: (its content, the pixels that become of it, how far they may be off)
+READ = {
+    "JPEG of CMYK": (filled((0, 255, 255, 0), "CMYK", "JPEG"), of(255, 0, 0), 4),
+    "turned by its EXIF": (saved(Image.fromarray(NOISE), "WEBP", lossless=True, exif=TURNED),
+                           np.rot90(NOISE, -1), 0),
+    "a broken EXIF": (filled(RED, kind="JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff bad"),
+                      of(*RED), 4),
+    "16 bits of grey": (png16(GREY, 0), grey(GREY >> 8), 0),
+    "16 bits of each colour": (png16(WIDE, 2), (WIDE >> 8).astype(np.uint8), 0),
+    "16 bits of grey, one value transparent": (
+        png16(GREY, 0, (b"tRNS", struct.pack(">H", GREY[3, 3]))),
+        grey(np.where(GREY == GREY[3, 3], 255, GREY >> 8)), 0),
+    "16 bits in a TIFF, 0 is white": (saved(Image.fromarray(GREY), "TIFF", tiffinfo={262: 0}),
+                                      grey((65535 - GREY) >> 8), 0),
+    "12 bits in a TIFF that says so": (tiff12(GREY >> 4), grey(GREY >> 8), 0),
+    "PGM of 16 bits": (b"P5 32 32 65535\n" + GREY.astype(">u2").tobytes(), grey(GREY >> 8), 0),
+    "1 bit": (filled(1, "1"), of(255, 255, 255), 0),
+    "half transparent": (filled((*RED, 128), "RGBA"), of(252, 132, 132), 1),
+    "a transparent colour": (filled(GREEN, transparency=GREEN), of(255, 255, 255), 0),
+    "a palette with transparency": (filled(1, "P", "GIF", transparency=1), of(255, 255, 255), 0),
+    "an animation": (filled(RED, kind="GIF", save_all=True,
+                            append_images=[Image.new("RGB", (32, 32), GREEN)]), of(*RED), 0),
+    "AVIF": (filled((128, 128, 128), kind="AVIF", quality=100), of(128, 128, 128), 2),
+}
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+PHOTO = saved(Image.fromarray(made.random_pixels(300, 300, 3)), "JPEG")
+# what it is: (its content, the beginning of the reason in bad.txt)
+BROKEN = {
+    "empty": (b"", "no JPEG, PNG"), "a text": (b"no image\n", "no JPEG, PNG"),
+    "PostScript": (EPS, "no JPEG, PNG"), "an icon": (filled(RED, kind="ICO"), "no JPEG, PNG"),
+    "a JPEG cut short": (PHOTO[:len(PHOTO) // 2], "image file is truncated"),
+    "a PNG cut short": (filled(RED)[:60], "image file is truncated"),
+    "huge": (saved(Image.new("1", (10_000, 10_000)), "PNG"), "DecompressionBomb"),
+    "floating point": (saved(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"), "floating-"),
+    "32 bits, small values": (saved(Image.fromarray(np.full((9, 9), 200, np.int32)), "TIFF"),
+                              "signed or 32-bit pixels have no fixed range")}
+
+
+@pytest.mark.quick
+def test_odd_images_are_read_as_a_viewer_shows_them(tmp_path, capfd):
+    (tmp_path / "odd").mkdir()
+    for number, (content, _, _) in enumerate(READ.values()):
+        (tmp_path / "odd" / f"{number:02}.png").write_bytes(content)
+    found = source(tmp_path / "d", f"odd={tmp_path / 'odd'}")
+    for (name, (_, expected, tolerance)), image in zip(READ.items(), found.images, strict=True):
+        assert np.abs(image.astype(int) - expected).max() <= tolerance, name
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.quick
+def test_broken_images_are_left_out_and_listed_with_their_reason(tmp_path, capfd):
+    save(tmp_path / "odd", "zz.png")
+    for number, (content, _) in enumerate(BROKEN.values()):
+        (tmp_path / "odd" / f"{number:02}.jpg").write_bytes(content)
+    (tmp_path / "odd" / "link.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(tmp_path / "odd" / "pipe.jpg")
+    found = source(tmp_path / "d", f"odd={tmp_path / 'odd'}", max_bad=1.0)
+    assert list(found.files) == ["zz.png"] and found.rows.tolist() == [11]
+    [listing] = tmp_path.glob("d/packed/*/bad.txt")
+    lines = [line.split("\t") for line in listing.read_text().splitlines()]
+    for (name, (_, reason)), line in zip(BROKEN.items(), lines, strict=False):
+        assert line[1].startswith(reason), (name, line)
+    assert [line[::2] for line in lines[-2:]] == [["link.jpg", "9"], ["pipe.jpg", "10"]]
+    assert capfd.readouterr().out.startswith(
+        f"odd: 11 of 12 images can't be read and are left out. They are listed in {listing}.")
+
+
+def test_12_bits_in_16_are_not_packed_in_silence(tmp_path, capsys):
+    (tmp_path / "scans").mkdir()
+    Image.fromarray(GREY >> 4).save(tmp_path / "scans" / "a.png")
+    source(tmp_path / "d", f"scans={tmp_path / 'scans'}")
+    assert "nearly black, no pixel is above 15 of 255" in capsys.readouterr().out
+
+
+def test_images_of_any_name_are_read_or_are_one_line_of_the_listing(tmp_path):
+    names = ["中文.png", "🐱.png", "new\nline.png", "tab\there.png", "quote'\".png", "-rf.png",
+             "a\\tb.png", "line\u2028end.png", "%s{}*.png", os.fsdecode(b"latin-\xe9.png")]
+    save(tmp_path / "pool", *names, *(f"broken {name}" for name in names))
+    for name in names:
+        (tmp_path / "pool" / f"broken {name}").write_bytes(b"no image")
+    for _ in range(2):      # made, and opened again
+        found = source(tmp_path / "d", f"pool={tmp_path / 'pool'}", max_bad=1.0)
+        assert list(found.files) == sorted(names)
+    [listing] = tmp_path.glob("d/packed/*/bad.txt")
+    lines = listing.read_text(errors="surrogateescape").splitlines()
+    assert len(lines) == len(names) and all(line.count("\t") == 2 for line in lines)
+
+
+def pool(root, count=100, bad=()):
+    """The spec of a folder of images, those in `bad` broken."""
+    save(root, *(f"{i:03}.png" for i in range(count)), size=(9, 9))
+    for i in bad:
+        (root / f"{i:03}.png").write_bytes(b"no image")
+    return f"pool={root}"
+
+
+@pytest.mark.quick
+def test_a_pack_is_made_once_and_again_when_a_file_changes(tmp_path):
+    spec = pool(tmp_path / "pool", 5)
+    first = source(tmp_path / "d", spec)
+    [file] = tmp_path.glob("d/packed/*/images.npy")
+    before = file.stat().st_mtime_ns
+    assert source(tmp_path / "d", spec).fingerprint == first.fingerprint
+    assert file.stat().st_mtime_ns == before
+    save(tmp_path / "pool", "003.png", "005.png", colour=GREEN)
+    again = source(tmp_path / "d", spec)
+    assert len(again) == 6 and again.fingerprint != first.fingerprint
+    assert again.images[3, 0, 0].tolist() == list(GREEN)
+    assert made.names_in(file.parent) == ["bad.txt", "images.npy", "pack.json"]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: path.unlink(),
+    lambda path: path.write_bytes(path.read_bytes()[:-9] + b"9" + path.read_bytes()[-8:])])
+def test_a_damaged_pack_is_said_and_made_again(tmp_path, capsys, damage):
+    spec = pool(tmp_path / "pool", 20, bad=[4])
+    whole = source(tmp_path / "d", spec, max_bad=0.1).images.tobytes()
+    [folder] = tmp_path.glob("d/packed/pool-*")
+    for name in ("images.npy", "bad.txt", "pack.json"):
+        damage(folder / name)
+        capsys.readouterr()
+        again = source(tmp_path / "d", spec, max_bad=0.1)
+        assert (again.images.tobytes(), again.bad, 4 in again.rows) == (whole, 1, False)
+        assert name == "pack.json" or f"{folder} is damaged (" in capsys.readouterr().out
+
+
+def test_a_pack_that_may_only_be_read_is_used():
+    folder = Path(tempfile.mkdtemp())       # pytest's own are closed to others
+    spec = pool(folder / "pool", 5)
+    source(folder / "d", spec)
+    for path in (folder, *folder.rglob("**/")):
+        path.chmod(0o555)
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    program = "import sys; from layout_files import source; print(len(source(*sys.argv[1:])))"
+    argv = [*([] if os.getuid() else user), sys.executable, "-c", program, folder / "d", spec]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=folder,
+                          env=ENV | {"HOME": str(folder)})
+    for path in (folder, *folder.rglob("**/")):
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+    assert done.stdout == "5\n", done.stderr
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("how", ["auto", "never"])
+def test_more_unreadable_images_than_the_share_are_one_line(tmp_path, how):
+    spec = pool(tmp_path / "pool", bad=[3, 77])
+    with pytest.raises(UserError) as refusal:
+        list(source(tmp_path / "d", spec, pack=how).batches())
+    line = str(refusal.value)
+    assert line.startswith("pool: 2 of 100 images can't be read, more than 0.01 of all; the first "
+                           "is 003.png (no JPEG")
+    assert line.endswith("--max-bad 0.03 leaves them out.")
+    decoded = [path.stat().st_ino for path in tmp_path.glob("d/packed/*.part/images.npy")]
+    assert ("All are listed in" in line) == (how == "auto") == len(decoded)
+    found = source(tmp_path / "d", spec, max_bad=0.03, pack=how)
+    assert sum(len(pixels) for pixels, _, _ in found.batches()) == 98 and found.bad == 2
+    assert [path.stat().st_ino for path in tmp_path.glob("d/packed/*/images.npy")] == decoded
+    with pytest.raises(UserError, match="3 of 3 images"):
+        none = pool(tmp_path / "none", 3, bad=range(3))
+        list(source(tmp_path / "d", none, max_bad=1.0, pack=how).batches())
+
+
+SLOW = """
+import sys, time
+import kd.packing
+from kd.readers import FileReader
+from layout_files import source
+kd.packing.SAVE_INTERVAL = 0.0
+read = FileReader.__call__
+FileReader.__call__ = lambda self, i: (time.sleep(0.01), read(self, i))[1]
+source(sys.argv[1], sys.argv[2], max_bad=0.1)
+"""
+
+
+def test_a_pack_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
+    spec = pool(tmp_path / "pool", 1200, bad=range(0, 1200, 50))
+    expected, counts = source(tmp_path / "whole", spec, max_bad=0.1), [0]
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", SLOW, tmp_path / "d", spec], env=ENV)
+        done = []
+        while process.poll() is None and done <= counts[-1:]:       # until it has saved more
+            done = [json.loads(path.read_text())["done"]
+                    for path in tmp_path.glob("d/packed/*.part/progress.json")]
+            time.sleep(0.01)
+        counts += done
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert 0 < counts[1] < counts[2] < 1200
+    [part] = tmp_path.glob("d/packed/*.part")
+    with open(part / "images.npy", "ab") as file:       # what came after the last save counts not
+        file.write(b"half a block")
+    found = source(tmp_path / "d", spec, max_bad=0.1)
+    assert found.images.tobytes() == expected.images.tobytes()
+    assert found.rows.tolist() == expected.rows.tolist() and found.bad == 24
+    assert not list(tmp_path.glob("d/packed/*.part"))
+    left = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(spec.encode() in command for command in left)
+
+
+def test_what_was_begun_of_other_files_is_begun_again(tmp_path):
+    spec = pool(tmp_path / "pool", 5)
+    whole = source(tmp_path / "d", spec)
+    [folder] = tmp_path.glob("d/packed/pool-*")
+    part = folder.rename(f"{folder}.part")
+    (part / "progress.json").write_text('{"fingerprint": "another", "done": 3, "bad": []}')
+    assert source(tmp_path / "d", spec).images.tobytes() == whole.images.tobytes()
+
+
+class Dying:
+    """Reads images; the 500th ends the process that reads it."""
+
+    def __call__(self, i):
+        return os.kill(os.getpid(), signal.SIGKILL) if i == 500 else Image.new("RGB", (8, 8), RED)
+
+
+def test_a_decoding_process_that_dies_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="pool: a process that decodes images died after .* images"):
+        pack(Images(1000, Dying(), "x"), tmp_path / "packed" / "pool", "pool", 32, 0.01)
+
+
+def gathered(source, **how):
+    pixels, index, files = zip(*source.batches(**how), strict=True)
+    return (np.concatenate(pixels), np.concatenate(index).tolist(),
+            [name for names in files for name in names])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("limit", [None, 60])
+def test_a_stream_answers_as_the_pack_does(tmp_path, limit):
+    spec = pool(tmp_path / "pool", 90, bad=[7])
+    packed, streamed = (source(tmp_path / "d", spec, limit=limit, max_bad=0.1, pack=how)
+                        for how in ("always", "never"))
+    assert isinstance(streamed, Streamed) and packed.size == streamed.size == 32
+    assert packed.fingerprint == streamed.fingerprint and len(streamed) == (limit or 90)
+    for how in ({}, {"batch_size": 25}, {"rows": packed.rows[[0, 5, 40]]}):
+        one, two = gathered(packed, **how), gathered(streamed, **how)
+        np.testing.assert_array_equal(one[0], two[0])
+        assert one[1:] == two[1:]
+    assert len(list(tmp_path.glob("d/packed/pool-*"))) == 1
+    (tmp_path / "pool" / one[2][1]).write_bytes(b"changed")
+    with pytest.raises(UserError, match="can't be read"):
+        gathered(streamed, rows=np.array(one[1][:3]))
+
+
+@pytest.mark.parametrize("how", ["always", "never"])
+def test_parts_are_contiguous_shares_of_the_batches_of_one_process(tmp_path, how):
+    found = source(tmp_path / "d", pool(tmp_path / "pool", 90), pack=how)
+    whole = [index.tolist() for _, index, _ in found.batches(batch_size=20)]
+    assert [len(index) for index in whole] == [20, 20, 20, 20, 10]
+    for size in (1, 2, 3, 7):
+        parts = [[index.tolist() for _, index, _ in found.batches(None, 20, (rank, size))]
+                 for rank in range(size)]
+        assert [index for part in parts for index in part] == whole
+        assert [len(part) for part in parts] == [
+            (rank + 1) * 5 // size - rank * 5 // size for rank in range(size)]
+
+
+def test_targets_are_packed_and_large_sources_streamed_unless_they_shall_be_packed(
+        tmp_path, monkeypatch):
+    digits = target(tmp_path, "digits", pack="never").test
+    [(pixels, index, files)] = digits.batches()
+    assert index.tolist() == digits.rows.tolist() and list(files) == [""] * 359
+    np.testing.assert_array_equal(pixels, digits.images)
+    spec = pool(tmp_path / "pool", 3)
+    monkeypatch.setattr(data, "PACKED_BELOW", 3 * 32 * 32 * 3 - 1)
+    assert isinstance(source(tmp_path / "d", spec), Streamed)
+    assert not isinstance(source(tmp_path / "d", spec, pack="always"), Streamed)
+
+
+MEMORY = """
+import resource, sys
+import numpy as np
+import torch.utils.data
+from PIL import Image
+from kd.packing import Packed, Streamed
+from kd.readers import Images
+class Read:
+    def __call__(self, i):
+        return Image.new("RGB", (64, 64), (i % 251, 9, 200))
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+path, count, size, how = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+before, source = peak(), Streamed("x", Images(count, Read(), "x"), size, 0.01)
+if how == "packed":
+    pixels = np.memmap(path, np.uint8, "c", 0, (count, size, size, 3))
+    source = Packed("x", pixels, None, None, None, None, "x", 0)
+assert sum(len(pixels) for pixels, _, _ in source.batches(batch_size=128)) == count
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("how, size, few", [("packed", 32, 8_000), ("streamed", 224, 256)])
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, how, size, few):
+    def peak(count):
+        with open(tmp_path / "pixels", "wb") as file:       # a file of holes
+            file.truncate(count * size * size * 3)
+        argv = [sys.executable, "-c", MEMORY, tmp_path / "pixels", str(count), str(size), how]
+        done = subprocess.run(argv, capture_output=True, text=True, env=ENV)
+        return float(done.stdout) if done.stdout else pytest.fail(done.stderr)
+    small, large = peak(few), peak(8 * few)
+    assert small < 250 and large - small < 30, (small, large)
+
+
+@pytest.mark.quick
+def test_names_take_their_letters_and_8_bytes_each():
+    names = Names(f"{i:09}.jpg" for i in range(100_000))
+    assert len(names) == 100_000 and names[99_999] == "000099999.jpg" == names[-1]
+    assert sys.getsizeof(names.blob) + names.ends.nbytes < 100_000 * (13 + 8) * 1.15
+
+
+def test_packing_needs_no_fork(tmp_path):
+    (tmp_path / "spawned.py").write_text(
+        "import multiprocessing, sys\nimport kd.decoding\nfrom layout_files import source\n"
+        "if __name__ == '__main__':\n    multiprocessing.set_start_method('spawn')\n"
+        "    kd.decoding.FORKS = False\n    print(len(source(*sys.argv[1:])))\n")
+    argv = [sys.executable, tmp_path / "spawned.py", tmp_path / "d", pool(tmp_path / "pool", 600)]
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENV)
+    assert done.stdout == "600\n", done.stderr

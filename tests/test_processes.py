@@ -1,0 +1,146 @@
+"""Two processes against one: the same scores to the bit, the same selection to the row."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script, small_run
+from run_files import read
+from torch import nn
+
+from kd.classifier import Classifier
+from kd.settings import Recipe
+from kd.training import Checkpoint, Watch, cross_entropy, train
+
+BEGIN = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+
+
+def torchrun(script, *arguments):
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    return subprocess.run([sys.executable, *launcher, ROOT / script, *map(str, arguments)],
+                          capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_two_processes_select_to_the_row_what_one_selects(painted, finished_run, tmp_path):
+    run = tmp_path / "run"
+    done = torchrun("compile.py", *small_run(painted), "--run-dir", run,
+                    "--teacher-checkpoint", finished_run / "teacher.pt",
+                    "--approaches", "balanced,random,mms,entropy")
+    assert done.returncode == 0, done.stderr
+    for name in ("pool", "more", "confidence"):
+        with np.load(finished_run / f"scores/{name}.npz") as one, np.load(
+                run / f"scores/{name}.npz") as two:
+            assert set(one) == set(two) and all(np.array_equal(one[key], two[key]) for key in one)
+    for approach in ("balanced", "random", "mms", "entropy"):
+        for file in ("manifest.csv", "images.npy"):
+            name = f"transfer/{approach}/{file}"
+            assert (run / name).read_bytes() == (finished_run / name).read_bytes(), name
+    one, two = (read(each, "teacher.json") for each in (finished_run, run))
+    assert all(one[key] == two[key] for key in ("accuracy", "confidence_accuracy"))
+    # One voice, one table, and students that have learnt.
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("student: mms, ") for line in lines) == 1
+    assert sum(line.startswith("| mms ") for line in lines) == 1
+    rows = read(run, "results.json")["rows"]
+    assert [row["approach"] for row in rows] == ["balanced", "random", "mms", "entropy"]
+    assert all(row["accuracy"] is not None for row in rows if row["transfer_size"] > 1)
+    assert not list(run.rglob("*.part"))
+
+
+TRAIN = """
+import torch
+from pathlib import Path
+from torch import nn
+from kd import training
+from kd.command import Interrupted, command
+from kd.processes import gathered, rank
+from test_processes import learn, network_of
+
+def normed(path):
+    return learn(network_of(nn.BatchNorm2d(8), nn.Dropout(0.1)), path)[0]
+
+def main(argv):
+    folder, looks = Path(argv[0]), []
+    plain, history = learn(network_of(), folder / "plain.part")
+    undisturbed = normed(folder / "undisturbed.part")
+    # A signal that only the second process gets, and the first one hears of.
+    training.interrupted = lambda: looks.append(1) or 15 * (rank() and len(looks) > 3)
+    try:
+        raise AssertionError(f"nothing has stopped {normed(folder / 'stopped.part')}")
+    except Interrupted:
+        training.interrupted = lambda: 0
+    resumed = normed(folder / "stopped.part")
+    states = gathered([each.state_dict() for each in (plain, undisturbed, resumed)])
+    for mine, theirs in zip(*states):       # both processes end with the same networks
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    if rank() == 0:
+        torch.save({"states": states[0], "history": history, "looks": len(looks)},
+                   folder / "ended.pt")
+
+command(main)
+"""
+CPU, COUNT = torch.device("cpu"), 62
+
+
+def network_of(*norms):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), *norms, nn.ReLU(), nn.Flatten(),
+                         nn.Linear(512, 3))
+
+
+def learn(network, path):
+    """Batches of five, which two processes share unevenly; they agree to stop after ten."""
+    images = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), np.uint8)
+    classifier = Classifier(network, "small", ["a", "b", "c"])
+    recipe = Recipe(3, 5, 0.05, 0.9, schedule="onecycle", augment="crop,flip", ema=0.5)
+    state = train(classifier, images, np.arange(COUNT), cross_entropy(np.arange(COUNT) % 3, CPU),
+                  recipe, seed=0, device=CPU, watch=Watch(Checkpoint(path, "this"), "test"))
+    return network, state.history
+
+
+def test_two_processes_learn_what_one_learns_and_stop_and_resume_together(tmp_path):
+    (tmp_path / "train.py").write_text(BEGIN + f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+                                       + TRAIN)
+    done = torchrun(tmp_path / "train.py", tmp_path)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    found = torch.load(tmp_path / "ended.pt", weights_only=True)
+    plain, undisturbed, resumed = found["states"]
+    # Without batch norm, where each process sees its share alone, gradients are those of one.
+    network, history = learn(network_of(), tmp_path / "one.part")
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(plain[name], value, rtol=1e-3, atol=1e-5)
+    assert [each["loss"] for each in found["history"]] == pytest.approx(
+        [each["loss"] for each in history], rel=1e-4)
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in resumed)
+    assert found["looks"] == 10
+
+
+FAIL = BEGIN + """
+from kd.command import command
+from kd.files import UserError
+from kd.processes import rank, wait
+
+def main(argv):
+    if argv[0] == "all" or rank() == 1:
+        raise UserError("the disk is full.")
+    wait()
+
+command(main)
+"""
+
+
+@pytest.mark.parametrize("which, who", [("all", "fail.py"), ("one", "fail.py, process 1")])
+def test_what_goes_wrong_ends_all_processes_and_is_said_once(tmp_path, which, who):
+    (tmp_path / "fail.py").write_text(FAIL)
+    done = torchrun(tmp_path / "fail.py", which)
+    said = [line for line in done.stderr.splitlines() if line.startswith("fail.py")]
+    assert done.returncode != 0 and said == [f"{who}: the disk is full."]
+
+
+def test_several_processes_without_torchrun_are_refused(tmp_path):
+    (tmp_path / "fail.py").write_text(FAIL)
+    done = run_script(tmp_path / "fail.py", env={"WORLD_SIZE": "2", "RANK": "0"})
+    assert done.returncode == 2 and done.stderr == (
+        "fail.py: WORLD_SIZE is 2, but there is no LOCAL_RANK and no MASTER_ADDR and no MASTER_PORT"
+        ". Start several processes with torchrun, or unset WORLD_SIZE.\n")

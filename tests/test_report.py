@@ -1,0 +1,335 @@
+"""What a run folder holds, shown: table, notes, figures, the page in a browser, comparisons."""
+import csv
+import io
+import itertools
+import json
+import re
+import shutil
+import warnings
+from base64 import b64decode
+
+import numpy as np
+import pytest
+from conftest import run_script
+from PIL import Image
+from report_files import APPROACHES, MMS, PREDICTED, SOURCES, Source, pixels_of, write_run
+
+from kd import board, figures, page, report
+from kd.files import UserError, write_sealed
+from kd.record import Experiment
+
+HOSTILE = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>",
+           "'\"& $x_1$ {{ 7 }}")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run and its page."""
+    run = write_run(tmp_path_factory.mktemp("report") / "run")
+    report.illustrate(Experiment(run), Source)
+    return run
+
+
+def table_of(run):
+    return report.as_markdown(report.collect(Experiment(run)))
+
+
+def data_in(html):
+    return json.loads(re.search(r'id="data">(.*?)</script>', html)[1])
+
+
+def figures_in(run):
+    return {path.stem for path in (run / "figures").glob("*.png")}
+
+
+@pytest.mark.quick
+def test_the_table_has_means_and_deviations_over_the_seeds(tmp_path):
+    write_run(tmp_path / "seed-0", accuracy=0.6)
+    write_run(tmp_path / "seed-1", accuracy=0.7, seed=1)
+    table = report.write(Experiment(tmp_path))
+    assert table == (tmp_path / "results.md").read_text()
+    assert table.startswith("Target digits, recipe quick, seed 0, 1. Teacher resnet34, 90.00%.\n\n"
+                            "| approach | student | sources | images | per class | accuracy % | "
+                            "retention | agreement % | seconds | img/s |\n")
+    # Accuracies 0.70 and 0.80: mean 0.75, deviation 0.1 / sqrt(2). 15 - i/2 >= 3 up to i = 24, 10 -
+    # i/3 >= 3 up to i = 21: 17 + 15 images that are no owls. 40 of 50 answers are the teacher's.
+    assert ("| mms | resnet18 | glyphs, photos | 32 | 0 to 17 | 75.00 ± 7.07 | 0.833 | 80.00 | 4 | "
+            "1,500 |\n") in table
+    assert "| supervised | resnet18 | digits | 1,200 | 400 | 65.00 ± 7.07 | 0.722 |" in table
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"target", "classes", "recipe", "seeds", "teacher", "rows", "notes"}
+    assert {"approach", "student", "accuracy_std", "agreement"} < set(results["rows"][0])
+
+
+@pytest.mark.quick
+def test_what_is_unknown_is_a_dash(tmp_path):
+    run = write_run(tmp_path / "run")
+    unknown = dict.fromkeys(("accuracy", "retention", "agreement"))
+    for name in ("teacher.json", "students/mms.json"):
+        write_sealed(run / name, json.loads((run / name).read_text()) | unknown)
+    assert "Teacher resnet34, accuracy unknown.\n" in table_of(run)
+    assert "| 0 to 17 | - | - | - | 3 | 1,500 |" in table_of(run)
+    write_sealed(run / name, json.loads((run / name).read_text()) | {"history": []})
+    assert "| 0 to 17 | - | - | - | - | - |" in table_of(run)
+    assert "There is no student of mms: its transfer set is too small" in table_of(run)
+
+
+@pytest.mark.quick
+def test_what_the_table_must_not_hide_is_said_in_plain_sentences(finished):
+    assert report.collect(Experiment(finished))["notes"] == [
+        "Thresholds are the criteria's own, from the confidence set. "
+        "Buckets are filled first come first served.",
+        "The supervised student learns from labelled images and starts from random weights, "
+        "the others from random weights.",
+        "Images that can't be read are left out of random: photos (30).",
+        "Classes with fewer than 18 images in mms: cat (17), dog (15).",
+        "In mms, class owl gets no images: the teacher never predicts it on the confidence set.",
+        "Classes with fewer than 18 images in entropy: cat (15), dog (14), owl (13)."]
+    assert report.in_words(["0", "1", "2"]) == "0, 1 and 2"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("flags, said", [
+    ("--threshold=0.25", "The surest 25% of the confidence set pass, class by class."),
+    ("--calibrate=sources --threshold=0.5", "The surest 50% of the sources' images pass"),
+    ("--floor=0.1", "Where fewer than 10% of a bucket pass, the best images below the threshold"),
+    ("--fill=best", "Buckets are filled with the best scores."),
+    ("--no-balance", "One bucket for all classes is filled first come first served."),
+    ("--limit=300", "A trial run with at most 300 images of each data set."),
+    ("--target=cifar10", "supervised 79.65%, eats 60.67%, mms 68.02%."),
+    ("--target=cifar10 --teacher-weights=none", ""), ("--target=cifar100", "")])
+def test_settings_behind_the_table_are_said(tmp_path, flags, said):
+    """Published values only beside what started from the same weights."""
+    table = table_of(write_run(tmp_path / "run", flags.split()))
+    assert said in table and ("79.65" in table) == ("79.65" in said)
+
+
+LATER = ["students", "transfer", "scores", "thresholds.json", "teacher.json"]
+STAGES = {"students": 1, "transfer sets": 2, "scores": 4, "teacher": 5}
+
+
+@pytest.mark.parametrize("lacking", STAGES)
+def test_an_unfinished_run_is_shown_as_far_as_it_is(tmp_path, lacking):
+    run = write_run(tmp_path / "run")
+    for path in (run / name for name in LATER[:STAGES[lacking]]):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (run / "figures").mkdir()
+    (run / "figures/accuracy.png").touch()      # of before
+    done = run_script("report.py", "--run-dir", run, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and not (run / "results.json").exists()
+    assert "- Not finished: supervised, random, mms, entropy.\n" in done.stdout
+    html, names = (run / "report.html").read_text(), figures_in(run)
+    assert "No student yet." in html and not names & {"accuracy", "curves"}
+    assert ("counts" in names) == ("strip-mms" in names) == (lacking == "students")
+    assert ("scores-mms" in names) == (lacking in ("students", "transfer sets"))
+    assert ("Nothing has been selected yet." in html) == (lacking != "students")
+
+
+def test_what_is_damaged_is_left_out_and_what_is_no_run_is_one_line(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "transfer/random/images.npy").write_bytes(b"cut")
+    done = run_script("report.py", run, cwd=tmp_path)
+    assert done.returncode == 0 and "random/images.npy is damaged" in done.stdout
+    assert "glyphs: only selected images are shown (" in done.stdout
+    done = run_script("report.py", run, "nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "nowhere is not a run folder" in done.stderr
+
+
+def test_runs_are_compared_in_markdown_and_csv(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", accuracy=0.5, least=6.0)
+    done = run_script("report.py", "a", "b", "--out", "out", cwd=tmp_path)
+    table = (tmp_path / "out/table.md").read_text()
+    assert (done.returncode, done.stderr) == (0, "") and table in done.stdout
+    assert len(table.splitlines()) == 2 + 2 * len(APPROACHES)
+    assert "| b | mms | resnet18 | glyphs, photos | 22 | 0 to 12 | 60.00 | 0.667 | 80.00 |" in table
+    with open(tmp_path / "out/table.csv", newline="") as file:
+        row = list(csv.DictReader(file))[6]
+    assert (row["run"], row["approach"], row["accuracy_std"]) == ("b", "mms", "")
+    assert (row["per_class"], float(row["accuracy"])) == ("12 10 0", pytest.approx(0.6))
+    assert figures_in(tmp_path / "out") == {"accuracy", "sizes"}
+    runs = [Experiment(tmp_path / name) for name in "ab"]
+    assert "mms with 22 images 60.00, mms with 32 images 70.00" in figures.sizes(runs).text
+    assert figures.sizes(runs[:1]) is None      # one size of each approach says nothing
+
+
+def test_figures_say_what_the_files_say_in_plain_numbers(finished):
+    record, texts = Experiment(finished).first, []
+    with figures.styled(""):
+        drawn = [figures.curves(record), figures.counts(record), figures.scores(record, "mms")]
+        for each in drawn:
+            each.drawn.canvas.draw()
+            texts.append({text.get_text() for text in each.drawn.findobj(figures.pyplot.Text)})
+    assert not [text for each in texts for text in each if "$" in text]
+    assert "mms: glyphs 17, photos 15" in drawn[1].text and {"9", "▸ owl", "mms, 32"} <= texts[1]
+    assert "mms 0.333" in drawn[0].text and {"teacher", "entropy"} <= texts[0]
+    assert {"owl (no threshold)", "confidence set"} <= texts[2]
+    assert figures_in(finished) == {"accuracy", "curves", "counts", "scores-mms", "scores-entropy",
+                                    "strip-mms", "strip-entropy"}
+    assert all(np.asarray(Image.open(path).convert("L")).std() > 5
+               for path in (finished / "figures").iterdir())
+
+
+def test_the_strip_ranks_what_was_kept_and_what_was_rejected(finished):
+    record = Experiment(finished).first
+    for criterion, sign in (("mms", 1), ("entropy", -1)):
+        kept = set(record.selected[criterion].key.tolist())
+        for label, kinds in enumerate(figures.ranked(record, criterion)):
+            every = sorted(((sign * float(record.scores[source][criterion][i]), place << 40 | 2 * i)
+                            for place, source in enumerate(SOURCES)
+                            for i in range(label, 30, 3)), reverse=True)
+            ours, lost = ([score for score, key in every if (key in kept) == true]
+                          for true in (True, False))
+            assert [[sign * score for *_, score in kind] for kind in kinds] == [
+                ours[:4], ours[4:][-4:], lost[:4], lost[4:][-4:]]
+
+    def images(open_source):
+        sources = report._at_hand(record, open_source)
+        return len(figures.strip(record, "mms", sources).drawn.axes[0].images)
+
+    def gone(settings, spec):
+        raise UserError(f"{spec} is not packed")
+    # 8 of the cats and dogs that were kept, 3 cats, 5 dogs and 8 owls that were not.
+    assert images(Source) == 32 and images(gone) == 16
+    assert images(lambda settings, spec: Source(settings, spec, "changed")) == 16
+
+
+def test_letters_that_no_font_has_are_one_line(tmp_path, capsys, caplog):
+    names = ("\U0001faef蚂蚁", "蜜蜂", "x" * 80)
+    run = write_run(tmp_path / "run", classes=names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.illustrate(Experiment(run), Source)
+    assert capsys.readouterr().out.count("\n") == 1 and not caplog.records
+    assert data_in((run / "report.html").read_text())["classes"] == list(names)
+
+
+def test_the_page_tells_what_the_manifests_tell(finished):
+    html, kept = (finished / "report.html").read_text(), {}
+    shown = data_in(html)
+    for approach in shown["approaches"]:
+        with open(finished / f"transfer/{approach}/manifest.csv", newline="") as file:
+            kept[approach] = {(row["source"], int(row["index"])) for row in csv.DictReader(file)}
+    assert shown["count"] == len(set().union(*kept.values()))
+    sheet = re.search(r"sheet0: url\(data:image/webp;base64,([^)]*)", html)[1]
+    sheet = np.asarray(Image.open(io.BytesIO(b64decode(sheet)))).astype(int)
+    for number in range(shown["count"]):
+        source, index = shown["sources"][shown["source"][number]], shown["index"][number]
+        assert shown["kept"][number] == sum(((source, index) in images) << bit
+                                            for bit, images in enumerate(kept.values()))
+        assert shown["scores"][0][number] == pytest.approx(MMS[source][index // 2], rel=1e-3)
+        assert shown["label"][number] == PREDICTED[index // 2]
+        y, x = number // shown["across"] * 8 + 4, number % shown["across"] * 8 + 4
+        assert abs(sheet[y, x] - pixels_of(source, [index])[0, 0, 0]).max() < 30
+    for one, other in itertools.combinations(kept, 2):
+        row = re.search(rf"<td>{one}, {other}</td>(.*?)</tr>", html)[1]
+        assert [int(each) for each in re.findall(r"<td>(\d+)", row)] == [len(each) for each in (
+            kept[one] & kept[other], kept[one] - kept[other], kept[other] - kept[one])]
+    assert "<pre>python compile.py --target=digits --sources=glyphs,photos " in html
+    assert len(re.findall(r'<img alt="[^"]{20,}"', html)) == html.count("How to read it:") == 7
+
+
+def test_a_large_gallery_has_as_many_images_of_each_class(finished):
+    record = Experiment(finished).first
+    for approach, rows in page.sampled(record, most=27).items():
+        there, found = (np.bincount(each, minlength=3) for each in (
+            record.selected[approach].predicted, record.selected[approach].predicted[rows]))
+        assert found.tolist() == np.minimum(there, 3).tolist() and len({*rows}) == len(rows)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    driver = pytest.importorskip("playwright.sync_api", reason="NOT TESTED IN A BROWSER")
+    program = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("NOT TESTED IN A BROWSER: no Chromium is installed (apt-get install chromium)")
+    with driver.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def opened(browser, path, width=1280, scheme="light"):
+    """(the page, a list that what it complains of and what it asks for is added to)."""
+    shown = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    complaints, own = [], path.resolve().as_uri()
+    shown.on("console", lambda message: complaints.append(message.text))
+    shown.on("pageerror", lambda error: complaints.append(str(error)))
+    shown.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+    shown.on("request", lambda asked: asked.url.startswith(("data:", own))
+             or complaints.append(asked.url))
+    shown.goto(own)
+    shown.wait_for_selector(".tile")
+    return shown, complaints
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_gallery_in_a_browser(browser, finished, width, scheme):
+    shown, complaints = opened(browser, finished / "report.html", width, scheme)
+    data = data_in((finished / "report.html").read_text())
+    kept = {approach: {i for i in range(data["count"]) if data["kept"][i] >> bit & 1}
+            for bit, approach in enumerate(data["approaches"])}
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width
+    background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    assert shown.evaluate("[...document.images].every(image => image.naturalWidth > 100)")
+    def select(**values):
+        """(how many images are said, the texts of the first tiles)."""
+        for name, value in values.items():
+            shown.select_option(f"#{name}", label=value)
+        tiles = shown.eval_on_selector_all(".tile", "all => all.map(tile => tile.ariaLabel)")
+        return int(shown.inner_text("#count").split()[0]), tiles
+    for approach, images in kept.items():
+        assert select(approach=approach)[0] == len(images)
+    assert select(without="mms")[0] == len(kept["entropy"] - kept["mms"])
+    count, tiles = select(without="-", label="dog", source="photos", sort="mms")
+    assert count == 6 and all(tile.startswith("dog, from photos, ") for tile in tiles)
+    for order in ("largest first", "smallest first"):
+        scores = [float(re.search(r"mms ([\d.]+)", each)[1]) for each in select(falling=order)[1]]
+        assert scores == sorted(scores, reverse=order == "largest first")
+    select(label="any", source="any")
+    columns = shown.evaluate("[...document.querySelectorAll('.tile')].filter(tile => "
+                             "tile.style.top === document.querySelector('.tile').style.top).length")
+    shown.focus("#grid")
+    for key, place in (("ArrowRight", 1), ("ArrowDown", 1 + columns), ("ArrowLeft", columns),
+                       ("ArrowUp", 0), ("End", len(kept["entropy"]) - 1), ("Home", 0)):
+        shown.keyboard.press(key)
+        assert shown.get_attribute("#grid", "aria-activedescendant") == f"tile{place}"
+    first = shown.inner_text("#about")
+    shown.keyboard.press("ArrowRight")
+    assert shown.inner_text("#about") != first and "kept by" in first and "<b>" in first
+    shown.keyboard.press("Tab")
+    assert shown.evaluate("document.activeElement.id") != "grid"        # nobody is caught in it
+    shown.locator("button[data-approach]").first.click()
+    assert shown.evaluate("document.activeElement.id") == "grid" and complaints == []
+    shown.close()
+
+
+def test_hostile_names_cannot_become_a_part_of_the_page(tmp_path, browser):
+    run = write_run(tmp_path / "run", classes=HOSTILE)
+    report.illustrate(Experiment(run), Source)
+    html = (run / "report.html").read_text()
+    assert "<img src=x" not in html and "<script>alert" not in html
+    assert data_in(html)["classes"] == list(HOSTILE)
+    shown, complaints = opened(browser, run / "report.html")
+    assert all(name in shown.inner_text("main ul") for name in HOSTILE) and complaints == []
+    shown.close()
+
+
+def test_the_board_shows_losses_figures_and_views(tmp_path):
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    import torch
+    for kind in (None, "tensorboard"):
+        shown = board.open_board(kind, tmp_path)
+        shown.losses(3, [torch.tensor(0.5), torch.tensor(0.25)])
+        shown.epoch(3, epoch_loss=0.375, confidence_accuracy=None)
+        shown.views(2, torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
+        shown.close()
+        assert bool(list(tmp_path.iterdir())) == (kind is not None)
+    events = loader.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 0.5), (3, 0.25)]
+    assert [event.step for event in events.Images("views")] == [2]
+    assert set(events.Tags()["scalars"]) == {"loss", "epoch_loss"}

@@ -1,0 +1,209 @@
+"""A finished run folder: what is whole is reused, what is not is named and made again."""
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_script, small_run
+from script_files import by_hand, contents, linked, put, run_here
+
+from kd.files import write_atomically
+
+STAGES = ("TeacherTrain.py", "mms_threshold.py", "entropy.py", "transfer.py", "distill.py")
+MADE_AGAIN = {      # {the script that reads a file and makes it again: such files}
+    "transfer.py --approach mms": [
+        "scores/pool.npz", "scores/pool.json", "scores/confidence.npz", "split.npz", "split.json",
+        "thresholds.json", "transfer/mms/images.npy", "transfer/mms/manifest.csv",
+        "transfer/mms/summary.json"],
+    "distill.py --approach mms": ["students/mms.pt", "students/mms.npz", "students/mms.json"],
+    "distill.py --approach supervised": ["split.npz", "students/supervised.pt"]}
+REFUSED = ("teacher.pt", "teacher.npz", "teacher.json", "config.json")
+TIMES = {"seconds", "images_per_second", "digest"}
+
+
+def one_bit(content):
+    at = next(at for at in range(len(content) // 2, len(content)) if content[at:at + 1].isalpha())
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
+
+
+DAMAGE = {"cut": lambda content: content[:len(content) // 2], "emptied": lambda content: b"",
+          "one bit": one_bit, "noise": lambda content: bytes(len(content)), "removed": None}
+
+
+def damage(run, name, way):
+    content = (run / name).read_bytes()
+    (run / name).unlink()
+    if DAMAGE[way]:
+        put(run / name, DAMAGE[way](content))
+        assert (run / name).read_bytes() != content
+
+
+def lasting(run, but=()):
+    """{file: what neither the clock nor the place of the folder changes}."""
+    return {name: json.loads(content) | dict.fromkeys(TIMES) if name.endswith(".json") else content
+            for name, content in contents(run).items()
+            if not name.startswith(("config.json", "report.html", *but))}
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    return linked(finished_run, tmp_path / "run")
+
+
+@pytest.fixture
+def flags(painted, run):
+    return [*small_run(painted), "--run-dir", run]
+
+
+@pytest.mark.parametrize("way", DAMAGE)
+@pytest.mark.parametrize("command, name", [
+    (command, name) for command, names in MADE_AGAIN.items() for name in names])
+def test_what_is_damaged_is_named_and_made_again_with_the_same_bits(
+        run, painted, command, name, way):
+    script, *approach = command.split()
+    before = lasting(run)
+    damage(run, name, way)
+    done = run_here(script, *by_hand(script, painted, run), *approach)
+    assert (done.returncode, done.stderr) == (0, "") and lasting(run) == before
+    wrong = "missing" if way == "removed" else "damaged: it is not what was written there"
+    if way != "removed" or not name.endswith(".json"):      # without its JSON nothing was made yet
+        assert f"{run / name} is {wrong}. It will be made again.\n" in done.stdout
+
+
+@pytest.mark.parametrize("script", [*STAGES, "compile.py"])
+@pytest.mark.parametrize("name, way", [(name, way) for name in REFUSED for way in DAMAGE
+                                       if way != "removed" or name[-5:] != ".json"])
+def test_what_took_hours_or_was_given_is_refused_and_left_as_it_is(
+        run, painted, flags, name, way, script):
+    damage(run, name, way)
+    left = (run / name).exists() and (run / name).read_bytes()
+    done = run_here(script, *(flags if script == "compile.py" else by_hand(script, painted, run)))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    wrong = "missing" if way == "removed" else "damaged"
+    assert done.stderr.startswith(f"{script}: {run / name} is {wrong}")
+    assert "Restore it, " in done.stderr or "Make it with `python TeacherTrain.py" in done.stderr
+    assert left == ((run / name).exists() and (run / name).read_bytes())
+
+
+def test_a_second_run_says_what_it_reuses_and_one_after_damage_ends_in_the_same_bits(run, flags):
+    shown = ("results", "figures/")         # which have the seconds
+    before, whole = lasting(run, shown), contents(run)
+    again = run_here("compile.py", *flags)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert {name for name, content in contents(run).items() if content != whole[name]} <= {
+        "config.json", "report.html"}       # which name the folder
+    assert ("\nreused: teacher, split, scores/confidence, thresholds, scores/pool, scores/more, "
+            "transfer/balanced, transfer/random, transfer/mms, transfer/entropy, students/"
+            "supervised, students/balanced, students/random, students/mms, students/entropy\n"
+            ) in again.stdout
+    names = ["split.npz", "scores/pool.npz", "thresholds.json", "transfer/mms/images.npy",
+             "students/mms.pt", "transfer/entropy/summary.json", "students/random.json"]
+    for name, way in zip(names, [*DAMAGE, "cut", "one bit"], strict=True):
+        damage(run, name, way)
+    put(run / "results.json", b"")
+    mended = run_script("compile.py", *flags)
+    assert mended.returncode == 0 and mended.stdout.count("It will be made again.") == len(names)
+    assert [name for name in names if f"{run / name} is " not in mended.stdout] == []
+    assert lasting(run, shown) == before
+
+
+@pytest.mark.parametrize("more, product, stage, was, new", [
+    ("--teacher-epochs 5 --seed 1", "teacher.json", "teacher", "--teacher-epochs 4, --seed 0",
+     "--teacher-epochs 5, --seed 1"),
+    ("--limit 50", "teacher.json", "teacher", "--limit unset", "--limit 50"),
+    ("--fill best --threshold 0.5", "transfer/balanced/summary.json", "transfer",
+     "--threshold published, --fill first", "--threshold 0.5, --fill best"),
+    ("--temperature 2", "students/balanced.json", "students", "--temperature 4.0",
+     "--temperature 2.0")])
+def test_a_setting_that_differs_is_named_with_both_values_and_what_helps(
+        run, flags, more, product, stage, was, new):
+    before = contents(run)
+    done = run_here("compile.py", *flags, *more.split())
+    assert done.returncode == 2 and contents(run) == before
+    assert done.stderr == (
+        f"compile.py: {run / product} was made with {was}, not {new}. To make it again, add "
+        f"--restart-from {stage}, which keeps what comes before, or choose another --run-dir.\n")
+
+
+def test_another_version_of_a_criterion_is_noticed(run, painted, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text((ROOT / "criteria/energy.py").read_text())
+    argv = [*by_hand("transfer.py", painted, run), "--approach", mine]
+    assert run_here("transfer.py", *argv).returncode == 0
+    assert "scores" not in run_here("transfer.py", *argv).stdout
+    mine.write_text(mine.read_text() + "\n")
+    done = run_here("transfer.py", *argv)
+    assert done.returncode == 2 and "scores: pool, 120 images" in done.stdout
+    assert ("mine/summary.json was made with another version of its criterion. To make it again, "
+            "add --restart-from transfer") in done.stderr
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_stage_run_by_hand_takes_what_is_not_given_from_the_run(run, painted, script):
+    before = contents(run)
+    done = run_here(script, *by_hand(script, painted, run))
+    assert (done.returncode, done.stderr) == (0, "") and contents(run) == before
+
+
+def test_restart_from_keeps_what_comes_before_and_what_is_not_the_runs(run, flags):
+    foreign = ["mine.txt", "teacher.md", "students/notes.txt", "notes/students.json"]
+    (run / "notes").mkdir()
+    for name in [*foreign, "students/.mms.pt.99.part"]:     # what a killed process leaves
+        put(run / name, b"1")
+    before, flags = contents(run), [*flags, "--approaches", "mms", "--lr", "0.02"]
+    done = run_here("compile.py", *flags, "--restart-from", "students")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\nDeleting students/balanced.pt, " in done.stdout
+    now = contents(run)
+    kept = [name for name in before if name.startswith((
+        "teacher", "split", "scores/", "thresholds", "transfer/", *foreign))]
+    assert len(kept) > 20 and not [name for name in kept if now.get(name) != before[name]]
+    assert now["students/mms.pt"] != before["students/mms.pt"]
+    assert not [name for name in now if name.endswith(".part") or name == "students/entropy.pt"]
+    assert "Deleting" not in run_here("compile.py", *flags).stdout
+    assert "--lr 0.02, not --lr 0.1." in run_here("compile.py", *flags[:-2]).stderr
+
+
+@pytest.mark.parametrize("restart", ["--restart", "--restart-from=teacher"])
+def test_restart_does_not_delete_what_is_given(run, flags, restart):
+    before = contents(run)
+    done = run_here("compile.py", *flags, restart, "--teacher-checkpoint", run / "teacher.pt")
+    assert done.returncode == 2 and contents(run) == before
+    assert done.stderr == (f"compile.py: --restart would delete {run}/teacher.pt, which is given "
+                           "as an input. Copy it to another folder first.\n")
+
+
+def test_of_two_commands_in_one_folder_the_second_says_who_holds_it(run, painted):
+    program = f"from kd.files import hold; hold({str(run)!r}); print(flush=True); input()"
+    argv = by_hand("distill.py", painted, run)
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        done = run_here("distill.py", *argv)
+        holder.communicate(b"\n")
+    assert done.returncode == 2
+    assert f"{run} is in use by process {holder.pid} on " in done.stderr
+    assert done.stderr.endswith(". Wait for it, or choose another --run-dir.\n")
+    assert run_here("distill.py", *argv).returncode == 0
+
+
+@pytest.mark.quick
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "below" / "file"
+    write_atomically(path, lambda file: file.write(b"first"))
+
+    def break_off(file):
+        file.write(b"sec")
+        assert path.read_bytes() == b"first"
+        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        write_atomically(path, break_off)
+    assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/x"])
+def test_a_folder_that_can_not_be_is_refused(painted, tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    done = run_here("compile.py", *small_run(painted), "--run-dir", tmp_path / folder)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"compile.py: {tmp_path / folder} can't be ")

@@ -1,0 +1,194 @@
+"""Settings: what a command line stands for, what it says when it is wrong, and how it is kept."""
+import json
+import re
+import resource
+from dataclasses import replace
+
+import pytest
+from conftest import run_script
+
+from kd.files import UserError
+from kd.flags import parse, words_of
+from kd.settings import APPROACHES, FIELDS, GROUPS, PUBLISHED_ORDER, STAGES, resolve
+from kd.values import AUGMENTATIONS
+
+pytestmark = pytest.mark.quick
+
+
+def settings_of(*argv):
+    return resolve(parse(argv, "compile", "text"))
+
+
+def has(found, **expected):
+    return {name: getattr(found, name) for name in expected} == expected
+
+
+def test_the_default_is_the_published_protocol_on_cifar10():
+    assert has(settings_of(), target="cifar10", sources=PUBLISHED_ORDER, run_dir="runs/cifar10",
+               approaches=APPROACHES, recipe="reference", seeds=(0,), teacher_arch="resnet34",
+               teacher_weights="imagenet", student_arch="resnet18", student_weights="none",
+               epochs=20, batch_size=64, lr=0.1, temperature=10.0, augment="none", fill="first",
+               schedule="constant", threshold="published", floor=0.0, calibrate="target")
+
+
+def test_targets_bring_their_own_defaults():
+    assert has(settings_of("--target", "cifar100"), teacher_arch="inception_v3",
+               run_dir="runs/cifar100", sources=("cifar10", *PUBLISHED_ORDER[1:]))
+    digits = settings_of("--target", "digits")
+    assert has(digits, recipe="quick", teacher_weights="none")
+    assert digits.sources[0] == "glyphs" and "eats" not in digits.approaches
+    assert has(settings_of("--target", "pets=/data/pets", "--sources", "web=/w,svhn"),
+               run_dir="runs/pets", recipe="reference", approaches=APPROACHES)
+
+
+def test_a_network_of_the_users_own_starts_from_no_weights_at_its_full_rate():
+    own, trained = settings_of("--teacher-arch", "net.py:make"), settings_of()
+    assert has(own, teacher_weights="none", supervised_weights="none", teacher_lr=0.1)
+    assert trained.teacher_lr == pytest.approx(0.01) and trained.supervised_weights == "imagenet"
+    assert settings_of("--student-arch", "net.py:make").supervised_weights == "none"
+
+
+def test_without_the_targets_images_thresholds_come_from_the_sources():
+    assert has(settings_of("--data-free", "--teacher-checkpoint", "t.pt"), calibrate="sources",
+               approaches=APPROACHES[1:], threshold=0.25, transfer_size=50_000)
+    assert settings_of("--calibrate", "sources").transfer_size is None
+
+
+def test_a_recipe_gives_way_to_the_command_line_and_steps_to_epochs():
+    best = settings_of("--recipe", "best")
+    assert has(best, steps=6_000, batch_size=256, student_weights="auto")
+    assert settings_of("--recipe", "best", "--lr", "0.2") == replace(best, lr=0.2)
+    assert settings_of("--recipe", "best", "--epochs", "3") == replace(best, epochs=3, steps=0)
+
+
+@pytest.mark.parametrize("flag, text, value", [
+    ("--lr", "1e-3", 0.001), ("--temperature", "4", 4.0), ("--momentum", "0", 0.0),
+    ("--floor", "5%", 0.05), ("--max-bad", "1", 1.0), ("--limit", "100", 100),
+    ("--batch-size", "2", 2), ("--seeds", "3, 1", (3, 1)), ("--image-size", "4096", 4096),
+    ("--threshold", "published", "published"), ("--threshold", "25%", 0.25), ("--seed", "7", (7,)),
+    ("--sources", "svhn,web=/w", ("svhn", "web=/w")), ("--target", "a=/b=c", "a=/b=c"),
+    ("--approaches", "mms,/m/my.py", ("mms", "/m/my.py")), ("--augment", "crop", "crop"),
+    ("--teacher-arch", "/n/net.py:make", "/n/net.py:make"), ("--fill", "best", "best"),
+    ("--teacher-arch", "timm:vit/x", "timm:vit/x"), ("--student-weights", "teacher", "teacher"),
+    ("--teacher-weights", "/w.pt", "/w.pt"), ("--teacher-mean", "0,0.5,1", (0.0, 0.5, 1.0)),
+    ("--classes", "10", 10), ("--classes", '["crane", "crane"]', ("crane", "crane (2)"))])
+def test_a_value_is_taken_as_it_is_meant(flag, text, value):
+    name = "seeds" if flag == "--seed" else flag[2:].replace("-", "_")
+    assert parse([flag, text], "compile", "") == {name: value}
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--lr=0.1x", "'0.1x' is not a positive number"),
+    ("--temperature=0", "'0' is not a temperature from 1e-6 to 1e6"),
+    ("--ema=1", "'1' is not a number from 0 up to, not including, 1"),
+    ("--floor=101%", "'101%' is not a share from 0 to 1, as 0.05 or 5%"),
+    ("--epochs=0", "'0' is not a positive whole number"),
+    ("--batch-size=1", "'1' is not a batch size of 2 or more"),
+    ("--seeds/--seed=-1", "'-1' is not a whole number from 0 to 4294967295"),
+    ("--image-size=5000", "'5000' is not a number of pixels from 1 to 4,096"),
+    ("--threshold=0", "a threshold of 0 lets nothing pass"),
+    ("--run-dir=", "no path is given"),
+    ("--target=../x", "'../x' is neither NAME nor NAME=PATH (a comma separates data sets)"),
+    ("--sources=,", "no source is given"), ("--seeds/--seed=1,1", "the same seed is given twice"),
+    ("--augment=crop,spin", f"'crop,spin' is neither none nor some of {','.join(AUGMENTATIONS)}"),
+    ("--teacher-std=0,1,1", "'0,1,1' is not three numbers up to 1, one per colour"),
+    ("--teacher-mean=a,b,c", "'a,b,c' is not three numbers up to 1, one per colour"),
+    ("--classes=1", "1 is not a number of classes"),
+    ("--classes=no.txt", "'no.txt' is neither a number nor a file with one class per line"),
+    ('--classes=["a"]', '["a"] names fewer than two classes'),
+    ("--recipe=slow", "invalid choice: 'slow' (choose from 'reference', 'best', 'quick')"),
+    ("--target=--", "expected one argument"),
+    ("--tar=digits", "unrecognized arguments: --tar=digits"),
+    ("--steps=5 --epochs=5", "--steps and --epochs contradict each other: give one of them")])
+def test_a_command_line_that_can_not_be_is_refused_in_a_sentence(words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(words.replace("/--seed", "").split(), "compile", "text")
+    about = f"argument {words.partition('=')[0]}: " if said[0] != "-" and "unr" not in said else ""
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"compile.py: {about}{said} (see --help)\n"
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--approaches margin", f"There is no approach margin. There are {', '.join(APPROACHES)}, "),
+    ("--approaches a/my.py,b/my.py", "--approaches names an approach twice."),
+    ("--approaches /mms.py", "/mms.py: 'mms' can't be the name of an approach. Rename the file."),
+    ("--data-free", "--data-free trains no teacher: give yours as --teacher-checkpoint FILE."),
+    ("--data-free --teacher-checkpoint t.pt --approaches supervised", "supervised learns from the "
+     "target's labelled images, which --data-free does not touch: leave it out of --approaches."),
+    ("--data-free --teacher-checkpoint t.pt --calibrate target", "--calibrate target needs images "
+     "of the target, which --data-free does not touch: use --calibrate sources."),
+    ("--approaches eats --sources stl10", "eats needs svhn or tinyimagenet among the sources, "
+     "which are stl10."),
+    ("--target digits --sources digits", "digits is the target and can't be a source as well: take "
+     "it out of --sources."),
+    ("--sources confidence=/x", "A source can't be called confidence, since scores/confidence.npz "
+     "is the confidence set's: rename it.")])
+def test_settings_that_contradict_each_other_are_named(words, said):
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        settings_of(*words.split())
+
+
+def test_every_setting_has_a_group_a_stage_that_exists_and_help():
+    for name, field in FIELDS.items():
+        about = field.metadata
+        assert about["group"] in GROUPS and about["stage"] in (*STAGES, None), name
+        assert about["flag"] is None or about["flag"]["help"], name
+
+
+@pytest.mark.parametrize("script, shown, not_shown", [
+    ("compile", "config restart restart-from approaches lr fill limit seeds", "approach export"),
+    ("TeacherTrain", "teacher-lr data-dir device", "sources threshold lr temperature restart"),
+    ("mms_threshold", "threshold sources run-dir", "lr approach approaches"),
+    ("entropy", "threshold sources run-dir", "lr approach approaches"),
+    ("transfer", "approach fill threshold", "lr student-arch approaches"),
+    ("distill", "approach export lr fill teacher-arch", "approaches restart-from"),
+    ("data", "all list data-dir max-bad", "target device"), ("report", "run-dir out", "target")])
+def test_help_is_there_at_once_and_shows_what_the_stage_uses_in_groups(script, shown, not_shown):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run_script(f"{script}.py", "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1      # seconds
+    flags = re.findall("^  --([a-z-]+)", done.stdout, re.M)
+    assert len(flags) == len(set(flags)) and set(shown.split()) <= set(flags)
+    assert not set(not_shown.split()) & set(flags)
+    if script not in ("data", "report"):
+        groups = [line[:-1] for line in done.stdout.splitlines() if line[:-1] in GROUPS]
+        assert groups == [group for group in GROUPS if group in groups]
+        assert f"\n    python {script}.py" in done.stdout and "\neveryday:\n  --target" in (
+            done.stdout)
+
+
+def kept(folder, *argv):
+    """The config.json of a run with this command line, as far as --config reads it."""
+    given, path = parse(argv, "compile", "text"), folder / "config.json"
+    path.write_text(json.dumps({"command": words_of(resolve(given), given)}))
+    return str(path)
+
+
+def test_a_config_repeats_a_run_in_any_folder_and_the_command_line_has_the_last_word(
+        tmp_path, monkeypatch):
+    argv = ["--target", "a=t", "--sources", "b=s,svhn", "--seeds", "3,4", "--recipe", "best",
+            "--floor", "5%", "--threshold", "0.3", "--classes", "names.txt", "--no-balance",
+            "--teacher-mean", "0.1,0.2,0.3", "--steps", "7", "--tensorboard"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("x, y\n\nz\n")
+    path = kept(tmp_path, *argv, "--run-dir", "r", "--restart")
+    expected = replace(settings_of(*argv), data_dir=f"{tmp_path}/data", classes=("x, y", "z"))
+    monkeypatch.chdir("/")
+    assert settings_of("--config", path) == expected
+    assert settings_of("--config", path, "--epochs", "2", "--seed", "9", "--data-dir", "d") == (
+        replace(expected, epochs=2, steps=0, seeds=(9,), data_dir="/d"))
+    assert settings_of("--config", kept(tmp_path), "--data-dir", "d", "--seed", "2").seeds == (2,)
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--teacher-arch", "/n/net.py:make"), ("--student-arch", "/n/net.py:make"),
+    ("--approaches", "mms,/m/my.py"), ("--approaches", "/m/my.py,mms")])
+def test_code_that_a_config_names_runs_only_where_the_command_line_names_it(flag, value, tmp_path):
+    path, here = kept(tmp_path, flag, value, "--data-dir", "/d"), ("--data-dir", "/d")
+    with pytest.raises(UserError, match=re.escape(
+            f"{path} names code, and code runs only where the command line names it: "
+            f"add {flag}={value}.")):
+        settings_of("--config", path)
+    assert settings_of("--config", path, flag, value) == settings_of(flag, value, *here)

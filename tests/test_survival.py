@@ -1,0 +1,131 @@
+"""Whatever moment a run is killed at, the same command completes it and ends in the same bits."""
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NET, ROOT, run_script, small_run
+from run_files import outcome, run_stage
+
+import compile
+
+# Like compile.py, but every epoch is worth a checkpoint: a run of seconds would write none.
+EAGER = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import compile
+from kd import command, training
+training.SAVE_INTERVAL = 0.0
+command.command(compile.main)
+"""
+
+
+def start(flags, folder, said):
+    return subprocess.Popen([sys.executable, "-c", EAGER, ROOT, *flags, "--run-dir", folder],
+                            stdout=open(said, "w"), stderr=subprocess.STDOUT)
+
+
+def complete(flags, folder):
+    """The outcome of a run that nothing disturbs."""
+    run_stage(compile, flags, "--run-dir", folder)
+    assert not list(folder.rglob("*.part"))
+    return outcome(folder)
+
+
+def assert_same(ended, expected):
+    assert len(expected) > 20 and ended.keys() == expected.keys()
+    assert [name for name in expected if ended[name] != expected[name]] == []
+
+
+def reached(folder, moment):
+    """moment: a file's name, or how many files there are: neither depends on the machine."""
+    return (folder / moment).exists() if isinstance(moment, str) else (
+        len(list(folder.rglob("*"))) >= moment)
+
+
+def test_killed_at_random_moments_a_run_ends_in_the_same_bits(painted, tmp_path, pytestconfig):
+    rng = random.Random(pytestconfig.getoption("--kill-seed"))
+    flags = [*small_run(painted), "--approaches", "supervised,mms", "--augment", "crop,mixup",
+             "--epochs", "20", "--teacher-epochs", "20", "--teacher-batch-size", "16"]
+    expected = complete(flags, tmp_path / "undisturbed")
+    files, killed, between = len(list((tmp_path / "undisturbed").rglob("*"))), 0, 0
+    for checkpoint in ("teacher.part", "students/supervised.part"):
+        folder = tmp_path / Path(checkpoint).stem
+        for moment in (checkpoint, *sorted(rng.sample(range(5, files), 2))):
+            process = start(flags, folder, tmp_path / "said.txt")
+            while process.poll() is None and not reached(folder, moment):
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.05))
+            process.kill()
+            killed += process.wait() == -signal.SIGKILL
+            between += any(folder.rglob("[!.]*.part"))
+        assert_same(complete(flags, folder), expected)
+    assert killed >= 4 and between
+
+
+@pytest.mark.slow
+def test_the_offline_job_killed_again_and_again_ends_in_the_same_bits(tmp_path, pytestconfig):
+    rng = random.Random(pytestconfig.getoption("--kill-seed"))
+    runs, killed, began = pytestconfig.getoption("--kill-runs"), 0, time.monotonic()
+    flags = ["--target", "digits", "--device", "cpu", "--data-dir", str(tmp_path / "data")]
+    expected = complete(flags, tmp_path / "undisturbed")
+    duration = time.monotonic() - began
+    print(f"undisturbed: {duration:.0f} s, {len(expected)} files to compare", flush=True)
+    for number in range(runs):
+        folder = tmp_path / f"run{number}"
+        for _ in range(4):
+            process = start(flags, folder, tmp_path / "said.txt")
+            try:
+                assert process.wait(rng.uniform(0.05, 0.6) * duration) == 0
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                killed += 1
+        assert_same(complete(flags, folder), expected)
+        shutil.rmtree(folder)
+        print(f"run {number + 1} of {runs}: {killed} kills so far, the same bits", flush=True)
+    assert killed >= runs
+
+
+TELLING = NET.replace("    def forward(self, pixels):\n", """
+    steps = 0
+
+    def forward(self, pixels):
+        self.steps += self.training
+        if self.steps == 5:
+            print("it learns", flush=True)
+""")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_has_everything_saved_and_says_how_to_resume(painted, tmp_path, number):
+    (tmp_path / "net.py").write_text(TELLING)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "TeacherTrain.py", "--target", f"colours={painted / 'colours'}",
+         "--teacher-arch", f"{tmp_path / 'net.py'}:make", "--teacher-epochs", "1000000",
+         "--data-dir", painted / "data", "--run-dir", tmp_path / "run", "--device", "cpu"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "it learns\n" in iter(process.stdout.readline, "")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert said == "\nInterrupted. Run the same command again to resume.\n"
+    saved = torch.load(tmp_path / "run/teacher.part", weights_only=True)
+    assert saved["images"] >= 5 * 64
+    assert not (tmp_path / "run/teacher.pt").exists()
+
+
+@pytest.mark.parametrize("flag", ["--restart", "--restart-from=students"])
+def test_who_began_again_is_told_to_resume_without_that(tmp_path, flag):
+    (tmp_path / "script.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport os, signal\n"
+        "from kd.command import command\n"
+        "command(lambda argv: os.kill(os.getpid(), signal.SIGTERM))\n")
+    done = run_script(tmp_path / "script.py", flag)
+    assert (done.returncode, done.stderr) == (143, "\nInterrupted. Run the same command again "
+                                              f"without {flag.partition('=')[0]} to resume.\n")

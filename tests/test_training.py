@@ -1,0 +1,364 @@
+"""Training: what it learns, how it resumes, and what is said when it can't go on."""
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from distill import fixed_objective, kd_loss, live_objective
+from kd import engine, training
+from kd.augment import augment
+from kd.classifier import Classifier
+from kd.command import Interrupted
+from kd.files import UserError
+from kd.settings import Recipe
+from kd.training import Checkpoint, Watch, cross_entropy, train
+
+pytestmark = pytest.mark.quick
+CPU = torch.device("cpu")
+COUNT, SIZE = 42, 16
+LABELS = np.arange(COUNT) % 3
+IMAGES = np.random.default_rng(0).integers(0, 200, (COUNT, SIZE, SIZE, 3), np.uint8)
+IMAGES[np.arange(COUNT), :, :, LABELS] += 55        # what tells the classes apart
+
+WATCHED = {"evaluate": lambda network: engine.accuracy(network, IMAGES, LABELS)}
+
+
+class Auxiliary(nn.Module):
+    """Gives a tuple of logits while it trains, as Inception does; its second head is off."""
+
+    def __init__(self):
+        super().__init__()
+        self.main, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, pixels):
+        colours = pixels.mean((2, 3))
+        logits = self.main(colours)
+        return (logits, self.other(colours), None) if self.training else logits
+
+
+def small(seed=0, network=None):
+    """A classifier with what a step depends on: batch norm and dropout."""
+    torch.manual_seed(seed)
+    network = network or nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(),
+        nn.Linear(64, 3))
+    return Classifier(network, "small", ["a", "b", "c"], SIZE)
+
+
+def learn(path, recipe, objective=None, network=None, made_from="this training", **watch):
+    """(The classifier after its training, the Training)."""
+    classifier = network or small()
+    watch = Watch(Checkpoint(path, made_from), "student mms", **watch)
+    state = train(classifier, IMAGES, np.arange(COUNT), objective or cross_entropy(LABELS, CPU),
+                  recipe, seed=5, device=CPU, watch=watch)
+    return classifier, state
+
+
+def same(some, others):
+    """Whether two networks are the same to the bit."""
+    some, others = some.state_dict(), others.state_dict()
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name])
+                                                for name in some)
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """A list whose one number says after how many more steps a signal asks to stop. (That signals
+    do ask, test_survival.py shows.)"""
+    left = []
+
+    def asked():
+        left[:] = [number - 1 for number in left]
+        return 15 if left and left[0] <= 0 else 0
+    monkeypatch.setattr(training, "interrupted", asked)
+    return left
+
+
+# --------------------------------------------------------------------------------------------------
+# Interrupted and resumed
+# --------------------------------------------------------------------------------------------------
+
+RECIPES = {
+    "constant rate": Recipe(3, 8, 0.05),
+    "everything": Recipe(4, 8, 0.05, 0.9, 1e-3, "onecycle", "crop,flip,mixup,cutmix", ema=0.8),
+    "fewer steps than an epoch": Recipe(1, 8, 0.05, 0.9, schedule="onecycle", steps=3),
+    "part of an epoch at the end": Recipe(1, 8, 0.05, 0.9, augment="crop,cutmix", steps=13),
+    "one batch per epoch": Recipe(9, 64, 0.05, 0.9, schedule="onecycle", augment="mixup", ema=0.5),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_training_that_signals_interrupt_ends_in_the_same_bits(tmp_path, stopping, recipe, seed):
+    expected, undisturbed = learn(tmp_path / "undisturbed.part", recipe, **WATCHED)
+    rng, stops = random.Random(seed), 0
+    while True:
+        stopping[:] = [rng.randint(1, 6)]
+        try:
+            classifier, state = learn(tmp_path / "student.part", recipe, **WATCHED)
+            break
+        except Interrupted:
+            stops += 1
+            assert (tmp_path / "student.part").exists()
+    assert stops >= state.steps // 7 and same(classifier, expected)
+    assert (state.history, state.images) == (undisturbed.history, undisturbed.images)
+    assert len(state.history) == math.ceil(state.steps / state.per_epoch)
+
+
+def half_done(path, stopping, recipe=RECIPES["everything"], **more):
+    """Leaves the checkpoint of a training that was stopped after seven steps."""
+    stopping[:] = [7]
+    with pytest.raises(Interrupted):
+        learn(path, recipe, **more)
+    stopping.clear()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("damage, made_from, said", [
+    (lambda content: b"", "this training", "damaged"),
+    (lambda content: content[:-1], "this training", "damaged"),
+    (lambda content: content[:3000] + bytes([content[3000] ^ 1]) + content[3001:], "this training",
+     "damaged"),
+    (lambda content: content, "another transfer set", "of another training")])
+def test_a_damaged_or_foreign_checkpoint_is_said_and_not_used(
+        tmp_path, stopping, capsys, damage, made_from, said):
+    path, recipe = tmp_path / "student.part", RECIPES["everything"]
+    path.write_bytes(damage(half_done(path, stopping, made_from=made_from)))
+    classifier, _ = learn(path, recipe)
+    assert f"{path} is {said} and is not used." in capsys.readouterr().out
+    assert same(classifier, learn(tmp_path / "undisturbed.part", recipe)[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# What stops a training
+# --------------------------------------------------------------------------------------------------
+
+def spoilt(at, make):
+    """An objective that is make(loss) from its `at`-th call on."""
+    calls, objective = itertools.count(1), cross_entropy(LABELS, CPU)
+    return lambda *given: (make if next(calls) >= at else lambda loss: loss)(objective(*given))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_is_one_sentence(tmp_path, stopping, value):
+    path, recipe = tmp_path / "student.part", RECIPES["constant rate"]
+    saved = half_done(path, stopping, recipe)
+    with pytest.raises(UserError) as raised:
+        learn(path, recipe, spoilt(1, lambda loss: loss + float(value)), remedy="a smaller --lr")
+    assert str(raised.value) == (f"student mms: the loss is {value} at a learning rate of 0.05 in "
+                                 "step 3 of epoch 2. Use a smaller --lr.")
+    assert path.read_bytes() == saved       # of the 7 steps before
+    expected, _ = learn(tmp_path / "undisturbed.part", recipe)
+    assert same(learn(path, recipe)[0], expected)
+
+
+@pytest.mark.parametrize("step", [7, 15])
+def test_weights_that_are_not_finite_are_never_a_result(tmp_path, step):
+    """A loss may be finite whose gradient is not; 15 is the last step of all."""
+    with pytest.raises(UserError, match=r"student mms: the (weights are|loss is) .* epoch [23]"):
+        learn(tmp_path / "student.part", RECIPES["constant rate"],
+              spoilt(step, lambda loss: (loss - loss).sqrt()))
+    assert not (tmp_path / "student.part").exists()
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_does_not_suffice_is_one_sentence(tmp_path, error):
+    class Greedy(nn.Flatten):
+        def forward(self, pixels):
+            raise error
+    network = small(network=nn.Sequential(nn.Conv2d(3, 4, 3), Greedy()))
+    with pytest.raises(UserError, match=r"^student mms: the memory does not suffice\. Use a "
+                                        r"smaller --batch-size \(--teacher-batch-size\), or .*$"):
+        learn(tmp_path / "student.part", RECIPES["constant rate"], network=network)
+    with pytest.raises(UserError, match=r"^evaluating: the memory does not suffice\. .*$"):
+        engine.predict(network, IMAGES)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is learnt
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("epochs, steps, of_epochs", [(3, 0, (5, 5, 5)), (1, 12, (5, 5, 2))])
+def test_the_history_has_the_rate_of_each_epochs_last_step(tmp_path, epochs, steps, of_epochs):
+    found = {}
+    for schedule in ("constant", "onecycle"):
+        recipe = Recipe(epochs, 8, 0.05, schedule=schedule, steps=steps)
+        _, state = learn(tmp_path / f"{schedule}.part", recipe)
+        assert [entry["epoch"] for entry in state.history] == [1, 2, 3]
+        found[schedule] = [entry["lr"] for entry in state.history]
+    optimizer, rates = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.05), []
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, sum(of_epochs),
+                                                    cycle_momentum=False)
+    for _ in range(sum(of_epochs)):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    last = np.cumsum(of_epochs) - 1
+    assert found == {"constant": [0.05] * 3, "onecycle": [rates[step] for step in last]}
+
+
+def test_the_loss_falls_and_the_accuracy_noted_is_that_of_the_network(tmp_path):
+    classifier, state = learn(tmp_path / "a.part", Recipe(25, 8, 0.05, 0.9), **WATCHED)
+    first, last = state.history[0], state.history[-1]
+    assert abs(first["loss"] - math.log(3)) < 0.6 and last["loss"] < first["loss"] / 2
+    assert last["confidence_accuracy"] == engine.accuracy(classifier, IMAGES, LABELS) > 0.8
+
+
+def test_the_average_of_weights_is_that_of_the_steps(tmp_path):
+    weights, objective, classifier = [], cross_entropy(LABELS, CPU), small()
+
+    def recording(*given):          # the weights that the steps before have left
+        weights.append(classifier.network[5].weight.detach().clone())
+        return objective(*given)
+    learn(tmp_path / "a.part", Recipe(2, 8, 0.05, 0.9), recording, classifier)
+    average = weights[1]
+    for each in [*weights[2:], classifier.network[5].weight]:
+        average = 0.7 * average + 0.3 * each
+    averaged, _ = learn(tmp_path / "b.part", Recipe(2, 8, 0.05, 0.9, ema=0.7))
+    torch.testing.assert_close(averaged.network[5].weight, average)
+    assert not torch.equal(averaged.network[5].weight, classifier.network[5].weight)
+
+
+def test_auxiliary_heads_count_four_tenths(tmp_path):
+    network, labels = small(network=Auxiliary()), torch.from_numpy(LABELS)
+    main, other, _ = network.train()(torch.from_numpy(IMAGES))
+    expected = F.cross_entropy(main, labels) + 0.4 * F.cross_entropy(other, labels)
+    before = network.network.other.weight.clone()
+    _, state = learn(tmp_path / "a.part", Recipe(1, COUNT, 0.05), network=network)
+    assert state.history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert not torch.equal(network.network.other.weight, before)
+
+
+def test_on_fixed_pixels_the_teacher_may_answer_beforehand(tmp_path):
+    teacher, rows = small(1), torch.tensor([3, 1, 30])
+    fixed = fixed_objective(teacher, IMAGES, 4.0, CPU)
+    live = live_objective(teacher, 4.0, CPU)
+    logits, views = torch.randn(3, 3), torch.from_numpy(IMAGES[rows])
+    expected = kd_loss(logits, teacher(views).detach(), 4.0)
+    for objective in (fixed, live):
+        torch.testing.assert_close(objective(logits, views, rows), expected)
+    recipe = Recipe(3, 8, 0.05, 0.9, schedule="onecycle", temperature=4.0)
+    students = [learn(tmp_path / f"{i}.part", recipe, objective)[0]
+                for i, objective in enumerate((fixed, live))]
+    for some, others in zip(*(each.parameters() for each in students), strict=True):
+        torch.testing.assert_close(some, others, rtol=1e-3, atol=1e-5)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_board_is_written_where_it_is_asked_for(tmp_path, stopping):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    recipe, path = RECIPES["everything"], tmp_path / "a.part"
+    learn(path, recipe, **WATCHED)
+    assert list(tmp_path.iterdir()) == []
+    half_done(path, stopping, board=tmp_path / "board", **WATCHED)
+    _, state = learn(path, recipe, board=tmp_path / "board", **WATCHED)
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert board.Tags()["images"] == ["views"]
+    steps = {name: [event.step for event in board.Scalars(name)]
+             for name in board.Tags()["scalars"]}
+    ends = [4, 9, 14, 19]
+    assert steps == {"loss": list(range(20)), "epoch_loss": ends, "learning_rate": ends,
+                     "confidence_accuracy": ends}
+    assert [event.value for event in board.Scalars("epoch_loss")] == pytest.approx(
+        [entry["loss"] for entry in state.history], rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------
+
+def test_an_answer_does_not_depend_on_the_batch_it_is_in(monkeypatch):
+    classifier, images = small().train(), np.concatenate([IMAGES] * 3)
+    expected = engine.predict(classifier, images)
+    assert expected.shape == (126, 3) and expected.dtype == torch.float32
+    assert not classifier.training          # no dropout, no statistics of the batch
+    for size in (16, 17, 100):
+        monkeypatch.setattr(engine, "EVALUATION_BATCH", size)
+        found = engine.predict(classifier, torch.from_numpy(images))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        rows = np.array([3, 5, 64, 125])
+        torch.testing.assert_close(engine.predict(classifier, images, rows), expected[rows],
+                                   rtol=1e-5, atol=1e-6)
+        assert (engine.answers(classifier, images) == expected.argmax(1).numpy()).all()
+    right = expected.argmax(1).numpy() == np.concatenate([LABELS] * 3)
+    assert engine.accuracy(classifier, images, np.concatenate([LABELS] * 3)) == right.mean()
+    assert engine.accuracy(classifier, IMAGES, LABELS, np.arange(9)) == right[:9].mean()
+
+
+@pytest.mark.parametrize("size, images", [(32, 512), (96, 512), (224, 94), (299, 53), (4096, 16)])
+def test_a_batch_of_larger_images_has_fewer_of_them(size, images):
+    assert engine.evaluation_batch(Classifier(nn.Flatten(), "any", "ab", size)) == images
+
+
+# --------------------------------------------------------------------------------------------------
+# Augmentation
+# --------------------------------------------------------------------------------------------------
+
+def generator():
+    return torch.Generator().manual_seed(5)
+
+
+def random_pixels(count, height, width):
+    """Images of which no two have a pixel in common."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
+    pixels[..., 0] = np.arange(count)[:, None, None]
+    return pixels
+
+
+def slowly_augmented(images, steps):
+    """One image after the other, with what an equally seeded generator draws."""
+    draws, (count, height, width, _), padding = generator(), images.shape, images.shape[1] // 8
+    down = right = mirrored = [0] * count
+    if "crop" in steps:
+        down, right = torch.randint(-padding, padding + 1, (2, count), generator=draws).tolist()
+        assert min(down) == min(right) == -padding and max(down) == max(right) == padding
+    if "flip" in steps:
+        mirrored = (torch.rand(count, generator=draws) < 0.5).tolist()
+    if {"mixup", "cutmix"} & set(steps):
+        weight, way, *corner = torch.rand(4, count, generator=draws).numpy()
+    views = []
+    for i, image in enumerate(images):
+        padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+        image = padded[padding + down[i]:, padding + right[i]:][:height, :width]
+        views.append(image[:, ::-1] if mirrored[i] else image)
+    mixed = list(views)
+    for i, view in enumerate(views):
+        partner, both = views[i - 1], {"mixup", "cutmix"} <= set(steps)
+        if "cutmix" in steps and (not both or way[i] < 0.5):
+            edge = np.sqrt(1 - weight[i])
+            top, left = (round(float(each[i] * (1 - edge) * side)) for each, side in
+                         zip(corner, (height, width), strict=True))
+            cut = (slice(top, top + round(float(edge * height))),
+                   slice(left, left + round(float(edge * width))))
+            mixed[i] = view.copy()
+            mixed[i][cut] = partner[cut]
+        elif "mixup" in steps:
+            mixed[i] = np.round(partner + weight[i] * (view.astype(np.float32) - partner))
+    return np.stack(mixed)
+
+
+@pytest.mark.parametrize("steps", [
+    "crop", "flip", "crop,flip", "mixup", "cutmix", "flip,cutmix", "crop,flip,mixup,cutmix"])
+@pytest.mark.parametrize("height, width", [(32, 32), (16, 24)])
+def test_augment_is_what_a_loop_over_images_makes(steps, height, width):
+    images = torch.from_numpy(random_pixels(120, height, width))
+    given = images.clone()
+    views = augment(images, steps, generator())
+    assert views.dtype == torch.uint8 and torch.equal(images, given)
+    apart = (views.int() - torch.from_numpy(slowly_augmented(images.numpy(), steps.split(",")))
+             ).abs()
+    # A weight may be rounded to the other side of a half grey level.
+    assert apart.max() <= ("mixup" in steps) and (apart > 0).float().mean() < 1e-3
+    assert torch.equal(augment(images, "none", generator()), images)
+    if "cut" not in steps and "mix" not in steps:       # a part gets what the whole batch gets
+        assert torch.equal(augment(images[7:], steps, generator(), 120, slice(7, None)), views[7:])
