@@ -2,6 +2,7 @@
 
 `train` over `train_one_epoch` is what learns. Everything else is in `_Keeper`, which is called
 after each step and each epoch."""
+import copy
 import io
 import time
 import warnings
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd.augment import augment, shuffled_batches, step_generator
 from kd.board import open_board
@@ -71,8 +71,7 @@ class Training:
         schedulers = torch.optim.lr_scheduler
         scheduler = (schedulers.OneCycleLR(optimizer, recipe.lr, steps, cycle_momentum=False)
                      if recipe.schedule == "onecycle" else schedulers.ConstantLR(optimizer, 1.0))
-        average = AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema),
-                                use_buffers=True) if recipe.ema else None
+        average = copy.deepcopy(classifier) if recipe.ema else None
         return cls(classifier, optimizer, scheduler, average, torch.zeros((), device=device),
                    per_epoch, steps, network=_shared(classifier, device))
 
@@ -92,7 +91,22 @@ class Training:
     @property
     def result(self):
         """The classifier as it would end now."""
-        return self.classifier if self.average is None else self.average.module
+        return self.classifier if self.average is None else self.average
+
+    @torch.no_grad()
+    def update_average(self, decay):
+        """Moves the average towards the weights and statistics of now. The decay warms up, so that
+        a short training does not end as its beginning: min(decay, (1 + n) / (10 + n)) after n
+        steps."""
+        done = self.epoch * self.per_epoch + self.step
+        pairs = list(zip(self.average.state_dict().values(), self.classifier.state_dict().values(),
+                         strict=True))
+        means = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_(*map(list, zip(*means, strict=True)),
+                             1 - min(decay, (1 + done) / (10 + done)))
+        for kept, value in pairs:
+            if not kept.is_floating_point():
+                kept.copy_(value)
 
     def state(self):
         """Everything, as plain types and tensors."""
@@ -163,16 +177,16 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch):
         tensor, rows = resident(images, device), torch.as_tensor(rows)
         while state.epoch * state.per_epoch < state.steps:
             batches = shuffled_batches(rows, recipe.batch_size, step_generator(seed, state.epoch))
-            train_one_epoch(state, tensor, batches[:state.batches_left], objective, recipe.augment,
-                            seed, device, keeper)
+            train_one_epoch(state, tensor, batches[:state.batches_left], objective, recipe, seed,
+                            device, keeper)
             keeper.after_epoch()
         keeper.close()
     classifier.load_state_dict(state.result.state_dict())
     return state
 
 
-def train_one_epoch(state, images, batches, objective, steps, seed, device, keeper):
-    """The steps of one epoch that are left. batches: [(n,) int64 rows]; steps: of `augment`."""
+def train_one_epoch(state, images, batches, objective, recipe, seed, device, keeper):
+    """The steps of one epoch that are left. batches: [(n,) int64 rows]."""
     state.classifier.train()
     allow_tf32(True)
     mine = slice(*share_of(len(batches[0])))        # this process's share of every batch
@@ -182,7 +196,7 @@ def train_one_epoch(state, images, batches, objective, steps, seed, device, keep
     for step, (batch, raw) in enumerate(zip(batches[state.step:], pixels, strict=True), state.step):
         generator = step_generator(seed, state.epoch, step)
         seed_all(seed_for(seed, f"{state.epoch}/{step}/{rank()}"), device)
-        views = augment(raw, steps, generator, len(batch), mine)
+        views = augment(raw, recipe.augment, generator, len(batch), mine)
         with autocast(device):
             logits = state.network(views)
             loss = weight * _loss(objective, logits, views, batch[mine])
@@ -191,11 +205,11 @@ def train_one_epoch(state, images, batches, objective, steps, seed, device, keep
         state.optimizer.step()
         state.rate = state.optimizer.param_groups[0]["lr"]
         state.scheduler.step()
-        if state.average is not None:
-            state.average.update_parameters(state.classifier)
         state.total += loss.detach()
         state.images += len(batch)
         state.step = step + 1
+        if state.average is not None:
+            state.update_average(recipe.ema)
         keeper.after_step(loss.detach(), views, step + 1 == len(batches))
 
 
