@@ -11,6 +11,7 @@ threshold of a class,
     balanced, eats     the same without a threshold (eats: from SVHN and TinyImageNet alone)
     all                every image of every source
     random             as many images as mms has, without threshold or balance
+    matched            so many that the pool has the teacher's batch statistics (kd/matching.py)
 
     python transfer.py --approach mms
     python transfer.py --approach ./my_metric.py
@@ -30,6 +31,7 @@ import data
 from kd import engine
 from kd.command import command
 from kd.files import UserError, digest, listed, say, write_atomically, write_text
+from kd.matching import draw, matched_weights, statistics
 from kd.processes import first_alone, on_all_ranks
 from kd.run import open_stage
 from kd.scoring import Scoring
@@ -132,6 +134,10 @@ def select(approach, candidates, thresholds, rules):
         size = min(count, len(select("mms", candidates, thresholds, rules)[0]))
         rng = np.random.default_rng(engine.seed_for(rules.seed, "random"))
         return np.sort(rng.choice(count, size, replace=False)), np.zeros(size, bool)
+    if approach == "matched":
+        chosen = draw(candidates.scores["matched"], min(count, rules.bucket * rules.classes),
+                      rules.seed)
+        return chosen, np.zeros(len(chosen), bool)
     group, room = candidates.predicted, rules.bucket
     if not rules.balance:
         group, room = np.zeros_like(group), rules.bucket * rules.classes
@@ -183,19 +189,24 @@ def make_transfer_set(run, approach, scoring, target_size):
     # An approach without a criterion of its own shows the margin, for comparison.
     shown = approach if approach in scoring.criteria else (
         "mms" if "mms" in scoring.criteria else "confidence")
-    used = (candidates.predicted, candidates.index, candidates.scores[shown])
+    used = [candidates.predicted, candidates.index, candidates.scores[shown]]
+    if approach == "matched":
+        used.append(statistics(scoring))
     product = run.product(
         f"transfer/{approach}/summary.json", teacher=scoring.digest, bucket=bucket,
         criterion=scoring.criteria[shown].digest, thresholds=digest(thresholds[shown].tobytes()),
-        scores=digest(b"".join(column.tobytes() for column in used)))
+        scores=digest(*used))
     if product.done:
         return product.content
+    if approach == "matched":
+        size = min(len(candidates), bucket * len(classes))
+        candidates.scores["matched"], shown = matched_weights(scoring, size), "matched"
     rules = Rules(bucket, len(classes), {name: each.keeps_high
                                          for name, each in scoring.criteria.items()},
                   settings.fill, settings.floor, not settings.no_balance, settings.seed)
     chosen, below = select(approach, candidates, thresholds, rules)
     summary = summarise(approach, candidates, chosen, below, classes, bucket)
-    balanced = approach not in ("random", "all") and rules.balance
+    balanced = approach not in ("random", "all", "matched") and rules.balance
     if not balanced:        # nothing fills buckets, so no class can be short
         summary["shortfall"] = {}
     own = approach in scoring.criteria

@@ -1,11 +1,8 @@
-"""Two processes of torchrun, a thread each, against one process with two threads: the same work, images a second, and what they select.
+"""Two processes of torchrun, a thread each, against one with two threads, on the built-in digits. A
+third run, of two processes that are given the teacher of the first, compares scores and selection.
 
-The work is a run on the built-in digits from teacher to student. The run of two processes is given the teacher of the first, so that the
-scores can be compared; its own teacher is trained in a third run.
-
-    python benchmarks/processes.py          # JSON on standard output
+    python benchmarks/processes.py
 """
-import argparse
 import json
 import os
 import subprocess
@@ -15,37 +12,46 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ("--target", "digits", "--approaches", "mms", "--teacher-epochs", "4", "--epochs", "8", "--device", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.measuring import arguments, table
+
+FLAGS = (f"{sys.path[0]}/compile.py", "--target", "digits", "--approaches", "mms",
+         "--threshold", "published", "--device", "cpu", "--teacher-epochs", "4", "--epochs", "8")
+TRIAL = ("--teacher-epochs", "1", "--epochs", "1", "--limit", "600")
 
 
-def run(processes, folder, *flags):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    subprocess.run([sys.executable, *launcher, str(ROOT / "compile.py"), *FLAGS, *flags, "--run-dir", str(folder)], check=True, cwd=folder.parent,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if processes > 1 else None, env=os.environ | {"OMP_NUM_THREADS": str(2 // processes)})
-
-
-def speeds(folder):
-    scored = [np.load(path) for path in sorted((folder / "scores").glob("*.npz"))]
-    return {"teacher training": round(json.loads((folder / "teacher.json").read_text())["images_per_second"]),
-            "scoring": round(sum(len(s["predicted"]) for s in scored) / sum(float(s["seconds"]) for s in scored)),
-            "distillation": round(json.loads((folder / "students" / "mms.json").read_text())["images_per_second"])}
+def run(processes, folder, *more):
+    """Returns images per second of teacher training, scoring and distillation."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    subprocess.run([sys.executable, *torchrun[:4 * (processes - 1)], *FLAGS,
+                    *more, "--run-dir", folder], cwd=folder.parent, stdout=sys.stderr, check=True,
+                   env=os.environ | {"OMP_NUM_THREADS": str(2 // processes)})
+    teacher, student, *scored = (json.loads(path.read_text()) for path in (
+        folder / "teacher.json", folder / "students/mms.json", *folder.glob("scores/*.json")))
+    scoring = sum(each["images"] for each in scored) / sum(each["seconds"] for each in scored)
+    return teacher["images_per_second"], scoring, student["images_per_second"]
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    more = TRIAL if arguments(__doc__).trial else ()
     with tempfile.TemporaryDirectory() as folder:
         one, two, given = (Path(folder) / name for name in ("one", "two", "given"))
-        run(1, one)
-        run(2, two)
-        run(2, given, "--teacher-checkpoint", str(one / "teacher.pt"))
-        alone, together = ([np.load(path) for path in sorted((run_of / "scores").glob("*.npz"))] for run_of in (one, given))
-        same = all(np.array_equal(a["predicted"], b["predicted"]) for a, b in zip(alone, together))
-        difference = max(float(np.abs(a[name] - b[name]).max() / np.abs(a[name]).max()) for a, b in zip(alone, together) for name in ("mms", "entropy"))
-        rows = [(run_of / "transfer" / "mms" / "manifest.csv").read_text().splitlines() for run_of in (one, given)]
-        chosen = [{tuple(row.split(",")[:2]) for row in lines} for lines in rows]
-        print(json.dumps({"one process, two threads": speeds(one), "two processes, one thread each": speeds(two), "same predictions": same,
-                          "largest difference of a score": difference, "selected": len(chosen[0]) - 1, "selected by one of them alone": len(chosen[0] ^ chosen[1])}, indent=2))
+        speeds = run(1, one, *more), run(2, two, *more)
+        run(2, given, *more, "--teacher-checkpoint", one / "teacher.pt")
+        chosen = [{tuple(row.split(",")[:2]) for row in path.read_text().splitlines()[1:]}
+                  for path in (each / "transfer/mms/manifest.csv" for each in (one, given))]
+        pairs = [(np.load(path), np.load(given / "scores" / path.name))
+                 for path in one.glob("scores/*.npz")]
+        differing = sum((a["predicted"] != b["predicted"]).sum() for a, b in pairs)
+        apart = max(np.abs(a[name] - b[name]).max() / np.abs(a[name]).max()
+                    for a, b in pairs for name in ("mms", "entropy"))
+    table("Images per second", ["", "one process, two threads", "two processes, a thread each",
+                                "ratio"],
+          [[stage, alone, shared, shared / alone] for stage, alone, shared in zip(
+              ("teacher training", "scoring", "distillation"), *speeds, strict=True)])
+    table("With one teacher", ["predictions that differ", "largest difference of scores, relative",
+                               "images selected", "by one of the two alone"],
+          [[differing, apart, len(chosen[0]), len(chosen[0] ^ chosen[1])]])
 
 
 if __name__ == "__main__":

@@ -1,17 +1,13 @@
-"""Whether scoring streams: peak memory and time for 10,000 to 1,000,000 packed images, for images in tar shards, and the selection among
-10,000,000 scores.
+"""Whether scoring streams: peak memory and time of scoring packed images, and JPEGs in a folder and
+in tar shards that are decoded at 224x224 meanwhile; and of selecting from ten million scores.
 
-The images are random bytes in the form of a pack, and the network is tiny, so that what is measured is what lies around it. Each
-size is scored in a process of its own, after one batch that pays for the start. The memory is that of the whole process, mapped
-files included.
+The network is tiny, and each size has a process of its own. What ten million images take is the
+peak of the largest size and, for each image more, its place in the source and its scores, whose
+cost is measured with ten million blank images, in batches as at 224x224, with nothing to decode.
 
-    python benchmarks/scale.py                  # JSON on standard output; takes 3 GB of disk for a while
+    python benchmarks/scale.py      # takes 3 GB of disk for a while
 """
-import argparse
-import io
-import json
-import multiprocessing
-import resource
+import pickle
 import sys
 import tarfile
 import tempfile
@@ -19,105 +15,92 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
-import shards
+import data
 import transfer
+from benchmarks import measuring
+from kd import engine, scoring
+from kd.classifier import Classifier
+from kd.settings import resolve
 
-SHARDS, IN_A_SHARD = 20, 2_000
-SIZES = (10_000, 100_000, 1_000_000)
-CANDIDATES, CLASSES, TRANSFER_SIZE = 10_000_000, 100, 50_000
-
-
-def tiny():
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
-    return models.Classifier(network, "tiny", list(range(10)))
+TEN_MILLION, CLASSES, BUCKET = 10_000_000, 100, 500
 
 
-def score(path, count, pipe):
-    images = np.load(path, mmap_mode="c")[:count]
-    teacher = tiny()
-    transfer.score_images(teacher, images[:512])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
-    scores = transfer.score_images(teacher, images)
-    pipe.send({"images": len(scores["predicted"]), "seconds": round(time.perf_counter() - began, 2),
-               "peak_MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "before_MB": round(before / 1024)})
+def write_packed(folder, count):
+    np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (count, 32, 32, 3))[:] = 128
+    return folder / "images.npy"
 
 
-def scoring(folder):
-    """[{"images", "seconds", "peak_MB", "before_MB"}] for SIZES."""
-    path, rng = Path(folder) / "images.npy", np.random.default_rng(0)
-    with open(path, "wb") as file:      # not through a map: a process starts with the peak of the one that started it
-        np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": (max(SIZES), 32, 32, 3)})
-        for _ in range(0, max(SIZES), 10_000):
-            file.write(rng.integers(0, 256, (10_000, 32, 32, 3), np.uint8).data)
-    return [in_a_process(score, path, count) for count in SIZES]
+def write_shards(folder, count):
+    for each in measuring.write_jpegs(folder / "images", count).iterdir():
+        with tarfile.open(folder / f"{each.name}.tar", "w") as shard:
+            shard.add(each, each.name)
+    return folder / "*.tar"
 
 
-def score_in_shards(pattern, count, pipe):
-    source, teacher = shards.open_shards("pool", pattern, 32, None), tiny()
-    began = time.perf_counter()
-    scores = transfer.score_shards(teacher, source, torch.device("cpu"), transfer.CRITERIA, None, 0)
-    elapsed = time.perf_counter() - began
-    pipe.send({"images": len(scores["predicted"]), "shards": count, "seconds": round(elapsed, 2),
-               "peak_MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-               "peak_MB_of_a_decoder": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)})
+def source_at(where, size):
+    """images.npy, a folder or shards, at `size` pixels; or so many blank images."""
+    if isinstance(where, int):
+        return measuring.as_source(np.broadcast_to(np.uint8(0), (where, 8, 8, 3)))
+    if where.suffix == ".npy":
+        return measuring.as_source(np.load(where, mmap_mode="c"))
+    settings = resolve({"target": "digits", "pack": "never", "image_size": size})
+    return data.load_source(settings, f"pool={where}")
 
 
-def scoring_in_shards(folder):
-    """The same for images as PNG in tar shards, a tenth of them and all, decoded as they are read."""
-    rng = np.random.default_rng(0)
-    for number in range(SHARDS):
-        with tarfile.open(Path(folder) / f"{number:03}.tar", "w") as shard:
-            for member in range(IN_A_SHARD):
-                content = io.BytesIO()
-                Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(content, "PNG")
-                info = tarfile.TarInfo(f"{member:06}.png")
-                info.size = content.tell()
-                content.seek(0)
-                shard.addfile(info, content)
-    return [in_a_process(score_in_shards, f"{folder}/{{000..{count - 1:03}}}.tar", count) for count in (SHARDS // 10, SHARDS)]
+def score(where, size):
+    """Returns figures, and how many bytes the place of an image in the source takes."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.ReLU(),
+                            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    teacher = Classifier(network, "tiny", range(10), size)
+    criteria = scoring.load_criteria(resolve({}))
+    teacher.fitted = lambda pixels: pixels      # blank images are not enlarged
+    began, source = time.perf_counter(), source_at(where, size)
+    found = {"images": f"{len(source):,}", "s to open": time.perf_counter() - began}
+    for rows in (np.arange(100), None):         # one batch pays for the start
+        found["MiB before"] = measuring.peaks()[0]
+        found["s to score"] = measuring.seconds(
+            scoring.score_batches, teacher, source, rows, criteria, engine.CPU, "pool")
+    own, child = measuring.peaks()
+    found |= {"MiB": own, "MiB of a decoder": child if source.files else "-"}
+    return found, len(pickle.dumps(source.files)) / len(source)
 
 
-def in_a_process(function, *arguments):
-    """What a function sends through the pipe that is its last argument, run by a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=function, args=(*arguments, theirs))
-    process.start()
-    theirs.close()      # so that the end of the process is the end of the pipe
-    found = ours.recv()
-    process.join()
-    return found
-
-
-def selection():
-    """Seconds of filling the buckets from CANDIDATES, of which two thirds pass, first come first served and best first."""
-    rng = np.random.default_rng(0)
-    scores = rng.random(CANDIDATES, np.float32)
-    candidates = transfer.Candidates(("pool",), np.zeros(CANDIDATES, np.int64), np.arange(CANDIDATES),
-                                     {"predicted": rng.integers(0, CLASSES, CANDIDATES), "mms": scores})
-    seconds = {}
-    for fill in ("first", "best"):
-        began = time.perf_counter()
-        chosen = transfer.select("mms", candidates, {"mms": np.full(CLASSES, 1 / 3)}, TRANSFER_SIZE // CLASSES, fill)
-        seconds[fill] = round(time.perf_counter() - began, 2)
-        if len(chosen) != TRANSFER_SIZE:
-            raise SystemExit(f"selected {len(chosen)} images, not {TRANSFER_SIZE}")
-    return seconds
+def select(count):
+    """Fills the buckets from `count` candidates, of which two thirds pass."""
+    rng, thresholds = np.random.default_rng(0), {"mms": np.full(CLASSES, 1 / 3)}
+    candidates = transfer.join({"pool": {
+        "index": np.arange(count), "predicted": rng.integers(0, CLASSES, count),
+        "mms": rng.random(count, np.float32)}})
+    took = [measuring.seconds(transfer.select, "mms", candidates, thresholds, transfer.Rules(
+        BUCKET, CLASSES, {"mms": True}, fill)) for fill in ("first", "best")]
+    return [f"{count:,}", *took, measuring.peaks()[0]]
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = {"threads": torch.get_num_threads(), "scoring": scoring(folder), "scoring_in_shards": scoring_in_shards(folder)}
-    print(json.dumps(found | {"selection_seconds_of_10_million": selection()}, indent=2))
+    part = 100 if measuring.arguments(__doc__).trial else 1
+    few, many, rows, last = 100_000 // part, TEN_MILLION // part, [], {}
+    for name, size, write, counts in (
+            ("packed, 32x32", 32, write_packed, (few // 10, few, few * 10)),
+            ("folder, 224x224", 224, measuring.write_jpegs, (few // 10, few)),
+            ("tar shards, 224x224", 224, write_shards, (few // 10, few)),
+            ("blank", 224, lambda folder, count: count, (few, many))):
+        for count in counts:
+            with tempfile.TemporaryDirectory() as folder:
+                found, place = measuring.in_a_process(score, write(Path(folder), count), size)
+            rows.append([name, *found.values()])
+            last[name] = found["MiB"], place
+    measuring.table("Scoring", ["", *found], rows)
+    cost = (rows[-1][-2] - rows[-2][-2]) / (many - few)
+    measuring.table("Ten million images, extrapolated", [
+        "", "bytes of a place", "bytes of scores", "MiB"], [
+        [name, place, cost * 2 ** 20, MiB + (cost + place / 2 ** 20) * (TEN_MILLION - few)]
+        for name, (MiB, place) in last.items() if "x224" in name])
+    heads = ["candidates", "s, --fill first", "s, --fill best", "MiB"]
+    measuring.table(f"Selecting {BUCKET * CLASSES:,} images", heads,
+                    [measuring.in_a_process(select, many)])
 
 
 if __name__ == "__main__":

@@ -1,175 +1,127 @@
-"""How close the stages come to the bare network: images a second beside a loop over random tensors.
+"""How close the stages come to the bare network: images per second beside loops over random floats.
 
-The bare loop holds one batch of normalised floats, of the stage's shape, on the device, and does nothing but what
-no training can do without: forward, loss, backward, optimizer step. Ours is the stage's own code on random uint8
-images: shuffling, augmentation, normalisation, the teacher and the bookkeeping are inside. The two take turns, so that a noisy machine disturbs both. "stock" is the bare loop over torchvision's network as it
-comes, without SmallInputConv2d (see models.py).
+    bare    one batch that stays on the device: forward, loss, backward, step (scoring: forward)
+    stock   the same over torchvision's network as it comes, without kd/small_conv.py
+    here    the stage's own code on random uint8 images, with all that belongs to it
 
-    python benchmarks/speed.py                          # JSON on standard output
-    python benchmarks/speed.py --run-dir runs/cifar10   # and what that run reached
+    python benchmarks/speed.py
 """
-import argparse
-import dataclasses
-import json
-import statistics
 import sys
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data
 import distill
-import engine
-import models
-import transfer
-from run import RECIPES
+from benchmarks.measuring import arguments, as_source, seconds, table, taking_turns, trained
+from kd import engine, models, scoring
+from kd.augment import augment
+from kd.settings import resolve
+from kd.training import cross_entropy
 
-CLASSES = [str(number) for number in range(10)]
-REPEATS = 3
-
-
-def bare_step(network, recipe, device, teacher=None):
-    """A function that does one training step on a resident batch, after a forward pass of the teacher where there is one."""
-    images = torch.randn(recipe.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, len(CLASSES), (recipe.batch_size,), device=device)
-    optimizer = torch.optim.SGD(network.parameters(), 1e-3, recipe.momentum, weight_decay=recipe.weight_decay,
-                                nesterov=recipe.momentum > 0, fused=True)
-    network.train()
-
-    def step():
-        if teacher is not None:
-            with torch.inference_mode():
-                teacher(images)
-        loss = torch.nn.functional.cross_entropy(network(images), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    return step
+REFERENCE, BATCH = resolve({}), engine.EVALUATION_BATCH
+LIVE = replace(resolve({"recipe": "best"}).student_recipe, augment="crop,flip", ema=0.0)
 
 
-def bare_forward(network, device):
-    images = torch.randn(engine.EVALUATION_BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    network.eval()
-
-    @torch.inference_mode()
-    def forward():
-        network(images)
-    return forward
+def random_images(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
 
 
 def speed(step, batch, count, device):
-    """Images a second of `count` calls."""
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(count):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return batch * count / (time.perf_counter() - began)
+    """Images per second of `count` calls, after a first one."""
+    def steps(count):
+        for _ in range(count):
+            step()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+    steps(1)
+    return batch * count / seconds(steps, count)
 
 
-def our_training(arch, recipe, count, device, teacher=None):
-    """Images a second of engine.train on `count` batches of random images, in the second of two epochs, as the bare loop has had a first step
-    as well; KD where there is a teacher, which answers for each view where there is augmentation."""
-    images = np.random.default_rng(0).integers(0, 256, (recipe.batch_size * count, 32, 32, 3), np.uint8)
-    labels = np.random.default_rng(1).integers(0, len(CLASSES), len(images))
-    objective = (engine.cross_entropy(labels, device) if teacher is None else distill.live_objective(teacher, recipe.temperature, device)
-                 if recipe.augment != "none" else distill.fixed_objective(teacher, images, recipe.temperature, device))
-    ends = []
-    with tempfile.TemporaryDirectory() as folder:
-        engine.train(models.build(arch, CLASSES), images, np.arange(len(images)), objective, dataclasses.replace(recipe, epochs=2), seed=0, device=device,
-                     checkpoint=Path(folder) / "part", label="speed", evaluate=lambda network: ends.append(time.perf_counter()))
+def bare(network, batch, count, device, recipe=None, teacher=None):
+    """With a recipe it trains; teacher: one that answers before each step, if any."""
+    images = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    if recipe is None:
+        with torch.inference_mode():
+            return speed(lambda: network.eval()(images), batch, count, device)
+    labels = torch.randint(0, 10, (batch,), device=device)
+    optimizer = torch.optim.SGD(network.train().parameters(), 1e-3, recipe.momentum, fused=True,
+                                weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
+
+    def step():
+        with engine.autocast(device):
+            if teacher:
+                with torch.inference_mode():
+                    teacher(images)
+            loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return speed(step, batch, count, device)
+
+
+def training(arch, recipe, teacher, count, device):
+    """The second of two epochs, since the bare loop has had a first step as well."""
+    images, ends = random_images(recipe.batch_size * count), []
+    if teacher is None:
+        objective = cross_entropy(np.arange(len(images)) % 10, device)
+    elif recipe.augment == "none":
+        objective = distill.fixed_objective(teacher, images, recipe.temperature, device)
+    else:
+        objective = distill.live_objective(teacher, recipe.temperature, device)
+    trained(models.build(arch, range(10)), images, objective,
+            replace(recipe, epochs=2, steps=0, lr=1e-3), device,
+            lambda network: ends.append(time.perf_counter()))
     return len(images) / (ends[1] - ends[0])
 
 
-def our_scoring(teacher, count, device):
-    images = np.random.default_rng(0).integers(0, 256, (engine.EVALUATION_BATCH * count, 32, 32, 3), np.uint8)
-    transfer.score_images(teacher, images[:engine.EVALUATION_BATCH], device=device)
-    began = time.perf_counter()
-    transfer.score_images(teacher, images, device=device)
-    return len(images) / (time.perf_counter() - began)
+def one_pass(teacher, count, device):
+    """Scoring by all criteria, after one over a single batch."""
+    criteria, source = scoring.load_criteria(REFERENCE), as_source(random_images(BATCH * count))
+    for rows in (np.arange(BATCH), None):
+        took = seconds(scoring.score_batches, teacher, source, rows, criteria, device, "speed")
+    return len(source) / took
 
 
-def our_augmentation(recipe, count, device):
-    """Images a second of augmenting resident batches: crops, flips and mixup."""
-    images = torch.randint(0, 256, (recipe.batch_size, 32, 32, 3), dtype=torch.uint8, device=device)
-    generator = torch.Generator().manual_seed(0)
-    return speed(lambda: data.augment(images, "crop,flip,mixup", generator), recipe.batch_size, 10 * count, device)
-
-
-def measure(device, images):
-    """{stage: {"ours", "bare", "stock": images a second, "ratio": ours / bare}}, medians of REPEATS rounds; the last row is a share of time."""
-    recipe = RECIPES["reference"]
-    teacher_recipe = dataclasses.replace(recipe.teacher, epochs=1, lr=1e-3)
-    student_recipe = dataclasses.replace(recipe.student, epochs=1, lr=1e-3)
-    live_recipe = dataclasses.replace(RECIPES["best"].student, epochs=1, lr=1e-3)
-    teacher = models.build("resnet34", CLASSES).to(device).eval()
-    answering = models.folded(teacher)
-
-    def stock(arch):
-        return torchvision.models.get_model(arch, num_classes=len(CLASSES)).to(device, memory_format=torch.channels_last)
-
-    def training(arch, recipe, teacher=None):
-        count = max(2, images // recipe.batch_size)
-        ours, plain, live = models.build(arch, CLASSES).to(device).network, stock(arch), teacher is not None and recipe.augment != "none"
-        return {"ours": lambda: our_training(arch, recipe, count, device, teacher),
-                "bare": lambda: speed(bare_step(ours, recipe, device, bare_teacher if live else None), recipe.batch_size, count, device),
-                "stock": lambda: speed(bare_step(plain, recipe, device, stock_teacher if live else None), recipe.batch_size, count, device)}
-    bare_teacher, stock_teacher = teacher.network, stock("resnet34").eval()
-
-    batch = engine.EVALUATION_BATCH
-    count = max(2, images // batch)
-    stages = {
-        "teacher training": training("resnet34", teacher_recipe),
-        "scoring": {"ours": lambda: our_scoring(answering, count, device),
-                    "bare": lambda: speed(bare_forward(teacher.network, device), batch, count, device),
-                    "stock": lambda: speed(bare_forward(stock("resnet34"), device), batch, count, device)},
-        "distillation, fixed pixels": training("resnet18", student_recipe, answering),
-        "distillation, augmented, live teacher": training("resnet18", live_recipe, answering),
-    }
-    results = {}
-    for name, ways in stages.items():
-        rounds = [{way: run() for way, run in ways.items()} for _ in range(REPEATS)]
-        results[name] = {way: round(statistics.median(r[way] for r in rounds), 1) for way in ways}
-        results[name]["ratio"] = round(statistics.median(r["ours"] / r["bare"] for r in rounds), 3)
-    count, network = max(2, images // live_recipe.batch_size), models.build("resnet18", CLASSES).to(device).network
-    rounds = [{"ours": our_augmentation(live_recipe, count, device), "bare": speed(bare_step(network, live_recipe, device), live_recipe.batch_size, count, device)}
-              for _ in range(REPEATS)]
-    results["augmentation alone, in time of a ResNet-18 step"] = {
-        **{way: round(statistics.median(r[way] for r in rounds), 1) for way in ("ours", "bare")},
-        "ratio": round(statistics.median(r["bare"] / r["ours"] for r in rounds), 4)}
-    return results
-
-
-def of_run(folder):
-    """What a run reached: images a second of teacher training, scoring, and distillation (the slowest and the fastest student)."""
-    scored = [np.load(path) for path in sorted((folder / "scores").glob("*.npz"))]
-    students = [json.loads(path.read_text())["images_per_second"] for path in sorted((folder / "students").glob("*.json"))
-                if path.stem != "supervised"]
-    return {"teacher training": json.loads((folder / "teacher.json").read_text())["images_per_second"],
-            "scoring": sum(len(s["predicted"]) for s in scored) / sum(float(s["seconds"]) for s in scored),
-            "distillation": [min(students), max(students)]}
+def ways(arch, recipe, teachers, images, device):
+    """{way: a function that gives images per second}. recipe: None where it scores."""
+    folded, big, stock_big = teachers
+    ours = models.build(arch, range(10)).to(device).network
+    stock = torchvision.models.get_model(arch, num_classes=10).to(
+        device, memory_format=torch.channels_last)
+    batch, live = recipe.batch_size if recipe else BATCH, recipe and recipe.augment != "none"
+    how = max(2, images // batch), device
+    return {"here": lambda: (training(arch, recipe, folded, *how) if recipe else
+                             one_pass(folded, *how)),
+            "bare": lambda: bare(ours, batch, *how, recipe, live and big),
+            "stock": lambda: bare(stock, batch, *how, recipe, live and stock_big)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument("--images", type=int, default=4096, help="random images a measurement (default: 4096)")
-    parser.add_argument("--run-dir", type=Path, help="show what this run reached as well")
-    args = parser.parse_args()
-    device = engine.pick_device(args.device)
-    results = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "images": args.images,
-               "repeats": REPEATS, "stages": measure(device, args.images)}
-    if args.run_dir:
-        results["run"] = of_run(args.run_dir)
-    print(json.dumps(results, indent=2))
+    args, rows = arguments(__doc__, device="auto"), []
+    device, (images, rounds) = engine.pick_device(args.device), (64, 1) if args.trial else (4096, 3)
+    big = models.build("resnet34", range(10)).to(device).eval()
+    stock = torchvision.models.resnet34(num_classes=10).to(
+        device, memory_format=torch.channels_last).eval()
+    teachers = models.folded(big), big.network, stock
+    for name, arch, recipe, given in (
+            ("teacher training", "resnet34", REFERENCE.teacher_recipe, (None,) * 3),
+            ("scoring", "resnet34", None, teachers),
+            ("distillation, fixed pixels", "resnet18", REFERENCE.student_recipe, teachers),
+            ("distillation, augmented, live teacher", "resnet18", LIVE, teachers)):
+        here, loop, plain = taking_turns(ways(arch, recipe, given, images, device), rounds).values()
+        rows.append([name, *map(np.median, (here, loop, here / loop, plain, here / plain))])
+    table(f"Images per second on {device}, medians of {rounds} rounds",
+          ["", "here", "bare", "ratio", "stock", "ratio"], rows)
+    views, drawn = torch.from_numpy(random_images(256)).to(device), torch.Generator()
+    alone = speed(lambda: augment(views, "crop,flip,mixup", drawn), 256, 160, device)
+    table("Crops, flips and mixup of a batch of 256", ["images per second", "of a bare student's"],
+          [[alone, f"{rows[2][2] / alone:.1%}"]])
 
 
 if __name__ == "__main__":

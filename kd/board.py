@@ -1,7 +1,7 @@
-"""How a training goes and what the network is shown, on TensorBoard or another board.
+"""How a training goes and what the network is shown, on TensorBoard.
 
-Another one is a function in BOARDS that returns an object with add_scalar(name, value, step),
-add_image(name, pixels (3, H, W), step) and close().
+Another board is a writer with add_scalar(name, value, step), add_image(name, pixels (3, H, W),
+step) and close(), made in open_board.
 """
 import torch
 from torchvision.utils import make_grid
@@ -9,18 +9,13 @@ from torchvision.utils import make_grid
 from kd.files import is_first
 
 
-def _tensorboard(folder, step):
-    from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(folder, purge_step=step or None)
-
-
-BOARDS = {"tensorboard": _tensorboard}
-
-
 def open_board(kind, folder, step=0):
     """A Board below `folder`; of kind None it writes nothing. step: where the training resumes;
     what an interrupted one wrote from there on is not shown."""
-    return Board(BOARDS[kind](folder, step) if kind and is_first() else None)
+    if kind is None or not is_first():
+        return Board(None)
+    from torch.utils.tensorboard import SummaryWriter
+    return Board(SummaryWriter(folder, purge_step=step or None))
 
 
 class Board:

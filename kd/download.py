@@ -6,9 +6,9 @@ fetches a file; another one that wants it waits and then uses it.
 import hashlib
 import os
 import re
-import threading
 import time
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import requests
@@ -181,18 +181,10 @@ def _receive(answer, part, start, size, slowest, progress):
 
 def fetch_all(wanted):
     """Fetches several files at once. wanted: {path: RemoteFile}. Returns [why one failed]."""
-    failed, gate = [], threading.Semaphore(AT_ONCE)
-
-    def one(path, file):
-        with gate:
-            try:
-                fetch(file, path)
-            except (UserError, OSError) as error:
-                failed.append(str(error))
-    # Daemons: whoever interrupts does not wait for them, and what they have written is continued.
-    threads = [threading.Thread(target=one, args=each, daemon=True) for each in wanted.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return failed
+    def failure(each):
+        try:
+            fetch(each[1], each[0])
+        except (UserError, OSError) as error:
+            return str(error)
+    with ThreadPool(AT_ONCE) as pool:       # of daemons: whoever interrupts does not wait for them
+        return [line for line in pool.map(failure, wanted.items()) if line]

@@ -114,9 +114,12 @@ def _seal(content):
     return digest(json.dumps(kept, sort_keys=True).encode())
 
 
-def digest(content):
-    """16 hexadecimal digits that tell these bytes from others."""
-    return hashlib.sha256(content).hexdigest()[:16]
+def digest(*contents):
+    """16 hexadecimal digits that tell these bytes, or arrays, from others."""
+    found = hashlib.sha256()
+    for content in contents:
+        found.update(memoryview(content).cast("B"))
+    return found.hexdigest()[:16]
 
 
 def file_digest(path):

@@ -67,7 +67,7 @@ def flags_of(script):
     """The names of the settings that are flags of a script."""
     if script not in USES:
         return FLAGS
-    return tuple(name for name in FLAGS if name not in ("approaches", "restart", "restart_from") and
+    return tuple(name for name in FLAGS if name not in ("approaches", "restart") and
                  FIELDS[name].metadata["stage"] in (None, *USES[script]))
 
 

@@ -32,26 +32,25 @@ def sampled(record, most=GALLERY):
     return found
 
 
-def gallery(record, most=GALLERY):
+def gallery(record):
     """(what the page's script reads, the sheets as WebP)."""
-    where = {}          # {key of an image: (an approach that kept it, its row there)}
-    for approach, rows in sampled(record, most).items():
-        keys = record.selected[approach].key
-        where |= {int(keys[row]): (approach, row) for row in rows}
-    keys, approaches = np.array(sorted(where), np.int64), list(record.selected)
-    rows = [(record.selected[approach], row) for approach, row in map(where.get, keys.tolist())]
+    where = {}          # {key of an image: (a transfer set, its pixels, the row there)}
+    for approach, rows in sampled(record).items():
+        images, pixels = record.selected[approach], record.pixels(approach)
+        where |= {key: (images, pixels, row)
+                  for key, row in zip(images.key[rows].tolist(), rows, strict=True)}
+    keys, found = np.array(sorted(where)), [where[key] for key in sorted(where)]
     kept = sum(np.isin(keys, images.key).astype(int) << number
                for number, images in enumerate(record.selected.values()))
     data = {
-        "count": len(keys), "across": ACROSS, "perSheet": ACROSS * DOWN, "approaches": approaches,
-        "classes": record.classes, "sources": record.sources, "criteria": list(record.pools),
-        "kept": kept.tolist(), "source": (keys >> 40).tolist(),
-        "index": (keys & (1 << 40) - 1).tolist(),
-        "label": [int(images.predicted[row]) for images, row in rows],
-        "files": [shown(images.files[row]) for images, row in rows],
+        "count": len(keys), "across": ACROSS, "perSheet": ACROSS * DOWN,
+        "approaches": list(record.selected), "classes": record.classes,
+        "sources": record.sources, "criteria": list(record.pools), "kept": kept.tolist(),
+        "source": (keys >> 40).tolist(), "index": (keys & (1 << 40) - 1).tolist(),
+        "label": [int(images.predicted[row]) for images, _, row in found],
+        "files": [shown(images.files[row]) for images, _, row in found],
         "scores": [_scores(pool, keys) for pool in record.pools.values()]}
-    pixels = {approach: record.pixels(approach) for approach in approaches}
-    tiles = [pixels[approach][row] for approach, row in map(where.get, keys.tolist())]
+    tiles = [pixels[row] for _, pixels, row in found]
     return data, [_sheet(tiles[start:start + ACROSS * DOWN])
                   for start in range(0, len(tiles), ACROSS * DOWN)]
 
@@ -75,16 +74,15 @@ def _sheet(tiles):
 def _webp(image, quality):
     """In base 64."""
     file = io.BytesIO()
-    image.save(file, "WEBP", quality=quality, method=4)
+    image.save(file, "WEBP", quality=quality)
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _overlaps(record):
+def _pairs(record):
     """[(approach, approach, images that both kept, the first alone, the second alone)]"""
-    keys = {name: np.unique(images.key) for name, images in record.selected.items()}
-    for one, other in itertools.combinations(keys, 2):
-        both = len(np.intersect1d(keys[one], keys[other]))
-        yield one, other, both, len(keys[one]) - both, len(keys[other]) - both
+    keys = {name: set(images.key.tolist()) for name, images in record.selected.items()}
+    return [(one, other, len(keys[one] & keys[other]), len(keys[one] - keys[other]),
+             len(keys[other] - keys[one])) for one, other in itertools.combinations(keys, 2)]
 
 
 def render(record, drawn, **content):
@@ -94,6 +92,6 @@ def render(record, drawn, **content):
     images = [(figure, Image.open(io.BytesIO(png)).convert("RGB")) for figure, png in drawn]
     data, sheets = gallery(record) if record.selected else ({"count": 0}, [])
     text = template.render(
-        data=data, sheets=sheets, config=record.config, pairs=list(_overlaps(record)),
+        data=data, sheets=sheets, config=record.config, pairs=_pairs(record),
         figures=[(figure, image.size, _webp(image, 90)) for figure, image in images], **content)
     return text.encode("utf-8", "backslashreplace").decode()

@@ -34,7 +34,7 @@ class Names(Sequence):
     def __init__(self, names):
         self.blob, ends = bytearray(), array("q", [0])
         for name in names:
-            self.blob += name.encode("utf-8", "surrogateescape")
+            self.blob += os.fsencode(name)
             ends.append(len(self.blob))
         self.ends = np.frombuffer(ends, np.int64)
 
@@ -43,7 +43,7 @@ class Names(Sequence):
 
     def __getitem__(self, i):
         i = range(len(self))[i]
-        return self.blob[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogateescape")
+        return os.fsdecode(bytes(self.blob[self.ends[i]:self.ends[i + 1]]))
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ def opened(file):
 
 def state_of(root, paths):
     """A digest of the names, sizes and times of change of files below `root`."""
-    state = hashlib.sha256(os.path.realpath(root).encode("utf-8", "surrogateescape"))
+    state = hashlib.sha256()        # not of `root`: files that have moved are the same
     for path in paths:
         try:
             status = os.stat(os.path.join(root, path))
             about = f"{status.st_size}\0{status.st_mtime_ns}"
         except OSError as error:        # a link to nowhere; decoding says what is wrong with it
             about = str(error.errno)
-        state.update(f"{path}\0{about}\n".encode("utf-8", "surrogateescape"))
+        state.update(os.fsencode(f"{path}\0{about}\n"))
     return state.hexdigest()[:16]
 
 

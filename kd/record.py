@@ -41,7 +41,7 @@ class Images:
 
 
 class Record:
-    """The run folder of one seed."""
+    """The run folder of one seed. A product that is not there or not whole counts as empty."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -49,18 +49,16 @@ class Record:
         self.sources = [name_of(spec) for spec in self.settings.sources]
         self.teacher = self._product("teacher.json")
         self.thresholds = self._product("thresholds.json")
-        classes = (self.teacher or self.thresholds).get("classes", ())
-        self.classes = [shown(name) for name in classes]
-        found = [name_of_approach(each) for each in self.settings.approaches]
-        found += sorted(path.stem for path in self.folder.glob("students/*.json"))
-        self.approaches = sorted(dict.fromkeys(found), key=lambda name: (
-            APPROACHES.index(name) if name in APPROACHES else len(APPROACHES)))
+        self.classes = [shown(name) for name in
+                        (self.teacher or self.thresholds).get("classes", ())]
+        found = [*map(name_of_approach, self.settings.approaches),
+                 *sorted(path.stem for path in self.folder.glob("students/*.json"))]
+        self.approaches = sorted(set(found), key=[*APPROACHES, *found].index)
         self.students = self._products("students/{}.json", self.approaches)
         self.summaries = self._products("transfer/{}/summary.json", self.approaches)
         self.scored = self._products("scores/{}.json", [*self.sources, "confidence"])
 
     def _product(self, name):
-        """The content of a product; empty where it is not there or not whole."""
         content, wrong = read_product(self.folder, name)
         if wrong:
             say(f"{wrong}. It is left out.")
@@ -78,18 +76,13 @@ class Record:
     @functools.cached_property
     def pools(self):
         """{criterion that has thresholds: Images of all sources that have been scored}."""
-        scored = [name for name in self.sources if name in self.scores]
-
-        def all_of(column):
-            return np.concatenate([self.scores[name][column] for name in scored])
-        names = [name for name in self.thresholds if scored and all(
-            name in self.scores[source] for source in scored)]
-        if not names:
-            return {}
-        where = (np.repeat([self.sources.index(name) for name in scored],
-                           [len(self.scores[name]["index"]) for name in scored]),
-                 all_of("index"), all_of("predicted"))
-        return {name: Images(*where, all_of(name)) for name in names}
+        parts = [self.scores[name] | {"source": np.full(len(self.scores[name]["index"]), number)}
+                 for number, name in enumerate(self.sources) if name in self.scores]
+        names = [name for name in self.thresholds if parts and all(name in part for part in parts)]
+        where = [np.concatenate([part[column] for part in parts])
+                 for column in ("source", "index", "predicted") if names]
+        return {name: Images(*where, np.concatenate([part[name] for part in parts]))
+                for name in names}
 
     @functools.cached_property
     def selected(self):
@@ -118,14 +111,14 @@ class Experiment:
 
     def __init__(self, folder, settings=None):
         self.folder, self.name = Path(folder), shown(folder)
-        configs = [path for path in self.folder.glob("seed-*/config.json")
-                   if settings is None or path.parent.name in map("seed-{}".format, settings.seeds)]
-        below = sorted((path.parent for path in configs), key=lambda path: int(path.name[5:]))
-        own = self.folder / "config.json"
-        if settings and len(settings.seeds) == 1 or own.exists() and not settings and all(
-                path.stat().st_mtime < own.stat().st_mtime for path in configs):
+        own, below = self.folder / "config.json", list(self.folder.glob("seed-*/config.json"))
+        if settings:
+            below = [self.folder / f"seed-{seed}/config.json"
+                     for seed in settings.seeds if len(settings.seeds) > 1]
+        elif own.exists() and all(path.stat().st_mtime < own.stat().st_mtime for path in below):
             below = []
-        self.records = [Record(each) for each in below or [self.folder]]
+        below.sort(key=lambda path: int(path.parent.name[5:]))
+        self.records = [Record(path.parent) for path in below or [own]]
         self.first = self.records[0]
         asked = settings and [name_of_approach(each) for each in settings.approaches]
         self.approaches = [name for name in dict.fromkeys(

@@ -17,7 +17,7 @@ DATA_FREE_SIZE = 50_000     # images of a transfer set where no training split s
 SOURCE_SHARE = 0.25         # of a class's candidates that pass where thresholds come from them
 FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from trained weights
 APPROACHES = ("supervised", "eats", "balanced", "random", "mms", "entropy")
-MORE_APPROACHES = ("all", "confidence", "energy", "cross_entropy")
+MORE_APPROACHES = ("all", "matched", "confidence", "energy", "cross_entropy")
 EATS_SOURCES = ("svhn", "tinyimagenet")     # arXiv 2011.09113
 PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "caltech101",
                    "caltech256")
@@ -61,8 +61,8 @@ RECIPES = {
         temperature=4.0, ema=0.0, student_weights="auto", threshold="published", floor=0.0),
     "quick": dict(
         teacher_epochs=12, teacher_batch_size=64, teacher_lr=0.02, teacher_augment="crop",
-        epochs=16, steps=0, batch_size=64, lr=0.1, **_SGD, augment="none",
-        temperature=4.0, ema=0.0, student_weights="none", threshold="published", floor=0.0),
+        epochs=16, steps=352, batch_size=64, lr=0.1, **_SGD, augment="none",
+        temperature=4.0, ema=0.0, student_weights="none", threshold=0.9, floor=0.0),
 }
 
 
@@ -352,8 +352,9 @@ def _require_consistent(settings):
         (name_of(settings.target) in sources,
          f"{name_of(settings.target)} is the target and can't be a source as well: take it out of "
          "--sources."),
-        ("confidence" in sources, "A source can't be called confidence, since "
-                                  "scores/confidence.npz is the confidence set's: rename it."),
+        ({"confidence", "matched"} & set(sources),
+         "A source can't be called confidence or matched, which are other files in scores/: rename "
+         "it."),
     )
     for wrong, sentence in contradictions:
         if wrong:

@@ -1,5 +1,6 @@
 """Values of settings: parsers of their texts. Each raises ValueError with what is wrong."""
 import json
+import os
 import re
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def classes(text):
         if not 2 <= int(text) <= 10 ** 6:
             raise ValueError(f"{text} is not a number of classes")
         return int(text)
-    if text[:1] != "[" and not Path(text).is_file():
+    if text[:1] != "[" and not os.path.isfile(text):
         raise ValueError(f"'{text}' is neither a number nor a file with one class per line")
     try:
         content = text if text[:1] == "[" else Path(text).read_text("utf-8-sig")

@@ -77,6 +77,7 @@ def small_run(painted):
             "--sources", f"pool={painted / 'pool'},more={painted / 'more'}",
             "--teacher-arch", net, "--student-arch", net, "--recipe", "quick",
             "--teacher-epochs", "4", "--epochs", "2", "--batch-size", "16", "--device", "cpu",
+            "--threshold", "published",
             "--data-dir", str(painted / "data")]
 
 

@@ -1,33 +1,48 @@
-"""Stages run in this process, and what must be the same in two run folders."""
+"""Stages run as by hand, and what their run folders hold."""
 import csv
 import json
-import shutil
+from pathlib import Path
 
-from kd.files import let_go
+import numpy as np
+from conftest import small_run
+from script_files import run_here
+
 from kd.flags import flags_of
 
-STATES = ("teacher.pt", "students/*.pt", "*.npz", "*/*.npz", "transfer/*/images.npy",
-          "transfer/*/manifest.csv")
+STATES = ("*.pt", "*.npz", "*/*.pt", "*/*.npz", "transfer/*/*.npy", "transfer/*/*.csv")
 MEASURED = ("seconds", "images_per_second", "digest")
 
 
 def given(script, flags):
     """Those of `flags`, name and value in turn, that a script has."""
-    known = {f"--{name.replace('_', '-')}" for name in flags_of(script)}
+    known = {f"--{name.replace('_', '-')}" for name in flags_of(Path(script).stem)}
     pairs = zip(flags[::2], flags[1::2], strict=True)
     return [word for pair in pairs if pair[0] in known for word in pair]
 
 
-def run_stage(module, flags, *more):
-    """module.main as on a command line of its own, with the flags that it has."""
-    try:
-        module.main([*given(module.__name__, flags), *map(str, more)])
-    finally:
-        let_go()
+def ran(script, flags, *more):
+    """What a script says that ends well."""
+    done = run_here(script, *given(script, flags), *more)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
 
 
-def read(*path):
-    return json.loads(path[0].joinpath(*path[1:]).read_text())
+def refused(script, flags, *more):
+    """The one line with which it refuses."""
+    done = run_here(script, *given(script, flags), *more)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def taught(painted, folder):
+    """The flags of a run whose teacher, which is made here, knows all three colours."""
+    flags = [*small_run(painted), "--teacher-batch-size", "16", "--teacher-epochs", "8"]
+    ran("TeacherTrain.py", flags, "--run-dir", folder)
+    return flags
+
+
+def read(run, name):
+    return json.loads((run / name).read_text())
 
 
 def manifest(run, approach):
@@ -35,16 +50,17 @@ def manifest(run, approach):
         return list(csv.DictReader(file))
 
 
-def copied(run, to, *without):
-    """A copy of a run folder less the files and folders of these names."""
-    return shutil.copytree(run, to, ignore=shutil.ignore_patterns(*without, ".lock", ".holder"))
+def pool(run):
+    """{column: (N,)} of the scores of all sources, in their order."""
+    parts = [np.load(run / f"scores/{name}.npz") for name in ("pool", "more")]
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0].files}
 
 
 def outcome(folder):
     """{file: what must be the same}: of states all bytes, of JSONs all but times."""
     found = {path: path.read_bytes() for pattern in STATES for path in folder.glob(pattern)}
     for path in [*folder.glob("[!c]*.json"), *folder.rglob("*/*.json")]:
-        found[path] = content = read(path)
+        found[path] = content = read(folder, path)
         for each in [content, *content.get("rows", ())]:
             for name in MEASURED:
                 each.pop(name, None)

@@ -187,7 +187,7 @@ def test_several_files_are_fetched_at_once_and_one_that_fails_stops_no_other(
     [line] = fetch_all(wanted)
     assert line.startswith("bad.tar can't be fetched")
     assert names_in(tmp_path) == ["0.tar", "1.tar", "2.tar"]
-    assert {path for path, _ in server.asked[:4]} == {"/0.tar", "/1.tar", "/2.tar", "/bad.tar"}
+    assert {path for path, _ in server.asked} == {"/0.tar", "/1.tar", "/2.tar", "/bad.tar"}
     assert time.monotonic() - began < 10
 
 

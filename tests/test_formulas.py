@@ -1,4 +1,4 @@
-"""Scores, thresholds and the KD loss against values worked by hand; the direction of comparisons."""
+"""Scores, thresholds and the KD loss against values worked by hand; directions of comparisons."""
 import math
 
 import numpy as np
@@ -27,7 +27,7 @@ def test_mms_is_the_distance_to_the_decision_boundary_in_feature_space():
     features = torch.randn(20, 7, generator=generator)
     logits = features @ weight.T + bias
     distance = mms_threshold.score(logits, weight)
-    for x, z, d in zip(features, logits, distance):
+    for x, z, d in zip(features, logits, distance, strict=True):
         a, b = z.argsort(descending=True)[:2]
         normal = weight[b] - weight[a]
         moved = x + d * normal / normal.norm()
@@ -38,6 +38,12 @@ def test_mms_is_the_distance_to_the_decision_boundary_in_feature_space():
 def test_mms_of_a_tie_is_zero_even_between_identical_rows():
     weight = torch.ones(3, 4)
     assert mms_threshold.score(torch.tensor([[2.0, 2.0, 0.0]]), weight).tolist() == [0.0]
+
+
+def test_mms_between_equal_rows_is_the_distance_to_the_nearest_other_class():
+    weight = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+    logits = torch.tensor([[9.0, 8.0, 4.0, 0.0]])       # (9-4)/||(3,-4)|| = 1, (9-0)/3 = 3
+    assert mms_threshold.score(logits, weight).tolist() == [1.0]
 
 
 def test_mms_threshold_is_the_mean_of_each_predicted_class():
@@ -52,7 +58,8 @@ def test_threshold_ignores_classes_the_teacher_never_predicts(criterion):
     with np.errstate(all="raise"):
         thresholds = criterion.threshold(np.array([1.0], np.float32), np.array([1]), 3)
     assert np.isnan(thresholds).tolist() == [True, False, True]
-    assert not passes(np.array([-1e30, 1e30]), np.array([0, 2]), thresholds, criterion.KEEP == ">=").any()
+    scores, predicted = np.array([-1e30, 1e30]), np.array([0, 2])
+    assert not passes(scores, predicted, thresholds, criterion.KEEP == ">=").any()
 
 
 def test_entropy_of_uniform_logits_is_log_of_the_number_of_classes():
@@ -61,7 +68,8 @@ def test_entropy_of_uniform_logits_is_log_of_the_number_of_classes():
 
 def test_entropy_of_a_worked_distribution():
     p = torch.tensor([[0.5, 0.25, 0.25]])
-    assert entropy.score(p.log()).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4), rel=1e-6)
+    expected = 0.5 * math.log(2) + 0.5 * math.log(4)
+    assert entropy.score(p.log()).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("logits", [[1000.0, 0.0, 0.0], [0.0, -math.inf, -math.inf]])
@@ -78,20 +86,23 @@ def test_entropy_threshold_is_the_mean_over_the_lowest_tenth():
 
 
 def test_entropy_threshold_of_fewer_than_ten_images_is_the_lowest():
-    assert entropy.threshold(np.array([3.0, 2.0, 5.0], np.float32), np.zeros(3, int), 1).tolist() == [2.0]
+    scores = np.array([3.0, 2.0, 5.0], np.float32)
+    assert entropy.threshold(scores, np.zeros(3, int), 1).tolist() == [2.0]
 
 
 def test_high_margins_are_kept():
-    assert passes(np.array([1.0, 3.0]), np.array([0, 0]), np.array([2.0]), mms_threshold.KEEP == ">=").tolist() == [False, True]
+    scores, high = np.array([1.0, 3.0]), mms_threshold.KEEP == ">="
+    assert passes(scores, np.zeros(2, int), np.array([2.0]), high).tolist() == [False, True]
 
 
 def test_low_entropies_are_kept():
-    assert passes(np.array([1.0, 3.0]), np.array([0, 0]), np.array([2.0]), entropy.KEEP == ">=").tolist() == [True, False]
+    scores, high = np.array([1.0, 3.0]), entropy.KEEP == ">="
+    assert passes(scores, np.zeros(2, int), np.array([2.0]), high).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("criterion", [mms_threshold, entropy])
 def test_an_exact_hit_of_the_threshold_is_kept(criterion):
-    value = np.full(7, 0.1, np.float32)     # 0.1 is no binary fraction: the mean must not round away from it
+    value = np.full(7, 0.1, np.float32)     # not a binary fraction: means must not round away
     thresholds = criterion.threshold(value, np.zeros(7, int), 1)
     assert passes(value, np.zeros(7, int), thresholds, criterion.KEEP == ">=").all()
 

@@ -1,4 +1,4 @@
-"""The shape of the code: imports run downwards, files and functions fit a screen, ruff is content."""
+"""The shape of the code: imports run downwards, files and functions are short, ruff is content."""
 import ast
 import shutil
 import subprocess
@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("compile", "data", "TeacherTrain", "mms_threshold", "entropy", "transfer", "distill",
           "report")
-FILES = sorted(path for pattern in ("*.py", "kd/*.py", "criteria/*.py") for path in ROOT.glob(pattern))
+FILES = sorted(path for pattern in ("*.py", "kd/*.py", "criteria/*.py")
+               for path in ROOT.glob(pattern))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 NAMES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
 pytestmark = pytest.mark.quick

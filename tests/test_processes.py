@@ -5,13 +5,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script, small_run
+from conftest import ROOT, small_run
 from run_files import read
+from test_training import learn, small
 from torch import nn
 
-from kd.classifier import Classifier
 from kd.settings import Recipe
-from kd.training import Checkpoint, Watch, cross_entropy, train
 
 BEGIN = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
 
@@ -55,48 +54,36 @@ from torch import nn
 from kd import training
 from kd.command import Interrupted, command
 from kd.processes import gathered, rank
-from test_processes import learn, network_of
-
-def normed(path):
-    return learn(network_of(nn.BatchNorm2d(8), nn.Dropout(0.1)), path)[0]
+from test_processes import RECIPE, without_norms
+from test_training import learn, small
 
 def main(argv):
     folder, looks = Path(argv[0]), []
-    plain, history = learn(network_of(), folder / "plain.part")
-    undisturbed = normed(folder / "undisturbed.part")
+    plain, state = learn(folder / "plain.part", RECIPE, classifier=small(*without_norms()))
+    undisturbed, _ = learn(folder / "undisturbed.part", RECIPE)
     # A signal that only the second process gets, and the first one hears of.
     training.interrupted = lambda: looks.append(1) or 15 * (rank() and len(looks) > 3)
     try:
-        raise AssertionError(f"nothing has stopped {normed(folder / 'stopped.part')}")
+        raise AssertionError(f"nothing has stopped {learn(folder / 'stopped.part', RECIPE)}")
     except Interrupted:
         training.interrupted = lambda: 0
-    resumed = normed(folder / "stopped.part")
+    resumed, _ = learn(folder / "stopped.part", RECIPE)
     states = gathered([each.state_dict() for each in (plain, undisturbed, resumed)])
     for mine, theirs in zip(*states):       # both processes end with the same networks
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     if rank() == 0:
-        torch.save({"states": states[0], "history": history, "looks": len(looks)},
+        torch.save({"states": states[0], "history": state.history, "looks": len(looks)},
                    folder / "ended.pt")
 
 command(main)
 """
-CPU, COUNT = torch.device("cpu"), 62
+# Batches of five, which two processes share unevenly. After ten steps they agree to stop.
+RECIPE = Recipe(3, 5, 0.05, 0.9, schedule="onecycle", augment="crop,flip", ema=0.5)
 
 
-def network_of(*norms):
+def without_norms():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), *norms, nn.ReLU(), nn.Flatten(),
-                         nn.Linear(512, 3))
-
-
-def learn(network, path):
-    """Batches of five, which two processes share unevenly; they agree to stop after ten."""
-    images = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), np.uint8)
-    classifier = Classifier(network, "small", ["a", "b", "c"])
-    recipe = Recipe(3, 5, 0.05, 0.9, schedule="onecycle", augment="crop,flip", ema=0.5)
-    state = train(classifier, images, np.arange(COUNT), cross_entropy(np.arange(COUNT) % 3, CPU),
-                  recipe, seed=0, device=CPU, watch=Watch(Checkpoint(path, "this"), "test"))
-    return network, state.history
+    return nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)
 
 
 def test_two_processes_learn_what_one_learns_and_stop_and_resume_together(tmp_path):
@@ -107,11 +94,11 @@ def test_two_processes_learn_what_one_learns_and_stop_and_resume_together(tmp_pa
     found = torch.load(tmp_path / "ended.pt", weights_only=True)
     plain, undisturbed, resumed = found["states"]
     # Without batch norm, where each process sees its share alone, gradients are those of one.
-    network, history = learn(network_of(), tmp_path / "one.part")
+    network, state = learn(tmp_path / "one.part", RECIPE, classifier=small(*without_norms()))
     for name, value in network.state_dict().items():
         torch.testing.assert_close(plain[name], value, rtol=1e-3, atol=1e-5)
     assert [each["loss"] for each in found["history"]] == pytest.approx(
-        [each["loss"] for each in history], rel=1e-4)
+        [each["loss"] for each in state.history], rel=1e-4)
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in resumed)
     assert found["looks"] == 10
 
@@ -136,11 +123,3 @@ def test_what_goes_wrong_ends_all_processes_and_is_said_once(tmp_path, which, wh
     done = torchrun(tmp_path / "fail.py", which)
     said = [line for line in done.stderr.splitlines() if line.startswith("fail.py")]
     assert done.returncode != 0 and said == [f"{who}: the disk is full."]
-
-
-def test_several_processes_without_torchrun_are_refused(tmp_path):
-    (tmp_path / "fail.py").write_text(FAIL)
-    done = run_script(tmp_path / "fail.py", env={"WORLD_SIZE": "2", "RANK": "0"})
-    assert done.returncode == 2 and done.stderr == (
-        "fail.py: WORLD_SIZE is 2, but there is no LOCAL_RANK and no MASTER_ADDR and no MASTER_PORT"
-        ". Start several processes with torchrun, or unset WORLD_SIZE.\n")

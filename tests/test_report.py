@@ -77,7 +77,7 @@ def test_what_is_unknown_is_a_dash(tmp_path):
 @pytest.mark.quick
 def test_what_the_table_must_not_hide_is_said_in_plain_sentences(finished):
     assert report.collect(Experiment(finished))["notes"] == [
-        "Thresholds are the criteria's own, from the confidence set. "
+        "The surest 90% of the confidence set pass, class by class. "
         "Buckets are filled first come first served.",
         "The supervised student learns from labelled images and starts from random weights, "
         "the others from random weights.",

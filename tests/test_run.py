@@ -145,19 +145,19 @@ def test_a_stage_run_by_hand_takes_what_is_not_given_from_the_run(run, painted, 
     assert (done.returncode, done.stderr) == (0, "") and contents(run) == before
 
 
-def test_restart_from_keeps_what_comes_before_and_what_is_not_the_runs(run, flags):
-    foreign = ["mine.txt", "teacher.md", "students/notes.txt", "notes/students.json"]
-    (run / "notes").mkdir()
+@pytest.mark.parametrize("restart, first, kept", [
+    ("--restart-from=students", "students/balanced.pt",
+     ("teacher", "split", "scores/", "thresholds", "transfer/")),
+    ("--restart", "split.npz", ())])
+def test_restart_keeps_what_comes_before_and_what_is_not_the_runs(run, flags, restart, first, kept):
+    foreign = ["mine.txt", "teacher.md", "scores/mine.csv", "transfer/mms/mine", "students/notes"]
     for name in [*foreign, "students/.mms.pt.99.part"]:     # what a killed process leaves
         put(run / name, b"1")
     before, flags = contents(run), [*flags, "--approaches", "mms", "--lr", "0.02"]
-    done = run_here("compile.py", *flags, "--restart-from", "students")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "\nDeleting students/balanced.pt, " in done.stdout
-    now = contents(run)
-    kept = [name for name in before if name.startswith((
-        "teacher", "split", "scores/", "thresholds", "transfer/", *foreign))]
-    assert len(kept) > 20 and not [name for name in kept if now.get(name) != before[name]]
+    done, now = run_here("compile.py", *flags, restart), contents(run)
+    assert (done.returncode, done.stderr) == (0, "") and f"\nDeleting {first}, " in done.stdout
+    assert not [name for name in before if name.startswith((*foreign, *kept))
+                and now.get(name) != before[name]]
     assert now["students/mms.pt"] != before["students/mms.pt"]
     assert not [name for name in now if name.endswith(".part") or name == "students/entropy.pt"]
     assert "Deleting" not in run_here("compile.py", *flags).stdout

@@ -24,7 +24,7 @@ def rules(bucket, classes=6, **more):
 
 
 def select_slowly(scores, approach, threshold, rules):
-    """One group after the other, one image after the other. Returns sorted positions in the pool."""
+    """One group after the other, one image after the other. Returns positions in the pool."""
     groups, position = {}, 0
     for source, columns in scores.items():
         for index, label in enumerate(columns["predicted"].tolist()):

@@ -97,8 +97,7 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--classes=no.txt", "'no.txt' is neither a number nor a file with one class per line"),
     ('--classes=["a"]', '["a"] names fewer than two classes'),
     ("--recipe=slow", "invalid choice: 'slow' (choose from 'reference', 'best', 'quick')"),
-    ("--target=--", "expected one argument"),
-    ("--tar=digits", "unrecognized arguments: --tar=digits"),
+    ("--target=--", "expected one argument"), ("--tar=x", "unrecognized arguments: --tar=x"),
     ("--steps=5 --epochs=5", "--steps and --epochs contradict each other: give one of them")])
 def test_a_command_line_that_can_not_be_is_refused_in_a_sentence(words, said, capsys):
     with pytest.raises(SystemExit) as end:
@@ -121,8 +120,7 @@ def test_a_command_line_that_can_not_be_is_refused_in_a_sentence(words, said, ca
      "which are stl10."),
     ("--target digits --sources digits", "digits is the target and can't be a source as well: take "
      "it out of --sources."),
-    ("--sources confidence=/x", "A source can't be called confidence, since scores/confidence.npz "
-     "is the confidence set's: rename it.")])
+    ("--sources confidence=/x", "A source can't be called confidence")])
 def test_settings_that_contradict_each_other_are_named(words, said):
     with pytest.raises(UserError, match=f"^{re.escape(said)}"):
         settings_of(*words.split())
@@ -141,7 +139,7 @@ def test_every_setting_has_a_group_a_stage_that_exists_and_help():
     ("mms_threshold", "threshold sources run-dir", "lr approach approaches"),
     ("entropy", "threshold sources run-dir", "lr approach approaches"),
     ("transfer", "approach fill threshold", "lr student-arch approaches"),
-    ("distill", "approach export lr fill teacher-arch", "approaches restart-from"),
+    ("distill", "approach export lr fill restart-from", "approaches restart"),
     ("data", "all list data-dir max-bad", "target device"), ("report", "run-dir out", "target")])
 def test_help_is_there_at_once_and_shows_what_the_stage_uses_in_groups(script, shown, not_shown):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

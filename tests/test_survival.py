@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NET, ROOT, run_script, small_run
-from run_files import outcome, run_stage
-
-import compile
+from conftest import NET, ROOT, small_run
+from run_files import outcome, ran
 
 # Like compile.py, but every epoch is worth a checkpoint: a run of seconds would write none.
 EAGER = """
@@ -32,7 +30,7 @@ def start(flags, folder, said):
 
 def complete(flags, folder):
     """The outcome of a run that nothing disturbs."""
-    run_stage(compile, flags, "--run-dir", folder)
+    ran("compile.py", flags, "--run-dir", folder)
     assert not list(folder.rglob("*.part"))
     return outcome(folder)
 
@@ -118,14 +116,3 @@ def test_a_signal_has_everything_saved_and_says_how_to_resume(painted, tmp_path,
     saved = torch.load(tmp_path / "run/teacher.part", weights_only=True)
     assert saved["images"] >= 5 * 64
     assert not (tmp_path / "run/teacher.pt").exists()
-
-
-@pytest.mark.parametrize("flag", ["--restart", "--restart-from=students"])
-def test_who_began_again_is_told_to_resume_without_that(tmp_path, flag):
-    (tmp_path / "script.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport os, signal\n"
-        "from kd.command import command\n"
-        "command(lambda argv: os.kill(os.getpid(), signal.SIGTERM))\n")
-    done = run_script(tmp_path / "script.py", flag)
-    assert (done.returncode, done.stderr) == (143, "\nInterrupted. Run the same command again "
-                                              f"without {flag.partition('=')[0]} to resume.\n")

@@ -1,0 +1,193 @@
+"""Matched selection: images drawn so that the pool has the statistics that the teacher's batch
+norms remember of the target. It needs no target image, no label and no threshold.
+
+With v_i what image i shows in every batch norm (each channel's mean and mean square, normalised
+as that one does it, less 0 and 1, what the target has on average) and the teacher's probabilities
+less equal shares, the weights are, of all with mean 1 under which the mean of v is 0 and none
+above a cap, the most even ones:
+
+    w_i = min(cap, exp(b + v_i . t))                        (maximum entropy; Jaynes, 1957)
+
+cap = N / n, since a set of n images holds an image of N at most once.
+"""
+import contextlib
+
+import numpy as np
+import torch
+
+from kd import checkpoints, engine
+from kd.files import UserError, say, write_atomically
+from kd.processes import on_all_ranks
+from kd.progress import Progress
+
+DIRECTIONS = 200        # in which the pool varies most: v is reduced to them as it is made
+SAMPLE = 4_096          # images that tell which those are
+RIDGE = 0.01            # on t, in units of the pool's variance
+ITERATIONS = 50
+CHUNK = 1 << 16         # rows that lie in memory at a time
+
+
+@contextlib.contextmanager
+def watched(classifier):
+    """Within it, a function gives what the last batch showed in every batch norm, (n, D) float32.
+    Raises UserError where the classifier has none."""
+    seen, hooks = [], []
+
+    def look(module, given):
+        pixels = given[0].float()
+        shape = (1, -1, *[1] * (pixels.dim() - 2))
+        scale = (module.running_var + module.eps).rsqrt()
+        pixels = (pixels - module.running_mean.view(shape)) * scale.view(shape)
+        rest = tuple(range(2, pixels.dim()))
+        square = pixels.square()
+        seen.extend((pixels.mean(rest), square.mean(rest) - 1) if rest else (pixels, square - 1))
+
+    def shown():
+        found = torch.cat(seen, 1)
+        seen.clear()
+        return found
+    for module in classifier.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            hooks.append(module.register_forward_pre_hook(look))
+    if not hooks:
+        raise UserError("matched needs a teacher with batch norms, which remember their data.")
+    try:
+        yield shown
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _blocks(scoring, classifier, shown, most=None):
+    """Yields v, (n, D + C) float32, of the candidates in their order; of most `most`, evenly."""
+    count = sum(len(each["index"]) for each in scoring.candidates.values())
+    step = 1 if most is None else max(1, count // most)
+    progress, share = Progress("matching", -(-count // step)), 1 / len(scoring.classes)
+    for name, source in scoring.sources.items():
+        rows = scoring.candidates[name]["index"][::step]
+        batches = (torch.from_numpy(np.ascontiguousarray(pixels)) for pixels, _, _ in
+                   source.batches(rows, engine.evaluation_batch(classifier)))
+        for probabilities, in engine.answered(classifier, batches, scoring.device,
+                                              lambda logits: (logits.softmax(1) - share,)):
+            yield torch.cat([shown(), probabilities], 1)
+            progress.update(len(probabilities))
+    progress.close()
+
+
+@on_all_ranks
+def statistics(scoring):
+    """v of all candidates in DIRECTIONS of about unit variance, (N, K) float16, memory-mapped;
+    made in one more pass of the teacher, and kept in scores/matched.npy. scoring: a
+    kd.scoring.Scoring."""
+    run, path = scoring.run, scoring.run / "scores" / "matched.npy"
+    product = run.product("scores/matched.json", teacher=scoring.digest, images={
+        name: source.fingerprint for name, source in scoring.sources.items()})
+    if product.done:
+        return np.load(path, mmap_mode="r")
+    classifier = checkpoints.load(run / "teacher.pt", run.settings.teacher_arch).to(scoring.device)
+    count = sum(len(each["index"]) for each in scoring.candidates.values())
+
+    def write(file):
+        with watched(classifier) as shown, torch.inference_mode():
+            sample = [block.cpu() for block in _blocks(scoring, classifier, shown, SAMPLE)]
+            axes = directions(torch.cat(sample)).to(scoring.device)
+            shape = (count, axes.shape[1])
+            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_2_0(file, header)
+            for block in _blocks(scoring, classifier, shown):
+                file.write((block @ axes).half().cpu().numpy().data)
+    write_atomically(path, write)
+    product.write({"images": count}, [path])
+    return np.load(path, mmap_mode="r")
+
+
+def directions(sample):
+    """(D, K): the axes in which `sample` (n, D) varies most, scaled to unit variance. They pass
+    through the origin, which is where the target is: the pool's mean is kept."""
+    engine.seed_all(0)
+    most = min(DIRECTIONS, *sample.shape)
+    centered = sample - sample.mean(0)
+    _, values, axes = torch.svd_lowrank(centered, min(most + 20, *sample.shape), niter=4)
+    deviations = values[:most] / len(sample) ** 0.5
+    kept = deviations > 1e-4 * deviations[0]
+    return axes[:, :most][:, kept] / deviations[kept]
+
+
+def match(values, size):
+    """Weights (N,) float64 of mean 1, none above N / size, under which the mean of `values` (N,
+    K) is as near to 0 as they can bring it; by Newton's method on the dual."""
+    count, cap = len(values), len(values) / size
+    if cap <= 1:
+        return np.ones(count)
+    point = np.zeros(values.shape[1] + 1)       # t, and b last
+    ridge = np.full(len(point), RIDGE)
+    ridge[-1] = 0.0
+    best = _dual(values, point, cap, ridge)
+    for _ in range(ITERATIONS):
+        value, gradient, hessian = best
+        if np.abs(gradient).max() < 1e-6:
+            break
+        step, scale = np.linalg.solve(hessian, gradient), 1.0
+        while scale > 1e-4:
+            tried = _dual(values, point - scale * step, cap, ridge)
+            if tried[0] < value:
+                break
+            scale /= 2
+        else:
+            break
+        point, best = point - scale * step, tried
+    return np.concatenate([np.minimum(cap, np.exp(np.minimum(part @ point, np.log(cap))))
+                           for part in _parts(values)])
+
+
+def _parts(values):
+    for start in range(0, len(values), CHUNK):
+        part = np.asarray(values[start:start + CHUNK], np.float64)
+        yield np.concatenate([part, np.ones((len(part), 1))], 1)
+
+
+def _dual(values, point, cap, ridge):
+    """(value, gradient, hessian) of the dual, whose gradient is 0 where the weights do as they
+    should."""
+    value, gradient, hessian = 0.0, np.zeros(len(point)), np.zeros((len(point),) * 2)
+    for part in _parts(values):
+        exponent = part @ point
+        free = exponent < np.log(cap)
+        weight = np.where(free, np.exp(np.minimum(exponent, np.log(cap))), cap)
+        value += np.where(free, weight, cap * (1 + exponent - np.log(cap))).sum()
+        gradient += weight @ part
+        hessian += (part * np.where(free, weight, 0.0)[:, None]).T @ part
+    count = len(values)
+    gradient = gradient / count + ridge * point
+    gradient[-1] -= 1
+    hessian = hessian / count + np.diag(ridge + 1e-9)
+    return value / count - point[-1] + (ridge * point ** 2).sum() / 2, gradient, hessian
+
+
+def gap(values, weights=None):
+    """How far the mean of `values` (N, K), under `weights` (N,), is from the target's, in standard
+    deviations of the pool over all directions."""
+    total, done = np.zeros(values.shape[1]), 0
+    for part in _parts(values):
+        weight = np.ones(len(part)) if weights is None else weights[done:done + len(part)]
+        total, done = total + weight @ part[:, :-1], done + len(part)
+    return float(np.linalg.norm(total / (done if weights is None else weights.sum())))
+
+
+def draw(weights, size, seed):
+    """Positions (n,) int64, ascending, of `size` images, each as likely as its weight: systematic
+    sampling, which takes none twice while no weight is above N / size."""
+    share = weights.astype(np.float64)
+    share *= size / share.sum()
+    start = np.random.default_rng(engine.seed_for(seed, "matched")).random()
+    return np.flatnonzero(np.diff(np.floor(np.concatenate([[0], np.cumsum(share)]) + start)) > 0)
+
+
+def matched_weights(scoring, size):
+    """(N,) float32 of all candidates, for a set of `size`; says what they are worth."""
+    values = statistics(scoring)
+    weights = match(values, size)
+    effective = weights.sum() ** 2 / (weights ** 2).sum()
+    say(f"matched: the pool's statistics are {gap(values):.2f} from the target's, weighted "
+        f"{gap(values, weights):.2f}; as even as {effective:,.0f} of {len(weights):,} images")
+    return weights.astype(np.float32)
