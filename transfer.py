@@ -98,8 +98,10 @@ class Candidates:
 def join(scores):
     """Candidates from {source name: scores as of kd.scoring}, in that order."""
     counts = [len(columns["predicted"]) for columns in scores.values()]
-    columns = {name: np.concatenate([each[name] for each in scores.values()])
-               for name in next(iter(scores.values()))}
+    columns = dict(next(iter(scores.values())))
+    if len(scores) > 1:     # of one source alone nothing is copied
+        columns = {name: np.concatenate([each[name] for each in scores.values()])
+                   for name in columns}
     index = columns.pop("index")
     source = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
     return Candidates(tuple(scores), source, index, columns)

@@ -86,8 +86,8 @@ def score_batches(teacher, source, rows, criteria, device, label):
     for a part of the batches, and all return the whole."""
     import torch
     weight = models.head_weight(teacher)
-    progress = Progress(label, len(source) if rows is None else len(rows))
-    index = []
+    most = len(source) if rows is None else len(rows)
+    progress, index, columns, done = Progress(label, most), [], None, 0
 
     def pixels():
         batch_size = engine.evaluation_batch(teacher)
@@ -98,19 +98,30 @@ def score_batches(teacher, source, rows, criteria, device, label):
     def of_logits(logits):
         scores = (criterion.score(logits, weight) for criterion in criteria.values())
         return logits.topk(2, 1).indices[:, 0], logits.isfinite().all(1), *scores
-    parts = []
     with engine.enough_memory(label, device, "Use a smaller network, or --device cpu."):
-        for columns in engine.answered(teacher, pixels(), device, of_logits):
-            parts.append([column.cpu() for column in columns])
-            progress.update(len(columns[0]))
+        for values in engine.answered(teacher, pixels(), device, of_logits):
+            if columns is None:     # made once: ten million images are held a single time
+                columns = [np.empty(most, value.cpu().numpy().dtype) for value in values]
+            stop = done + len(values[0])
+            for column, value in zip(columns, values, strict=True):
+                column[done:stop] = value.cpu().numpy()
+            progress.update(stop - done)
+            done = stop
     progress.close()
-    mine = [torch.cat(column).numpy() for column in zip(*parts, strict=True)] if parts else None
-    found = [each for each in gathered((index, mine)) if each[1] is not None]
-    index = np.concatenate([numbers for each in found for numbers in each[0]])
-    columns = [np.concatenate(column) for column in zip(*(each[1] for each in found), strict=True)]
-    predicted, finite, *scores = columns
+    mine = [] if columns is None else [np.concatenate(index), *(each[:done] for each in columns)]
+    index, predicted, finite, *scores = _joined([each for each in gathered(mine) if each])
     named = dict(zip(("predicted", "index", *criteria), (predicted, index, *scores), strict=True))
-    return {name: column[finite] for name, column in named.items()}, int((~finite).sum())
+    left_out = int((~finite).sum())
+    if left_out:
+        named = {name: column[finite] for name, column in named.items()}
+    return named, left_out
+
+
+def _joined(parts):
+    """The columns of all parts, one after the other. [[(n,), ...], ...] -> [(N,), ...]"""
+    if len(parts) == 1:
+        return parts[0]
+    return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
 
 @on_all_ranks
