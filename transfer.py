@@ -159,7 +159,7 @@ def select(approach, candidates, thresholds, rules):
     elif approach == "eats":
         eligible = np.isin(np.array(candidates.names), EATS_SOURCES)[candidates.source]
     else:
-        raise UserError(NO_SET.format(approach))
+        raise ValueError(f"{approach} selects nothing")
     chosen = fill_buckets(group, eligible, room, badness if rules.fill == "best" else None)
     return chosen, admitted[chosen]
 
