@@ -77,8 +77,10 @@ def command(main):
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        _fail(f"{error.filename2 or error.filename or 'the disk'}: {first_line(error)}. What is "
-              f"there is whole. {_how_to_resume()}")
+        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        _fail(f"{error.filename2 or error.filename or 'the disk'}: {first_line(error)}. " + (
+            "Choose a folder that can be written, with --data-dir or --run-dir." if denied else
+            f"What is there is whole. {_how_to_resume()}"))
     except RuntimeError as error:
         if not several or "by peer" not in str(error):
             raise

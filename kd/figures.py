@@ -5,7 +5,6 @@ function returns a Figure, or None where there is nothing to draw. How to read i
 """
 import contextlib
 import io
-import logging
 import math
 import warnings
 from collections import namedtuple
@@ -17,7 +16,6 @@ from cycler import cycler
 from kd.files import listed, say
 from kd.record import shown
 
-logging.getLogger("matplotlib").setLevel(logging.ERROR)      # of its own folders and fonts
 matplotlib.use("Agg")
 from matplotlib import font_manager, pyplot, ticker  # noqa: E402
 

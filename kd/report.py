@@ -1,6 +1,7 @@
 """The table of a run or of several, and what a run folder holds as figures and as a page."""
 import csv
 import io
+import logging
 import shlex
 import statistics
 import time
@@ -13,6 +14,7 @@ from kd.values import name_of, name_of_arch
 
 HEADS = ("approach", "student", "sources", "images", "per class", "accuracy %", "retention",
          "agreement %", "seconds", "img/s")
+logging.getLogger("matplotlib").setLevel(logging.ERROR)     # of its own folders and fonts
 
 
 def collect(experiment):
