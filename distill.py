@@ -33,6 +33,7 @@ from kd.export import export, require_packages
 from kd.files import UserError, file_digest, is_first, require_none, say
 from kd.processes import first_alone, on_all_ranks
 from kd.run import open_stage
+from kd.settings import DRAWN_BY_WEIGHT
 from kd.training import Checkpoint, Watch, cross_entropy, train
 from kd.values import name_of, name_of_approach, name_of_arch
 
@@ -58,12 +59,12 @@ def fixed_objective(teacher, images, temperature, device):
                                                temperature)
 
 
-def live_objective(teacher, temperature, device):
+def live_objective(teacher, temperature, device, amp=None):
     """KD on augmented views: the teacher answers for each view as it comes."""
     teacher.eval()
 
     def objective(logits, views, rows):
-        with torch.no_grad(), engine.autocast(device):
+        with torch.no_grad(), engine.autocast(device, amp):
             teacher_logits = teacher(views)
         return kd_loss(logits.float(), teacher_logits.float(), temperature)
     return objective
@@ -81,6 +82,8 @@ def train_student(run, approach, target, device):
     teacher = run.content_of("teacher.json", "python TeacherTrain.py")
     confidence = saved_split(run, len(target.train))[1] if target.train else None
     images, rows, figures, made_from = learned_from(run, approach, target)
+    frequencies = run / f"transfer/{approach}/weights.npy"
+    frequencies = None if supervised or approach not in DRAWN_BY_WEIGHT else np.load(frequencies)
     weights = settings.supervised_weights if supervised else settings.student_weights
     files = checkpoints.files_of(settings.student_arch, weights)
     product = run.product(f"students/{approach}.json", teacher=teacher["files"]["teacher.pt"],
@@ -103,7 +106,7 @@ def train_student(run, approach, target, device):
                   watcher(target, confidence, device) if target.train else None,
                   run.board(f"student-{approach}"))
     training = train(student, images, rows, objective, recipe, seed=seed, device=device,
-                     watch=watch)
+                     watch=watch, weights=frequencies)
     accuracies, predicted = evaluate(student, target, confidence, path.with_suffix(".npz"), device)
     figures |= accuracies | {name: getattr(training, name)
                              for name in ("seconds", "images_per_second", "history")}
@@ -168,7 +171,7 @@ def objective_of(run, images, teacher_path, target, device):
     teacher = models.folded(teacher).to(device)
     if recipe.augment == "none":
         return fixed_objective(teacher, images, recipe.temperature, device), recipe
-    return live_objective(teacher, recipe.temperature, device), recipe
+    return live_objective(teacher, recipe.temperature, device, recipe.amp), recipe
 
 
 def report_student(figures):

@@ -12,6 +12,8 @@ threshold of a class,
     all                every image of every source
     random             as many images as mms has, without threshold or balance
     matched            so many that the pool has the teacher's batch statistics (kd/matching.py)
+    weighted           every image, drawn in each step as often as matched weighs it
+    even               every image, drawn so that all classes come equally often
 
     python transfer.py --approach mms
     python transfer.py --approach ./my_metric.py
@@ -35,13 +37,14 @@ from kd.matching import draw, matched_weights, statistics
 from kd.processes import first_alone, on_all_ranks
 from kd.run import open_stage
 from kd.scoring import Scoring
-from kd.settings import DATA_FREE_SIZE, EATS_SOURCES
+from kd.settings import DATA_FREE_SIZE, DRAWN_BY_WEIGHT, EATS_SOURCES
 from kd.thresholds import passes
 from kd.values import name_of_approach
 
 NO_SET = ("{} has no transfer set: it learns from the target's labelled images. Run "
           "`python distill.py --approach supervised`.")
 MANIFEST = ["source", "index", "file", "predicted", "score"]
+MOST_OFTEN = 8      # times that an image may come for each time that it would come by chance
 
 
 
@@ -130,7 +133,7 @@ def select(approach, candidates, thresholds, rules):
     thresholds: {criterion: (C,) float64}.
     """
     count = len(candidates)
-    if approach == "all":
+    if approach in ("all", *DRAWN_BY_WEIGHT):
         return np.arange(count), np.zeros(count, bool)
     if approach == "random":
         size = min(count, len(select("mms", candidates, thresholds, rules)[0]))
@@ -164,6 +167,14 @@ def select(approach, candidates, thresholds, rules):
     return chosen, admitted[chosen]
 
 
+def even_weights(predicted):
+    """How often each candidate comes where all predicted classes come equally often, none more than
+    MOST_OFTEN times as often as in the pool. predicted: (N,) int. Returns (N,) float64."""
+    counts = np.bincount(predicted)
+    share = len(predicted) / np.count_nonzero(counts)
+    return np.minimum(share / counts[predicted], MOST_OFTEN)
+
+
 # --------------------------------------------------------------------------------------------------
 # The stage
 # --------------------------------------------------------------------------------------------------
@@ -192,7 +203,7 @@ def make_transfer_set(run, approach, scoring, target_size):
     shown = approach if approach in scoring.criteria else (
         "mms" if "mms" in scoring.criteria else "confidence")
     used = [candidates.predicted, candidates.index, candidates.scores[shown]]
-    if approach == "matched":
+    if approach in ("matched", "weighted"):
         used.append(statistics(scoring))
     product = run.product(
         f"transfer/{approach}/summary.json", teacher=scoring.digest, bucket=bucket,
@@ -200,15 +211,17 @@ def make_transfer_set(run, approach, scoring, target_size):
         scores=digest(*used))
     if product.done:
         return product.content
-    if approach == "matched":
-        size = min(len(candidates), bucket * len(classes))
-        candidates.scores["matched"], shown = matched_weights(scoring, size), "matched"
+    size = min(len(candidates), bucket * len(classes))
+    if approach in ("matched", "weighted"):
+        candidates.scores[approach], shown = matched_weights(scoring, size), approach
+    elif approach == "even":
+        candidates.scores["even"], shown = even_weights(candidates.predicted), "even"
     rules = Rules(bucket, len(classes), {name: each.keeps_high
                                          for name, each in scoring.criteria.items()},
                   settings.fill, settings.floor, not settings.no_balance, settings.seed)
     chosen, below = select(approach, candidates, thresholds, rules)
     summary = summarise(approach, candidates, chosen, below, classes, bucket)
-    balanced = approach not in ("random", "all", "matched") and rules.balance
+    balanced = rules.balance and approach not in ("random", "all", "matched", *DRAWN_BY_WEIGHT)
     if not balanced:        # nothing fills buckets, so no class can be short
         summary["shortfall"] = {}
     own = approach in scoring.criteria
@@ -218,7 +231,11 @@ def make_transfer_set(run, approach, scoring, target_size):
         else [], "calibrated_on": settings.calibrate if own or approach == "random" else None}
     folder = run / "transfer" / approach
     write_transfer_set(folder, scoring, candidates, chosen, shown, settings.image_size)
-    return product.write(summary, [folder / "images.npy", folder / "manifest.csv"])
+    files = [folder / "images.npy", folder / "manifest.csv"]
+    if approach in DRAWN_BY_WEIGHT:
+        files.append(folder / "weights.npy")
+        write_atomically(files[-1], lambda file: np.save(file, candidates.scores[shown]))
+    return product.write(summary, files)
 
 
 def summarise(approach, candidates, chosen, below, classes, bucket):

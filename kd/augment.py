@@ -17,10 +17,16 @@ def step_generator(seed, epoch, step=None):
     return torch.Generator().manual_seed(number)
 
 
-def shuffled_batches(rows, batch_size, generator):
+def shuffled_batches(rows, batch_size, generator, weights=None):
     """Splits `rows`, (N,) int64, in random order into full batches. A rest smaller than a batch
-    waits for another epoch, unless it is all there is."""
+    waits for another epoch, unless it is all there is. weights: (N,), how often each comes in the
+    long run, in place of once an epoch; drawn systematically, so that chance adds less than one."""
     batch_size = min(batch_size, len(rows))
+    if weights is not None:
+        edges = weights.double().cumsum(0)
+        edges = edges * (len(rows) / edges[-1])
+        points = torch.arange(len(rows)) + torch.rand((), generator=generator, dtype=torch.double)
+        rows = rows[torch.searchsorted(edges, points).clamp_(max=len(rows) - 1)]
     order = rows[torch.randperm(len(rows), generator=generator)]
     return order[:len(rows) // batch_size * batch_size].split(batch_size)
 

@@ -49,10 +49,12 @@ def keep_memory():
     mallopt(-1, (1 << 31) - 1)      # M_TRIM_THRESHOLD
 
 
-def autocast(device):
-    """bf16 on CUDA; nothing elsewhere (on the CPUs measured, bf16 is slower)."""
-    on_cuda = device.type == "cuda"
-    return torch.autocast("cuda", torch.bfloat16) if on_cuda else contextlib.nullcontext()
+def autocast(device, amp=None):
+    """bfloat16 within it where `amp`; None: on CUDA devices that compute in it themselves. Older
+    ones emulate it, slowly; so do most CPUs."""
+    if amp is None:
+        amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
 def allow_tf32(allowed):

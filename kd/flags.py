@@ -106,7 +106,7 @@ def words_of(settings, given):
         if name not in FLAGS or value is None or name in ("run_dir", "restart", "restart_from"):
             continue
         if FIELDS[name].metadata["flag"].get("action"):
-            words.append(_flag_of(name))
+            words.append(_flag_of(name if value else f"no_{name}"))
         elif name == "classes" and isinstance(value, tuple):
             words.append(f"--classes={json.dumps(value)}")
         else:
@@ -130,6 +130,7 @@ def stored_words(path, given, script):
     if {"--steps", "--epochs"} & replaced:
         replaced |= {"--steps", "--epochs"}
     known = {_flag_of(name) for name in flags_of(script)} - replaced
+    known |= {flag.replace("--", "--no-", 1) for flag in known}     # of a switch
     words = [word for word in read_words(path) if word.partition("=")[0] in known]
     code = [word for word in words if is_own(word) or any(
         each.strip().endswith(".py") for each in word.split(","))]

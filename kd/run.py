@@ -34,7 +34,7 @@ MADE_BY = {
                 "teacher.part", "tensorboard/teacher"),
     "scores": ("scores/*.npz", "scores/*.json", "thresholds.json"),
     "transfer": tuple(f"transfer/*/{name}" for name in (
-        "images.npy", "manifest.csv", "summary.json")),
+        "images.npy", "weights.npy", "manifest.csv", "summary.json")),
     "students": (*(f"students/*.{form}" for form in (
         "pt", "npz", "json", "part", "onnx", "pth", "safetensors")), "tensorboard/student-*",
         "results.json", "results.md", "figures/*.png", "report.html"),

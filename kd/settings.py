@@ -3,6 +3,7 @@
 A field of `Settings` is a flag of the same name (kd/flags.py). `resolve` fills in what is not given
 from the target, the recipe and the defaults.
 """
+import argparse
 import dataclasses
 import functools
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ DATA_FREE_SIZE = 50_000     # images of a transfer set where no training split s
 SOURCE_SHARE = 0.25         # of a class's candidates that pass where thresholds come from them
 FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from trained weights
 APPROACHES = ("supervised", "eats", "balanced", "random", "mms", "entropy")
-MORE_APPROACHES = ("all", "matched", "confidence", "energy", "cross_entropy")
+MORE_APPROACHES = ("all", "matched", "even", "weighted", "confidence", "energy", "cross_entropy")
+DRAWN_BY_WEIGHT = ("even", "weighted")      # every image, some more often than others
 EATS_SOURCES = ("svhn", "tinyimagenet")     # arXiv 2011.09113
 PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "caltech101",
                    "caltech256")
@@ -43,6 +45,7 @@ class Recipe:
     temperature: float = 1.0        # of the KD loss
     steps: int = 0
     ema: float = 0.0                # decay of the average of weights that it ends as
+    amp: bool | None = None         # bfloat16 where it pays; None: on cards that have it
 
 
 _SGD = dict(momentum=0.9, weight_decay=5e-4, schedule="onecycle")
@@ -80,8 +83,8 @@ def setting(group, stage, default, kind, help=None, metavar=None):
     stage: the first whose files depend on it. kind: the parser of its flag's text, a tuple of
     choices, bool for a switch, or None where it has no flag."""
     flag = {"help": help and help.replace("%", "%%")}
-    if kind is bool:
-        flag["action"] = "store_true"
+    if kind is bool:        # with a default of None, --no-NAME as well
+        flag["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
     elif isinstance(kind, tuple):
         flag |= {"choices": kind, "metavar": metavar}
     else:
@@ -228,6 +231,9 @@ class Settings:
 
     device: str = _running(None, "auto", ("auto", "cpu", "cuda", "mps"),
                            "where to compute (default: auto)")
+    amp: bool | None = _running(
+        None, None, bool, "train in bfloat16, which scores never are (default: on CUDA devices "
+        "that have it)")
     tensorboard: bool = _running(
         None, False, bool, "write losses, accuracies and views into the run folder's tensorboard/")
     restart: bool = _running(None, False, bool, "delete what the run folder holds and begin again")
@@ -255,7 +261,7 @@ class Settings:
     @property
     def teacher_recipe(self):
         return Recipe(self.teacher_epochs, self.teacher_batch_size, self.teacher_lr,
-                      augment=self.teacher_augment, **_SGD)
+                      augment=self.teacher_augment, amp=self.amp, **_SGD)
 
     @property
     def student_recipe(self):

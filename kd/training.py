@@ -155,11 +155,12 @@ class Watch:
     remedy: str = "a smaller --lr, with --restart-from students"
 
 
-def train(classifier, images, rows, objective, recipe, *, seed, device, watch):
+def train(classifier, images, rows, objective, recipe, *, seed, device, watch, weights=None):
     """Trains `classifier` in place and returns the Training.
 
     images: (N, H, W, 3) uint8 array. rows: (n,) int64, those to train on. objective(logits, views,
     rows): the mean loss of a batch, where views are the augmented pixels that the classifier saw.
+    weights: (n,), how often each row comes; None: once an epoch.
 
     A step draws from (seed, epoch, step) alone. After an epoch, or a thousand steps, and when a
     signal asks to stop, everything is saved; a later call resumes there and ends in the same
@@ -175,8 +176,10 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch):
         state = Training.begin(classifier, len(rows), recipe, device)
         keeper = _Keeper(state, recipe, watch, min(recipe.batch_size, len(rows)), device)
         tensor, rows = resident(images, device), torch.as_tensor(rows)
+        weights = None if weights is None else torch.as_tensor(weights)
         while state.epoch * state.per_epoch < state.steps:
-            batches = shuffled_batches(rows, recipe.batch_size, step_generator(seed, state.epoch))
+            batches = shuffled_batches(rows, recipe.batch_size,
+                                       step_generator(seed, state.epoch), weights)
             train_one_epoch(state, tensor, batches[:state.batches_left], objective, recipe, seed,
                             device, keeper)
             keeper.after_epoch()
@@ -197,7 +200,7 @@ def train_one_epoch(state, images, batches, objective, recipe, seed, device, kee
         generator = step_generator(seed, state.epoch, step)
         seed_all(seed_for(seed, f"{state.epoch}/{step}/{rank()}"), device)
         views = augment(raw, recipe.augment, generator, len(batch), mine)
-        with autocast(device):
+        with autocast(device, recipe.amp):
             logits = state.network(views)
             loss = weight * _loss(objective, logits, views, batch[mine])
         state.optimizer.zero_grad(set_to_none=True)

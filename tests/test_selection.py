@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from transfer import Rules, join, select
+from transfer import Rules, even_weights, join, select
 
 HIGH = {"mms": True, "entropy": False}
 pytestmark = pytest.mark.quick
@@ -100,9 +100,17 @@ def test_random_takes_as_many_as_mms_without_threshold_or_balance():
     assert chosen.tolist() == again.tolist() != other.tolist()
 
 
-def test_all_is_everything():
+@pytest.mark.parametrize("approach", ["all", "even", "weighted"])
+def test_all_is_everything(approach):
     candidates = join(random_scores(np.random.default_rng(0), (30, 20), 4, levels=5))
-    assert select("all", candidates, {}, rules(3, 4))[0].tolist() == list(range(50))
+    assert select(approach, candidates, {}, rules(3, 4))[0].tolist() == list(range(50))
+
+
+def test_even_weights_give_predicted_classes_equal_shares_up_to_a_limit():
+    predicted = np.repeat([0, 2, 5], [60, 30, 1])       # the others are never predicted
+    weights = even_weights(predicted)
+    assert weights[0] * 60 == pytest.approx(91 / 3) and weights[60] * 30 == pytest.approx(91 / 3)
+    assert weights[90] == 8
 
 
 def test_the_first_source_fills_the_bucket_before_the_second():

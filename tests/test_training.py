@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from distill import fixed_objective, kd_loss, live_objective
 from kd import engine, training
-from kd.augment import augment
+from kd.augment import augment, shuffled_batches, step_generator
 from kd.classifier import Classifier
 from kd.command import Interrupted
 from kd.files import UserError
@@ -296,3 +296,24 @@ def test_augment_is_what_a_loop_over_images_makes(steps, height, width):
     assert views.dtype == torch.uint8 and np.array_equal(given.numpy(), images)
     if "cut" not in steps and "mix" not in steps:       # a part gets what the whole batch gets
         assert torch.equal(augment(given[7:], steps, seeded(5), 120, slice(7, None)), views[7:])
+
+
+def test_bfloat16_is_for_training_alone(tmp_path):
+    full, half = (learn(tmp_path / f"{amp}.part", Recipe(2, 8, 0.05, amp=amp))[0]
+                  for amp in (None, True))
+    assert not same(full, half)
+    assert all(value.dtype != torch.bfloat16 for value in half.state_dict().values())
+    assert engine.predict(half, IMAGES).dtype == torch.float32
+    full.load_state_dict(half.state_dict())
+    assert torch.equal(engine.predict(full, IMAGES), engine.predict(half, IMAGES))
+
+
+def test_images_with_weights_come_as_often_as_those_say():
+    rows, weights = torch.arange(100, 150), torch.arange(50) / 24.5
+    seen = torch.zeros(150)
+    for epoch in range(200):
+        batches = shuffled_batches(rows, 7, step_generator(0, epoch), weights)
+        assert [len(batch) for batch in batches] == [7] * 7
+        seen += torch.cat(batches).bincount(minlength=150)
+    assert seen[:101].sum() == 0
+    assert ((seen[101:] / (200 * 49 / 50) - weights[1:]).abs() < 0.12).all()

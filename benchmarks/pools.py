@@ -1,0 +1,134 @@
+"""What a selection is worth, pool by pool, at equal size and equal steps.
+
+    python benchmarks/pools.py make /data /data/pools       # the photo-polluted pool, as links
+    python compile.py --target cifar10=/data/cifar10 --sources crawl=/data/pools/photo-polluted ...
+    python benchmarks/pools.py lines RUN...                 # one JSON line per row, for pools.jsonl
+    python benchmarks/pools.py table                        # pools.jsonl as Markdown
+
+In the photo-polluted pool lie 60,000 photographs in random order: the 26 classes of TinyImageNet
+that show what CIFAR10 shows (6 %), its 174 others, and 30,000 images of twelve superclasses of
+CIFAR100 that show nothing of it. The labels serve to build it, and to say how much of a selection
+is related.
+"""
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from kd import matching  # noqa: E402
+from kd.record import Experiment  # noqa: E402
+
+LINES = ROOT / "benchmarks" / "pools.jsonl"
+RELATED = {     # TinyImageNet's classes by what CIFAR10 calls them
+    "automobile": "n03100240 n04285008 n02814533 n03670208",
+    "bird": "n01855672 n02002724 n02056570 n02058221",
+    "cat": "n02123045 n02123394 n02124075",
+    "deer": "n02423022",
+    "dog": "n02085620 n02094433 n02099601 n02099712 n02106662 n02113799",
+    "frog": "n01641577 n01644900",
+    "ship": "n03447447 n03662601",
+    "truck": "n03796401 n04146614 n04487081 n03977966"}
+UNRELATED = """aquarium_fish flatfish ray shark trout orchid poppy rose sunflower tulip bottle bowl
+    can cup plate apple mushroom orange pear sweet_pepper clock keyboard lamp telephone television
+    bed chair couch table wardrobe bee beetle butterfly caterpillar cockroach bridge castle house
+    road skyscraper cloud forest mountain plain sea crab lobster snail spider worm baby boy girl man
+    woman maple_tree oak_tree palm_tree pine_tree willow_tree""".split()
+DRAWS = 10_000      # of the bootstrap
+
+
+def make(data, out):
+    """Links to the images of the photo-polluted pool, in folders of a thousand: random names put
+    them in random order, and say at their end which are related."""
+    related = {wnid for wnids in RELATED.values() for wnid in wnids.split()}
+    data, out, made = Path(data).resolve(), Path(out) / "photo-polluted", 0
+    files = [(path, path.parents[1].name in related) for path in
+             sorted(data.glob("tiny-imagenet-200/train/*/images/*.JPEG"))]
+    files += [(path, False) for name in UNRELATED for path in
+              sorted((data / "cifar100-source" / name).glob("*.jpg"))]
+    for path, good in files:
+        name = hashlib.sha256(f"{path.parent.name}/{path.name}".encode()).hexdigest()[:12]
+        link = out / name[:2] / f"{name}-{'related' if good else 'other'}{path.suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(path, link)
+        made += good
+    print(f"{len(files):,} images, {made:,} of them related, in {out}")
+
+
+def lines(folders):
+    """Prints a line for each student of each run folder."""
+    for folder in folders:
+        for record in Experiment(folder).records:
+            for approach in record.approaches:
+                if approach in record.students:
+                    print(json.dumps(line(record, approach, Path(folder).name)))
+
+
+def line(record, approach, pool):
+    student, settings = record.students[approach], record.settings
+    found = {"pool": pool, "seed": settings.seed, "approach": approach,
+             "teacher": record.teacher["files"]["teacher.pt"],
+             **{name: getattr(settings, name) for name in ("steps", "batch_size", "augment")},
+             "images": student["transfer_size"], "confidence": student["confidence_accuracy"],
+             **{name: student[name] for name in ("accuracy", "agreement", "seconds")}}
+    if approach not in record.selected:
+        return found
+    chosen, path = record.selected[approach], record.folder / "scores" / "matched.npy"
+    weights = np.ones(len(chosen.files))
+    if (record.folder / f"transfer/{approach}/weights.npy").exists():
+        weights = np.load(record.folder / f"transfer/{approach}/weights.npy")
+    marked = ["-related." in file for file in chosen.files]
+    if any(marked):
+        found["related"] = float(np.average(marked, weights=weights))
+    counts = np.bincount(chosen.predicted, weights, len(record.classes)) / weights.sum()
+    found["smallest_class"] = float(counts.min())
+    if path.exists():       # the statistics of all candidates, in the order of the sources
+        parts = [record.scores[name]["index"] for name in record.sources]
+        key = np.concatenate([number << 40 | index for number, index in enumerate(parts)])
+        full = np.zeros(len(key))
+        full[np.searchsorted(key, chosen.key)] = weights
+        found["gap"] = matching.gap(np.load(path, mmap_mode="r"), full)
+    return found
+
+
+def better(folder, one, other, seed=0):
+    """Accuracy of one approach less that of another on the same test images, in points, with the
+    95 % interval of a paired bootstrap over the images."""
+    right = []
+    for approach in (one, other):
+        with np.load(Path(folder) / f"students/{approach}.npz") as saved:
+            right.append((saved["predicted"] == saved["labels"]).astype(float))
+    difference, rng = 100 * (right[0] - right[1]), np.random.default_rng(seed)
+    means = [difference[rng.integers(0, len(difference), len(difference))].mean()
+             for _ in range(DRAWS)]
+    return difference.mean(), *np.quantile(means, (0.025, 0.975))
+
+
+def table():
+    rows = [json.loads(each) for each in LINES.read_text().splitlines()]
+    heads = ("approach", "seeds", "images", "related %", "smallest class %", "gap",
+             "confidence set %", "agreement %", "test %")
+    for pool in dict.fromkeys(row["pool"] for row in rows):
+        print(f"\n{pool}\n\n| {' | '.join(heads)} |\n|---|{'---:|' * (len(heads) - 1)}")
+        of_pool = [row for row in rows if row["pool"] == pool]
+        for approach in dict.fromkeys(row["approach"] for row in of_pool):
+            same = [row for row in of_pool if row["approach"] == approach]
+
+            def mean(name, scale=1.0, form=".2f", same=same):
+                values = [scale * row[name] for row in same if row.get(name) is not None]
+                spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+                return f"{np.mean(values):{form}}{spread}" if values else "-"
+            print(f"| {approach} | {len(same)} | {mean('images', form=',.0f').split(' ')[0]} | "
+                  f"{mean('related', 100, '.1f')} | {mean('smallest_class', 100, '.2f')} | "
+                  f"{mean('gap')} | {mean('confidence', 100)} | {mean('agreement', 100)} | "
+                  f"{mean('accuracy', 100)} |")
+
+
+if __name__ == "__main__":
+    command, *given = sys.argv[1:]
+    {"make": make, "table": table, "lines": lambda *folders: lines(folders),
+     "better": lambda *each: print(*better(*each))}[command](*given)
