@@ -1,5 +1,6 @@
 """The command line: flags made from the fields of `Settings`; and the one in a config.json."""
 import argparse
+import difflib
 import json
 
 from kd import values
@@ -13,37 +14,62 @@ USES = {"TeacherTrain": ("teacher",), "distill": STAGES,
 APPROACH = dict(type=values.approach, metavar="A", default="mms",
                 help=f"one of {', '.join(APPROACHES + MORE_APPROACHES)}, or a Python file with a "
                      "criterion of your own (default: mms)")
-# Flags that are not settings, {script: {flag: keywords of argparse}}.
+# Flags that are not settings, {script: {flag: (its group, keywords of argparse)}}.
 MORE = {
-    "compile": {"config": dict(metavar="FILE", help="a config.json whose flags hold where the "
-                               "command line says nothing else, to repeat a run")},
-    "transfer": {"approach": APPROACH},
-    "distill": {"approach": APPROACH, "export": dict(
+    "compile": {"config": ("running", dict(metavar="FILE", help="a config.json whose flags hold "
+                "where the command line says nothing else, to repeat a run"))},
+    "transfer": {"approach": ("everyday", APPROACH)},
+    "distill": {"approach": ("everyday", APPROACH), "export": ("students", dict(
         choices=("onnx", "state_dict", "safetensors"),
-        help="also write the student in another form, beside its checkpoint")},
+        help="also write the student in another form, beside its checkpoint"))},
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, status 2."""
+    """Errors are one line, status 2. rare: what --help leaves to --help-all."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
+        self.rare = []
+
+    def format_help(self):
+        for action in self.rare:
+            action.help = argparse.SUPPRESS
+        return super().format_help()
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {one_field(message)} (see --help)\n")
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        word = words.split(" ")[0].partition("=")[0]
+        meant = difflib.get_close_matches(word, self._option_string_actions, 1)
+        if unknown and word[:1] != "-" and "--target" in self._option_string_actions:
+            meant = [f"--target {word}"]
+        hint = f". Did you mean {meant[0]}?" if unknown and meant else ""
+        self.exit(2, f"{self.prog}: {one_field(message)}{hint} (see --help)\n")
 
 
-def add_flags(parser, names):
-    """Adds the flags of these settings to a parser, in their groups, the everyday ones first."""
+class _HelpAll(argparse.Action):
+    """Shows the help with nothing left out."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.rare.clear()
+        parser.print_help()
+        parser.exit()
+
+
+def add_flags(parser, names, more=()):
+    """Adds the flags of these settings, and those of `more` (as in MORE), to a parser, in their
+    groups. Returns those that are not everyday ones."""
+    rare = []
     for group in GROUPS:
-        of_group = [each for each in FLAGS if each in names
-                    and FIELDS[each].metadata["group"] == group]
+        of_group = {name: FIELDS[name].metadata["flag"] for name in FLAGS if name in names
+                    and FIELDS[name].metadata["group"] == group}
+        of_group |= {name: more[name][1] for name in more if more[name][0] == group}
         inside = parser.add_argument_group(group) if of_group else None
-        for name in of_group:
+        for name, flag in of_group.items():
             words = [_flag_of(name), *(["--seed"] if name == "seeds" else [])]
-            inside.add_argument(*words, dest=name, **_for_argparse(FIELDS[name].metadata["flag"]))
-    return parser
+            action = inside.add_argument(*words, dest=name, **_for_argparse(flag))
+            rare += [action] if group != GROUPS[0] else []
+    return rare
 
 
 def _for_argparse(flag):
@@ -78,9 +104,8 @@ def parser_of(script, description):
     parser = Parser(prog=f"{script}.py", description=summary,
                     epilog="\n".join(["examples:", *commands]),
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, flags_of(script))
-    for flag, options in MORE.get(script, {}).items():
-        parser.add_argument(_flag_of(flag), **options)
+    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show every flag and exit")
+    parser.rare = add_flags(parser, flags_of(script), MORE.get(script, {}))
     return parser
 
 

@@ -40,7 +40,7 @@ class Recipe:
     lr: float                       # peak learning rate
     momentum: float = 0.0           # Nesterov's, where it is not 0
     weight_decay: float = 0.0
-    schedule: str = "constant"      # or "onecycle": warm up to `lr`, then anneal to nearly 0
+    schedule: str = "constant"      # or onecycle, cosine, multistep
     augment: str = "none"           # or some of AUGMENTATIONS, joined by commas
     temperature: float = 1.0        # of the KD loss
     steps: int = 0
@@ -109,12 +109,12 @@ class Settings:
         "transfer", (), values.list_of(values.data_set_spec, "source"),
         "unlabelled data sets for the students, in the order in which they fill the transfer set; "
         "B=PATH is a folder of images at any depth, B=SHARDS{000..099}.tar tar shards (default: "
-        f"{','.join(PUBLISHED_ORDER)} without the target, cifar10 first for cifar100; for digits "
-        f"{','.join(BUILT_IN_SOURCES)})", "A,B=PATH,...")
+        f"{', '.join(PUBLISHED_ORDER)} without the target, cifar10 first for cifar100; for digits "
+        f"{', '.join(BUILT_IN_SOURCES)})", "A,B=PATH,...")
     approaches: tuple = _everyday(
         None, (), values.list_of(values.approach, "approach"),
-        f"rows of the table: {','.join(APPROACHES)} (default: all of these; eats where "
-        f"{' or '.join(EATS_SOURCES)} is a source), {','.join(MORE_APPROACHES)}, or a Python file "
+        f"rows of the table: {', '.join(APPROACHES)} (default: all of these; eats where "
+        f"{' or '.join(EATS_SOURCES)} is a source), {', '.join(MORE_APPROACHES)}, or a Python file "
         "with a criterion of your own (KEEP, score and threshold as in criteria/energy.py)",
         "A,B,...")
     recipe: str = _everyday(
@@ -218,13 +218,15 @@ class Settings:
     steps: int = _students("students", BY_RECIPE, values.count, "batches, instead of --epochs", "N")
     batch_size: int = _students("students", BY_RECIPE, values.batch, "images per batch", "N")
     lr: float = _students("students", BY_RECIPE, values.positive, "peak learning rate", "RATE")
-    schedule: str = _students("students", BY_RECIPE, ("constant", "onecycle"), "of the rate")
+    schedule: str = _students(
+        "students", BY_RECIPE, ("constant", "onecycle", "cosine", "multistep"), "of the rate: "
+        "multistep divides it by ten after 5, 6 and 7 eighths of the steps")
     momentum: float = _students("students", BY_RECIPE, values.below_one, "Nesterov's", "M")
     weight_decay: float = _students("students", BY_RECIPE, values.below_one, "of SGD", "W")
     temperature: float = _students("students", BY_RECIPE, values.temperature, "of the KD loss", "T")
     augment: str = _students(
         "students", BY_RECIPE, values.augment,
-        f"what changes the images, of {','.join(AUGMENTATIONS)}; teacher and student see the same",
+        f"what changes the images, of {', '.join(AUGMENTATIONS)}; teacher and student see the same",
         "none|A,B,...")
     ema: float = _students("students", BY_RECIPE, values.below_one,
                            "end as the moving average of the weights with this decay", "D")

@@ -27,6 +27,7 @@ from kd.engine import (
     seed_for,
 )
 from kd.files import UserError, is_first, say, write_atomically
+from kd.optimizers import optimizer_of
 from kd.processes import agreed, rank, share_of, summed, world_size
 from kd.progress import Progress
 
@@ -65,12 +66,7 @@ class Training:
         """The state before the first step on `count` images."""
         per_epoch = max(1, count // recipe.batch_size)
         steps = recipe.steps or recipe.epochs * per_epoch
-        optimizer = torch.optim.SGD(
-            classifier.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
-            nesterov=recipe.momentum > 0, fused=True)
-        schedulers = torch.optim.lr_scheduler
-        scheduler = (schedulers.OneCycleLR(optimizer, recipe.lr, steps, cycle_momentum=False)
-                     if recipe.schedule == "onecycle" else schedulers.ConstantLR(optimizer, 1.0))
+        optimizer, scheduler = optimizer_of(classifier, recipe, steps)
         average = copy.deepcopy(classifier) if recipe.ema else None
         return cls(classifier, optimizer, scheduler, average, torch.zeros((), device=device),
                    per_epoch, steps, network=_shared(classifier, device))

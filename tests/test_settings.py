@@ -97,12 +97,15 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--classes=no.txt", "'no.txt' is neither a number nor a file with one class per line"),
     ('--classes=["a"]', '["a"] names fewer than two classes'),
     ("--recipe=slow", "invalid choice: 'slow' (choose from 'reference', 'best', 'quick')"),
-    ("--target=--", "expected one argument"), ("--tar=x", "unrecognized arguments: --tar=x"),
+    ("--target=--", "expected one argument"),
+    ("--tar=x", "unrecognized arguments: --tar=x. Did you mean --target?"),
+    ("--approches=mms", "unrecognized arguments: --approches=mms. Did you mean --approaches?"),
+    ("digits", "unrecognized arguments: digits. Did you mean --target digits?"),
     ("--steps=5 --epochs=5", "--steps and --epochs contradict each other: give one of them")])
 def test_a_command_line_that_can_not_be_is_refused_in_a_sentence(words, said, capsys):
     with pytest.raises(SystemExit) as end:
         parse(words.replace("/--seed", "").split(), "compile", "text")
-    about = f"argument {words.partition('=')[0]}: " if said[0] != "-" and "unr" not in said else ""
+    about = "" if said[0] == "-" or "unrec" in said else f"argument {words.partition('=')[0]}: "
     assert end.value.code == 2
     assert capsys.readouterr().err == f"compile.py: {about}{said} (see --help)\n"
 
@@ -143,7 +146,7 @@ def test_every_setting_has_a_group_a_stage_that_exists_and_help():
     ("data", "all list data-dir max-bad", "target device"), ("report", "run-dir out", "target")])
 def test_help_is_there_at_once_and_shows_what_the_stage_uses_in_groups(script, shown, not_shown):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run_script(f"{script}.py", "--help")
+    done = run_script(f"{script}.py", "--help" if script in ("data", "report") else "--help-all")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (done.returncode, done.stderr) == (0, "")
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1      # seconds

@@ -28,6 +28,8 @@ WATCHED = {"evaluate": lambda network: engine.accuracy(network, IMAGES, LABELS)}
 RECIPES = {
     "constant rate": Recipe(3, 8, 0.05),
     "everything": Recipe(4, 8, 0.05, 0.9, 1e-3, "onecycle", "crop,flip,mixup,cutmix", ema=0.8),
+    "cosine": Recipe(4, 8, 0.05, 0.9, schedule="cosine"),
+    "multistep": Recipe(4, 8, 0.05, 0.9, schedule="multistep"),
     "fewer steps than an epoch": Recipe(1, 8, 0.05, 0.9, schedule="onecycle", steps=3),
     "part of an epoch at the end": Recipe(1, 8, 0.05, 0.9, augment="crop,cutmix", steps=13),
     "one batch per epoch": Recipe(9, 64, 0.05, 0.9, schedule="onecycle", augment="mixup", ema=0.5),
@@ -157,7 +159,7 @@ def test_memory_that_does_not_suffice_is_one_sentence(tmp_path, error):
 
 def test_the_history_has_the_rate_of_each_epochs_last_step(tmp_path):
     found = {}
-    for schedule in ("constant", "onecycle"):
+    for schedule in ("constant", "onecycle", "multistep"):
         recipe = Recipe(1, 8, 0.05, schedule=schedule, steps=18)        # 7 + 7 + 4
         _, state = learn(tmp_path / f"{schedule}.part", recipe)
         found[schedule] = [(entry["epoch"], entry["lr"]) for entry in state.history]
@@ -167,7 +169,9 @@ def test_the_history_has_the_rate_of_each_epochs_last_step(tmp_path):
         rates.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    assert found == {"constant": [(1, 0.05), (2, 0.05), (3, 0.05)],
+    multistep = [(epoch + 1, pytest.approx(0.05 / fall)) for epoch, fall in
+                 enumerate((1, 100, 1000))]        # it falls at the steps 11, 13 and 15
+    assert found == {"constant": [(1, 0.05), (2, 0.05), (3, 0.05)], "multistep": multistep,
                      "onecycle": [(1, rates[6]), (2, rates[13]), (3, rates[17])]}
 
 
