@@ -7,6 +7,9 @@ import zlib
 
 import torch
 
+from kd import views
+from kd.values import augmentations
+
 MIXING = {"mixup", "cutmix"}        # augmentations that leave no image with one label
 
 
@@ -34,12 +37,14 @@ def shuffled_batches(rows, batch_size, generator, weights=None):
 def augment(images, steps, generator, batch=None, part=slice(None)):
     """Random views of a batch. images: (N, H, W, 3) uint8, and so are the views.
 
-    steps: "none", or some of crop, flip, mixup, cutmix, joined by commas. A crop shifts by up to
-    an eighth of the edge either way; what comes in from outside is the image reflected at its
-    edge. batch, part: where `images` are a part of a batch of that many, the views are those that
-    the whole batch would be given; mixing partners are found in the part."""
-    steps = [] if steps == "none" else steps.split(",")
-    count, height, width, _ = images.shape
+    steps: as `--augment` has them (kd.values.augmentations). First come those of kd/views.py. A
+    crop shifts by up to an eighth of the edge either way; what comes in from outside is the image
+    reflected at its edge. batch, part: where `images` are a part of a batch of that many, the views
+    are those that the whole batch would be given; mixing partners are found in the part."""
+    steps, (count, height, width, _) = augmentations(steps), images.shape
+    if steps.keys() & {*views.GEOMETRY, *views.COLOURS}:
+        drawn = torch.rand((views.DRAWS, batch or count), generator=generator)[:, part]
+        images = views.changed(images, steps, to_device(drawn, images.device))
     y = torch.arange(height, device=images.device).expand(count, height)
     x = torch.arange(width, device=images.device).expand(count, width)
     if "crop" in steps:
@@ -54,7 +59,7 @@ def augment(images, steps, generator, batch=None, part=slice(None)):
     if "crop" in steps or "flip" in steps:
         image = torch.arange(count, device=images.device)[:, None, None]
         images = images[image, y[:, :, None], x[:, None, :]]
-    if MIXING & set(steps):
+    if MIXING & steps.keys():
         drawn = torch.rand((4, batch or count, 1, 1, 1), generator=generator)[:, part]
         images = _mixed(images, steps, to_device(drawn, images.device))
     return images

@@ -7,8 +7,8 @@ from pathlib import Path
 LARGEST = 4_096             # pixels of an edge
 # Steps of a recipe of views (kd/augment.py) and their usual strengths.
 AUGMENTATIONS = {"crop": 1 / 8, "flip": 0.5, "rrc": 0.25, "rotate": 15.0, "colour": 0.5,
-                 "grey": 0.2, "invert": 0.5, "mixup": 1.0, "cutmix": 1.0}
-FIXED = ("crop", "mixup", "cutmix")     # those whose strength can't be given
+                 "grey": 0.2, "tint": 0.3, "invert": 0.5, "mixup": 1.0, "cutmix": 1.0}
+FIXED = ("crop", "flip", "mixup", "cutmix")     # those whose strength can't be given
 
 
 def name_of(spec):
@@ -110,13 +110,22 @@ def weights(text):
     return text if named else path(text)
 
 
+def augmentations(text):
+    """{name: strength} of "none", or of some of AUGMENTATIONS joined by commas, NAME or
+    NAME:STRENGTH."""
+    parts = [part.partition(":") for part in text.split(",") if text != "none"]
+    return {name: float(strength) if colon else AUGMENTATIONS[name]
+            for name, colon, strength in parts}
+
+
 def augment(text):
     parts = [part.partition(":") for part in text.split(",") if text != "none"]
     names = [name for name, _, _ in parts]
     if len(set(names)) < len(names) or not set(names) <= set(AUGMENTATIONS):
         raise ValueError(f"'{text}' is neither none nor some of {','.join(AUGMENTATIONS)}")
     for name, colon, strength in parts:
-        if colon and (name in FIXED or positive(strength) > 180):
+        most = {"rotate": 180, "colour": 5, "tint": 5}.get(name, 1)
+        if colon and (name in FIXED or positive(strength) > most):
             raise ValueError(f"'{name}:{strength}' is not a strength of {name}")
     return text
 

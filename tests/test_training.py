@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from distill import fixed_objective, kd_loss, live_objective
 from kd import engine, training
-from kd.augment import augment, shuffled_batches, step_generator
+from kd.augment import shuffled_batches, step_generator
 from kd.classifier import Classifier
 from kd.command import Interrupted
 from kd.files import UserError
@@ -254,52 +254,6 @@ def test_an_answer_does_not_depend_on_the_batch_it_is_in(monkeypatch, size):
 @pytest.mark.parametrize("size, images", [(32, 512), (96, 512), (299, 53), (4096, 16)])
 def test_a_batch_of_larger_images_has_fewer_of_them(size, images):
     assert engine.evaluation_batch(Classifier(nn.Flatten(), "any", "ab", size)) == images
-
-
-def slowly_augmented(images, steps, draws):
-    """One image after the other, with what an equally seeded generator draws."""
-    (count, height, width, _), padding = images.shape, images.shape[1] // 8
-    down = right = mirrored = [0] * count
-    if "crop" in steps:
-        down, right = torch.randint(-padding, padding + 1, (2, count), generator=draws).tolist()
-        assert min(down) == min(right) == -padding and max(down) == max(right) == padding
-    if "flip" in steps:
-        mirrored = (torch.rand(count, generator=draws) < 0.5).tolist()
-    weight, way, *corner = torch.rand(4, count, generator=draws).numpy()
-    views = []
-    for i, image in enumerate(images):
-        padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
-        image = padded[padding + down[i]:, padding + right[i]:][:height, :width]
-        views.append(image[:, ::-1] if mirrored[i] else image)
-    mixed = list(views)
-    for i, view in enumerate(views):
-        if "cutmix" in steps and ("mixup" not in steps or way[i] < 0.5):
-            edge = np.sqrt(1 - weight[i])
-            top, left = (round(float(each[i] * (1 - edge) * side)) for each, side in
-                         zip(corner, (height, width), strict=True))
-            cut = (slice(top, top + round(float(edge * height))),
-                   slice(left, left + round(float(edge * width))))
-            mixed[i] = view.copy()
-            mixed[i][cut] = views[i - 1][cut]
-        elif "mixup" in steps:
-            mixed[i] = np.round(views[i - 1] + weight[i] * (view - views[i - 1].astype(np.float32)))
-    return np.stack(mixed)
-
-
-@pytest.mark.parametrize("steps", [
-    "crop", "flip", "crop,flip", "mixup", "cutmix", "flip,cutmix", "crop,flip,mixup,cutmix"])
-@pytest.mark.parametrize("height, width", [(32, 32), (16, 24)])
-def test_augment_is_what_a_loop_over_images_makes(steps, height, width):
-    images = np.random.default_rng(0).integers(0, 256, (120, height, width, 3), np.uint8)
-    given, seeded = torch.from_numpy(images.copy()), torch.Generator().manual_seed
-    views = augment(given, steps, seeded(5))
-    expected = slowly_augmented(images, steps.split(","), seeded(5))
-    apart = np.abs(views.numpy().astype(int) - expected)
-    # A weight may be rounded to the other side of a half grey level.
-    assert apart.max() <= ("mixup" in steps) and (apart > 0).mean() < 1e-3
-    assert views.dtype == torch.uint8 and np.array_equal(given.numpy(), images)
-    if "cut" not in steps and "mix" not in steps:       # a part gets what the whole batch gets
-        assert torch.equal(augment(given[7:], steps, seeded(5), 120, slice(7, None)), views[7:])
 
 
 def test_bfloat16_is_for_training_alone(tmp_path):
