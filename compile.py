@@ -21,7 +21,7 @@ from kd import engine, models, report
 from kd.command import command
 from kd.files import UserError, is_first, listed, require_none, say
 from kd.flags import parse
-from kd.processes import first_alone
+from kd.processes import alone, first_alone, rank, wait, world_size
 from kd.record import Experiment
 from kd.run import Run
 from kd.scoring import Scoring, load_criteria, no_mms, report_thresholds
@@ -104,8 +104,8 @@ def describe(target):
     return (" and ".join(splits) or "no images") + classes
 
 
-def run_once(settings, device, target):
-    """One seed: teacher, scores, transfer sets, students. Returns the run."""
+def prepare(settings, device, target):
+    """Teacher, scores and transfer sets of one seed. Returns (its Run, the approaches)."""
     run = Run(settings)
     report_teacher(train_teacher(run, target, device))
     approaches = [name_of_approach(each) for each in settings.approaches]
@@ -117,11 +117,30 @@ def run_once(settings, device, target):
         target_size = len(target.train) if target.train else None
         for approach in selecting:
             report_transfer_set(approach, make_transfer_set(run, approach, scoring, target_size))
-    for approach in approaches:
-        report_student(train_student(run, approach, target, device))
-    if run.reused:
-        say(f"reused: {listed(list(dict.fromkeys(run.reused)))}")
-    return run
+    return run, approaches
+
+
+def train_students(runs, target, device):
+    """All rows of all seeds. runs: [(Run, its approaches)]. Several processes share the students
+    out, one to a device, and each trains its own as a single process would."""
+    pairs = [(run, approach) for run, approaches in runs for approach in approaches]
+    lacking = [(run, approach) for run, approach in pairs
+               if not run.has(f"students/{approach}.json")]
+    if world_size() > 1 and len(lacking) > 1:
+        mine = lacking[rank()::world_size()]
+        with alone():
+            for run, approach in mine:
+                train_student(run, approach, target, device)
+        wait()
+    for run, approaches in runs:
+        if len(runs) > 1:
+            say(f"seed {run.settings.seed}")
+        for approach in approaches:
+            report_student(train_student(run, approach, target, device))
+        made = [f"students/{approach}" for other, approach in lacking if other is run]
+        reused = [name for name in dict.fromkeys(run.reused) if name not in made]
+        if reused:
+            say(f"reused: {listed(reused)}")
 
 
 def main(argv):
@@ -141,10 +160,12 @@ def main(argv):
     seeds = of_each_seed(settings)
     for each in seeds:
         first_alone(lambda each=each: Run(each).open(device, given))
+    runs = []
     for each in seeds:
         if len(seeds) > 1:
             say(f"seed {each.seed}")
-        run_once(each, device, target)
+        runs.append(prepare(each, device, target))
+    train_students(runs, target, device)
     if is_first():
         experiment = Experiment(settings.run_dir, settings)
         say("\n" + report.write(experiment))

@@ -3,6 +3,7 @@
 The first one fetches, packs, writes and speaks. Nothing times out while it does: torchrun ends all
 of them when one dies.
 """
+import contextlib
 import datetime
 import functools
 import os
@@ -10,7 +11,7 @@ import os
 import torch
 from torch import distributed
 
-from kd.files import UserError
+from kd.files import UserError, working_alone
 
 
 def start_processes():
@@ -35,17 +36,31 @@ def end_processes():
     distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def alone():
+    """Within it this process works as if it were the only one, and makes what that one would."""
+    working_alone.append(True)
+    try:
+        yield
+    finally:
+        working_alone.pop()
+
+
+def _together():
+    return distributed.is_initialized() and not working_alone
+
+
 def rank():
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return distributed.get_rank() if _together() else 0
 
 
 def world_size():
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return distributed.get_world_size() if _together() else 1
 
 
 def wait():
     """Until every process has come here."""
-    if distributed.is_initialized():
+    if _together():
         distributed.all_reduce(torch.zeros(1))      # on the CPU: nccl's barrier keeps the card busy
 
 
@@ -72,7 +87,7 @@ def first_alone(make):
 def gathered(value):
     """[value of each process], in each."""
     values = [value] * world_size()
-    if distributed.is_initialized():
+    if _together():
         distributed.all_gather_object(values, value)
     return values
 
@@ -88,7 +103,7 @@ def share_of(count, part=None):
 
 def agreed(*numbers):
     """The largest of each of these numbers that any process has."""
-    if not distributed.is_initialized():
+    if not _together():
         return list(numbers)
     found = torch.tensor(numbers, dtype=torch.int64)
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
@@ -97,7 +112,7 @@ def agreed(*numbers):
 
 def summed(tensor):
     """The sum of this tensor over all processes."""
-    if distributed.is_initialized():
+    if _together():
         tensor = tensor.clone()
         distributed.all_reduce(tensor)
     return tensor

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import ROOT, small_run
 from run_files import read
-from test_training import learn, small
+from test_training import learn, same, small
 from torch import nn
 
+from kd import checkpoints
 from kd.settings import Recipe
 
 BEGIN = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
@@ -45,6 +46,11 @@ def test_two_processes_select_to_the_row_what_one_selects(painted, finished_run,
     assert [row["approach"] for row in rows] == ["balanced", "random", "mms", "entropy"]
     assert all(row["accuracy"] is not None for row in rows if row["transfer_size"] > 1)
     assert not list(run.rglob("*.part"))
+    for approach in ("balanced", "random", "mms"):      # each was trained by a process alone
+        one, two = (checkpoints.load(each / f"students/{approach}.pt", f"{painted}/net.py:make")
+                    for each in (finished_run, run))
+        assert same(one, two)
+    assert "student" not in [line for line in lines if line.startswith("reused")][0]
 
 
 TRAIN = """
