@@ -25,10 +25,10 @@ from kd.processes import alone, first_alone, rank, wait, world_size
 from kd.record import Experiment
 from kd.run import Run
 from kd.scoring import Scoring, load_criteria, no_mms, report_thresholds
-from kd.settings import RECIPES, resolve
+from kd.settings import resolve
 from kd.values import is_own, name_of, name_of_approach
 from TeacherTrain import load_checkpoint, new_teacher, report_teacher, train_teacher, weights_of
-from transfer import bucket_size, make_transfer_set, report_transfer_set
+from transfer import make_transfer_set, report_transfer_set
 
 
 def of_each_seed(settings):
@@ -78,21 +78,6 @@ def check_networks(settings, target):
     if models.head_weight(teacher) is None and not settings.mms_plain and (
             {"mms", "random"} & set(settings.approaches)):
         raise UserError(no_mms(settings.teacher_arch))
-
-
-def check_sizes(settings, target, sources):
-    """Raises UserError where the command line asks for sizes that no student can have."""
-    there = sum(map(len, sources.values()))
-    largest = max(there, len(target.train) if target.train else 0)
-    if settings.transfer_size and settings.approaches != ("supervised",) and target.classes:
-        bucket = bucket_size(settings.transfer_size, None, len(target.classes))
-        if bucket > there and not settings.data_free:
-            raise UserError(f"--transfer-size {settings.transfer_size:,} asks for {bucket:,} "
-                            f"images of each class, and all sources together have {there:,}.")
-    chosen = settings.batch_size != RECIPES[settings.recipe]["batch_size"]
-    if chosen and settings.batch_size > largest:
-        raise UserError(f"--batch-size {settings.batch_size:,} is more than the {largest:,} images "
-                        "that a student can have here.")
 
 
 def describe(target):
@@ -154,9 +139,8 @@ def main(argv):
     check_networks(settings, target)
     # Whatever is wrong with a source shows here, before anything long.
     needed = settings.sources if set(settings.approaches) != {"supervised"} else ()
-    sources = {name_of(spec): first_alone(lambda spec=spec: data.load_source(settings, spec))
-               for spec in needed}
-    check_sizes(settings, target, sources)
+    for spec in needed:
+        first_alone(lambda spec=spec: data.load_source(settings, spec))
     seeds = of_each_seed(settings)
     for each in seeds:
         first_alone(lambda each=each: Run(each).open(device, given))
