@@ -1,7 +1,9 @@
 """Networks by name: torchvision's, two for CIFAR, timm's ("timm:NAME"), the user's own
-("FILE.py:FACTORY"). ImageNet weights."""
+("FILE.py:FACTORY"), a repository's ("hub:OWNER/REPOSITORY:ENTRY"). ImageNet weights."""
+import functools
 import inspect
 import itertools
+import os
 import re
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from kd.files import UserError, first_line
 from kd.own import import_file, running_own
 from kd.settings import IMAGE_SIZE
 from kd.state_dicts import fit
-from kd.values import is_own
+from kd.values import HUB, is_own
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
 INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
@@ -46,7 +48,12 @@ def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
     ImageNet weights it has their 1,000 classes, otherwise `count`. Raises UserError."""
     pretrained, stated = is_pretrained(weights), None
     if is_own(arch):
-        return _own_network(arch, count, pretrained, input_size), None
+        if pretrained:
+            raise UserError(f"There are no ImageNet weights for {arch}.")
+        made = _of_hub(arch, count) if arch.startswith(HUB) else _of_file(arch, count)
+        if not isinstance(made, nn.Module):
+            raise UserError(f"{arch} gives a {type(made).__name__}, not a torch.nn.Module.")
+        return _with_sizes(made, input_size), None
     if arch.startswith(TIMM):
         network = _of_timm(arch, lambda timm, name: timm.create_model(
             name, pretrained=pretrained, num_classes=count))
@@ -90,22 +97,36 @@ def _of_timm(arch, ask):
         raise UserError(f"{arch} can't be made ({reason}).") from None
 
 
-def _own_network(arch, count, pretrained, input_size):
+def _of_file(arch, count):
     """What the user's function makes. It is given the number of classes as num_classes where it
     takes that, else as the parameter that has no default."""
     path, _, name = arch.rpartition(":")
-    factory, made = getattr(import_file(path), name, None), None
-    if callable(factory):
-        parameters = inspect.signature(factory).parameters
-        required = [each for each in parameters.values() if each.default is each.empty
-                    and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-        with running_own(path):
-            made = (factory(num_classes=count) if "num_classes" in parameters else
-                    factory(count) if required else factory())
-    if pretrained or not isinstance(made, nn.Module):
-        raise UserError(f"{path} has no function {name}." if not callable(factory) else
-                        f"There are no ImageNet weights for {arch}." if pretrained else
-                        f"{arch} gives a {type(made).__name__}, not a torch.nn.Module.")
+    factory = getattr(import_file(path), name, None)
+    if not callable(factory):
+        raise UserError(f"{path} has no function {name}.")
+    parameters = inspect.signature(factory).parameters
+    required = [each for each in parameters.values() if each.default is each.empty
+                and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    with running_own(path):
+        return (factory(num_classes=count) if "num_classes" in parameters else
+                factory(count) if required else factory())
+
+
+def _of_hub(arch, count):
+    """What an entry of a repository's hubconf.py makes (torch.hub), on GitHub or in a folder."""
+    repository, _, entry = arch.removeprefix(HUB).rpartition(":")
+    load = functools.partial(torch.hub.load, repository, entry, trust_repo=True, verbose=False,
+                             source="local" if os.path.isdir(repository) else "github")
+    try:
+        return load(num_classes=count)
+    except TypeError:       # it takes no number of classes
+        return load()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{arch} can't be had ({first_line(error)}).") from None
+
+
+def _with_sizes(made, input_size):
+    """The network, its layers as large as images of that size make them."""
     tensors = itertools.chain(made.parameters(), made.buffers())
     if any(isinstance(each, nn.parameter.UninitializedTensorMixin) for each in tensors):
         with torch.no_grad():       # layers that take their size from their first input

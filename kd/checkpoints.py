@@ -9,13 +9,13 @@ from kd.files import UserError, file_digest, listed, write_atomically
 from kd.models import build, require_logits
 from kd.settings import IMAGE_SIZE
 from kd.state_dicts import fit, is_ours, read_file, say_once, sound, weights_file
-from kd.values import is_own
+from kd.values import HUB, is_own
 
 
 def files_of(arch, *files):
     """{path: digest} of the files that a network is made from: that of its architecture, where it
     is the user's own, and those of its weights."""
-    paths = [arch.rpartition(":")[0]] if is_own(arch) else []
+    paths = [arch.rpartition(":")[0]] if is_own(arch) and not arch.startswith(HUB) else []
     paths += [path for path in files if path and is_file(str(path))]
     return {str(path): file_digest(weights_file(path)) for path in paths}
 

@@ -157,7 +157,7 @@ def stored_words(path, given, script):
     known = {_flag_of(name) for name in flags_of(script)} - replaced
     known |= {flag.replace("--", "--no-", 1) for flag in known}     # of a switch
     words = [word for word in read_words(path) if word.partition("=")[0] in known]
-    code = [word for word in words if is_own(word) or any(
+    code = [word for word in words if is_own(word.partition("=")[2]) or any(
         each.strip().endswith(".py") for each in word.split(","))]
     if code:
         raise UserError(f"{path} names code, and code runs only where the command line names it: "

@@ -147,7 +147,8 @@ class Settings:
     teacher_arch: str = _teacher(
         "teacher", "", values.arch,
         "any torchvision classifier, resnet18_cifar, resnet34_cifar, timm:NAME, or "
-        "FILE.py:FACTORY, a function that makes it (default: resnet34; inception_v3 for cifar100)",
+        "hub:OWNER/REPOSITORY:ENTRY of torch.hub, or FILE.py:FACTORY, a function that makes it "
+        "(default: resnet34; inception_v3 for cifar100)",
         "ARCH")
     teacher_checkpoint: str | None = _teacher(
         "teacher", None, values.path,

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+HUB = "hub:"
 LARGEST = 4_096             # pixels of an edge
 # Steps of a recipe of views (kd/augment.py) and their usual strengths.
 AUGMENTATIONS = {"crop": 1 / 8, "flip": 0.5, "rrc": 0.25, "rotate": 15.0, "colour": 0.5,
@@ -22,8 +23,9 @@ def name_of_approach(approach):
 
 
 def is_own(arch):
-    """Whether an architecture is a function in a file of the user's, FILE.py:FACTORY."""
-    return ".py:" in arch
+    """Whether an architecture is code: a function of the user's, FILE.py:FACTORY, or an entry of a
+    repository, hub:OWNER/REPOSITORY:ENTRY."""
+    return ".py:" in arch or arch.startswith(HUB)
 
 
 def name_of_arch(arch):

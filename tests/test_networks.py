@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from kd import architectures, models, own
+from kd import architectures, checkpoints, models, own
 from kd.download import RemoteFile
 from kd.files import UserError
 from kd.small_conv import SmallInputConv2d
@@ -399,3 +399,30 @@ def test_what_else_is_odd_about_a_teacher_is_said(nets, capsys):
         teacher.network.fc.weight[3] = teacher.network.fc.weight[1]
     models.question_teacher(teacher, random_images(40).numpy())
     assert "equal rows in its last layer for bee, dog." in capsys.readouterr().out
+
+
+def test_an_entry_of_a_repository_is_a_network(tmp_path):
+    (tmp_path / "hubconf.py").write_text("""
+from torch import nn
+
+def wide(num_classes=7, pretrained=False):
+    return nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Flatten(), nn.Linear(64, num_classes))
+
+def fixed():
+    return wide(2)
+
+def odd(num_classes):
+    return "no network"
+""")
+    for entry in ("fixed", "wide"):
+        classifier = models.build(f"hub:{tmp_path}:{entry}", ["a", "b"])
+        assert models.head_weight(classifier).shape == (2, 64)
+    checkpoints.save(tmp_path / "wide.pt", classifier)
+    with pytest.raises(UserError, match="code runs only where the command line names it"):
+        checkpoints.load(tmp_path / "wide.pt")
+    again = checkpoints.load(tmp_path / "wide.pt", f"hub:{tmp_path}:wide")
+    assert torch.equal(again(models.noise(again)), classifier.eval()(models.noise(classifier)))
+    with pytest.raises(UserError, match="odd gives a str, not a torch.nn.Module"):
+        models.build(f"hub:{tmp_path}:odd", ["a", "b"])
+    with pytest.raises(UserError, match="hub:/nowhere:wide can't be had"):
+        models.build("hub:/nowhere:wide", ["a", "b"])

@@ -184,7 +184,7 @@ def test_a_config_repeats_a_run_in_any_folder_and_the_command_line_has_the_last_
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("--teacher-arch", "/n/net.py:make"), ("--student-arch", "/n/net.py:make"),
+    ("--teacher-arch", "/n/net.py:make"), ("--student-arch", "hub:owner/nets:resnet20"),
     ("--approaches", "mms,/m/my.py"), ("--approaches", "/m/my.py,mms")])
 def test_code_that_a_config_names_runs_only_where_the_command_line_names_it(flag, value, tmp_path):
     path, here = kept(tmp_path, flag, value, "--data-dir", "/d"), ("--data-dir", "/d")
