@@ -98,9 +98,16 @@ class Record:
                                  np.array([each or "nan" for each in score], float), files)
         return found
 
-    def pixels(self, approach):
-        """The images of a transfer set, (N, size, size, 3) uint8, memory-mapped."""
-        return np.load(self.folder / f"transfer/{approach}/images.npy", mmap_mode="r")
+    def places(self, keys):
+        """{key: (Images, their pixels (N, size, size, 3) uint8, the row there)} of those of these
+        images that a transfer set has."""
+        found = {}
+        for approach, images in self.selected.items():
+            pixels = np.load(self.folder / f"transfer/{approach}/images.npy", mmap_mode="r")
+            rows = np.flatnonzero(np.isin(images.key, keys))
+            found |= {key: (images, pixels, row)
+                      for key, row in zip(images.key[rows].tolist(), rows, strict=True)}
+        return found
 
 
 class Experiment:

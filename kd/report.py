@@ -7,7 +7,7 @@ import statistics
 import time
 from pathlib import Path
 
-from kd.files import UserError, first_line, listed, say, write_atomically, write_json, write_text
+from kd.files import listed, write_json, write_text
 from kd.record import Experiment, mean, shown
 from kd.settings import EATS_SOURCES
 from kd.values import name_of, name_of_arch
@@ -71,7 +71,7 @@ def notes(experiment):
         for approach, summary in each.summaries.items():
             for sentence in _about_transfer_set(summary, each.students.get(approach)):
                 said.setdefault(sentence, []).append(approach + seed)
-    return found + [sentence.replace("@", in_words(names), 1) for sentence, names in said.items()]
+    return found + [sentence.replace("@", listed(names), 1) for sentence, names in said.items()]
 
 
 def _about_thresholds(settings):
@@ -89,26 +89,19 @@ def _about_thresholds(settings):
 def _about_transfer_set(summary, student):
     """Sentences, with @ where the approach comes."""
     got = dict(zip(summary["classes"], summary["per_class"], strict=True))
-    never = [name for name in summary["no_threshold"] if not got[name]]
-    short = {name: got[name] for name in summary["shortfall"] if name not in never}
     for words, counts in (
-            (f"Classes with fewer than {summary['bucket']:,} images in @", short),
+            (f"Classes with fewer than {summary['bucket']:,} images in @",
+             {name: got[name] for name in summary["shortfall"]}),
             ("Images below the threshold that --floor let in for @", summary["below_threshold"]),
             ("Images that can't be read are left out of @", summary["unreadable"])):
         if counts:
             yield f"{words}: {listed([f'{name} ({count:,})' for name, count in counts.items()])}."
-    if never:
-        s, es, it = ("s", "", "it") if len(never) == 1 else ("", "es", "them")
-        where = "the confidence set" if summary["calibrated_on"] == "target" else "the sources"
-        yield (f"In @, class{es} {in_words(never)} get{s} no images: the teacher never predicts "
-               f"{it} on {where}.")
+    if summary["no_threshold"]:
+        where = "confidence set" if summary["calibrated_on"] == "target" else "sources"
+        yield (f"Classes without a threshold in @: {listed(summary['no_threshold'])}. The teacher "
+               f"never predicts them on the {where}.")
     if student and not student["history"]:
         yield "There is no student of @: its transfer set is too small to learn from."
-
-
-def in_words(names):
-    """a, b and c"""
-    return listed(names) if not 1 < len(names) < 20 else f"{listed(names[:-1])} and {names[-1]}"
 
 
 def cells(row):
@@ -169,58 +162,15 @@ def compare(folders, out):
     markdown = _markdown(["run", *HEADS], [[row["run"], *cells(row)] for row in rows], words=4)
     write_text(Path(out) / "table.csv", file.getvalue())
     write_text(Path(out) / "table.md", markdown)
-    with figures.styled(""):
-        _written(Path(out), [figures.accuracy(experiments), figures.sizes(experiments)])
+    figures.save(Path(out) / "figures", (figures.accuracy(each) for each in [experiments]))
     return f"{markdown}\ntable.md, table.csv and figures are in {out}"
 
 
-def _at_hand(record, open_source):
-    """{number: source} of those that are there, as they were when they were scored."""
-    found = {}
-    for number, spec in enumerate(record.settings.sources):
-        scored = record.scored.get(name_of(spec), {"made_from": {}})
-        try:
-            source = open_source(record.settings, spec)
-        except (UserError, OSError) as error:
-            say(f"  {name_of(spec)}: only selected images are shown ({first_line(error)})")
-            continue
-        if source.fingerprint == scored["made_from"].get("images"):
-            found[number] = source
-    return found
-
-
-def _drawn(experiment, open_source):
-    """Every figures.Figure of a run, None among them."""
-    from kd import figures
-    record = experiment.first
-    ours = [name for name in record.pools if name in record.selected]
-    sources = _at_hand(record, open_source) if ours else {}
-    yield from (figures.accuracy([experiment]), figures.sizes([experiment]), figures.curves(record))
-    yield figures.counts(record)
-    yield from (figures.scores(record, name) for name in ours or list(record.pools)[:1])
-    yield from (figures.strip(record, name, sources) for name in ours)
-
-
-def _written(folder, drawn):
-    """[(figure, PNG)] of those that are not None, written below `folder`; others are deleted."""
-    from kd import figures
-    found = [(figure, figures.as_png(figure)) for figure in drawn if figure]
-    for figure, png in found:
-        path = folder / f"figures/{figure.name}.png"
-        write_atomically(path, lambda file, png=png: file.write(png))
-    for path in (folder / "figures").glob("*.png"):
-        if path.stem not in {figure.name for figure, _ in found}:
-            path.unlink(missing_ok=True)
-    return found
-
-
-def illustrate(experiment, open_source):
-    """Writes figures/*.png and report.html of a run, finished or not. Returns a line about them.
-    open_source(settings, spec): the data layer's way to open a source that is at hand."""
+def illustrate(experiment):
+    """Writes figures/*.png and report.html of a run, finished or not. Returns a line about them."""
     from kd import figures, page
     results, record = collect(experiment), experiment.first
-    with figures.styled("".join(record.classes)):
-        drawn = _written(experiment.folder, _drawn(experiment, open_source))
+    drawn = figures.save(experiment.folder / "figures", figures.of_run(experiment))
     command = ["python", "compile.py", *record.config["command"], "--run-dir", "runs/again",
                "--seeds", ",".join(map(str, results["seeds"]))]
     text = page.render(record, drawn, name=experiment.name, results=results, heads=HEADS,

@@ -22,16 +22,6 @@ def pixels_of(source, index):
     return np.broadcast_to(np.array(colours, np.uint8)[:, None, None], (len(index), 8, 8, 3))
 
 
-class Source:
-    """What data.load_source gives."""
-
-    def __init__(self, settings, spec, fingerprint="as it was"):
-        self.name, self.fingerprint = spec, fingerprint
-
-    def batches(self, rows):
-        yield pixels_of(self.name, rows), rows, [""] * len(rows)
-
-
 def write_product(folder, name, content, *files, **arrays):
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +66,8 @@ def write_run(folder, flags=(), seed=0, accuracy=0.6, least=3.0, classes=CLASSES
         "arch": "resnet34", "classes": classes, "accuracy": 0.9, "confidence_accuracy": 0.8,
         "linear_head": True}, predicted=TAUGHT, labels=LABELS)
     write_product(folder, "thresholds.json", {
-        "mms": [least, least, None], "entropy": [0.2] * 3, "classes": classes})
+        "mms": [least, least, None], "entropy": [0.2] * 3, "classes": classes,
+        "keeps_high": {"mms": True, "entropy": False}})
     chosen = {"random": [(source, i) for source in SOURCES for i in range(30)],
               "mms": [], "entropy": []}
     for source, mms in MMS.items():

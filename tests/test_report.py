@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from conftest import run_script
 from PIL import Image
-from report_files import APPROACHES, MMS, PREDICTED, SOURCES, Source, pixels_of, write_run
+from report_files import APPROACHES, MMS, PREDICTED, pixels_of, write_run
 
 from kd import board, figures, page, report
-from kd.files import UserError, write_sealed
+from kd.files import write_sealed
 from kd.record import Experiment
 
 HOSTILE = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>",
@@ -26,7 +26,7 @@ HOSTILE = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>",
 def finished(tmp_path_factory):
     """A run and its page."""
     run = write_run(tmp_path_factory.mktemp("report") / "run")
-    report.illustrate(Experiment(run), Source)
+    report.illustrate(Experiment(run))
     return run
 
 
@@ -82,10 +82,10 @@ def test_what_the_table_must_not_hide_is_said_in_plain_sentences(finished):
         "The supervised student learns from labelled images and starts from random weights, "
         "the others from random weights.",
         "Images that can't be read are left out of random: photos (30).",
-        "Classes with fewer than 18 images in mms: cat (17), dog (15).",
-        "In mms, class owl gets no images: the teacher never predicts it on the confidence set.",
+        "Classes with fewer than 18 images in mms: cat (17), dog (15), owl (0).",
+        "Classes without a threshold in mms: owl. The teacher never predicts them on the "
+        "confidence set.",
         "Classes with fewer than 18 images in entropy: cat (15), dog (14), owl (13)."]
-    assert report.in_words(["0", "1", "2"]) == "0, 1 and 2"
 
 
 @pytest.mark.quick
@@ -113,8 +113,6 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is(tmp_path, lacking):
     run = write_run(tmp_path / "run")
     for path in (run / name for name in LATER[:STAGES[lacking]]):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (run / "figures").mkdir()
-    (run / "figures/accuracy.png").touch()      # of before
     done = run_script("report.py", "--run-dir", run, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and not (run / "results.json").exists()
     assert "- Not finished: supervised, random, mms, entropy.\n" in done.stdout
@@ -130,7 +128,6 @@ def test_what_is_damaged_is_left_out_and_what_is_no_run_is_one_line(tmp_path):
     (run / "transfer/random/images.npy").write_bytes(b"cut")
     done = run_script("report.py", run, cwd=tmp_path)
     assert done.returncode == 0 and "random/images.npy is damaged" in done.stdout
-    assert "glyphs: only selected images are shown (" in done.stdout
     done = run_script("report.py", run, "nowhere", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "nowhere is not a run folder" in done.stderr
@@ -148,15 +145,12 @@ def test_runs_are_compared_in_markdown_and_csv(tmp_path):
         row = list(csv.DictReader(file))[6]
     assert (row["run"], row["approach"], row["accuracy_std"]) == ("b", "mms", "")
     assert (row["per_class"], float(row["accuracy"])) == ("12 10 0", pytest.approx(0.6))
-    assert figures_in(tmp_path / "out") == {"accuracy", "sizes"}
-    runs = [Experiment(tmp_path / name) for name in "ab"]
-    assert "mms with 22 images 60.00, mms with 32 images 70.00" in figures.sizes(runs).text
-    assert figures.sizes(runs[:1]) is None      # one size of each approach says nothing
+    assert figures_in(tmp_path / "out") == {"accuracy"}
 
 
 def test_figures_say_what_the_files_say_in_plain_numbers(finished):
     record, texts = Experiment(finished).first, []
-    with figures.styled(""):
+    with figures.pyplot.style.context(figures.STYLE):
         drawn = [figures.curves(record), figures.counts(record), figures.scores(record, "mms")]
         for each in drawn:
             each.drawn.canvas.draw()
@@ -172,27 +166,20 @@ def test_figures_say_what_the_files_say_in_plain_numbers(finished):
 
 
 def test_the_strip_ranks_what_was_kept_and_what_was_rejected(finished):
+    """random took every image, so that each is at hand."""
     record = Experiment(finished).first
     for criterion, sign in (("mms", 1), ("entropy", -1)):
-        kept = set(record.selected[criterion].key.tolist())
-        for label, kinds in enumerate(figures.ranked(record, criterion)):
-            every = sorted(((sign * float(record.scores[source][criterion][i]), place << 40 | 2 * i)
-                            for place, source in enumerate(SOURCES)
-                            for i in range(label, 30, 3)), reverse=True)
+        pool, kept = record.pools[criterion], set(record.selected[criterion].key.tolist())
+        for label, kinds in figures.ranked(record, criterion).items():
+            every = sorted(((sign * float(pool.score[row]), int(pool.key[row]))
+                            for row in np.flatnonzero(pool.predicted == label)), reverse=True)
             ours, lost = ([score for score, key in every if (key in kept) == true]
                           for true in (True, False))
-            assert [[sign * score for *_, score in kind] for kind in kinds] == [
+            assert [[sign * pool.score[row] for row in kind] for kind in kinds] == [
                 ours[:4], ours[4:][-4:], lost[:4], lost[4:][-4:]]
-
-    def images(open_source):
-        sources = report._at_hand(record, open_source)
-        return len(figures.strip(record, "mms", sources).drawn.axes[0].images)
-
-    def gone(settings, spec):
-        raise UserError(f"{spec} is not packed")
     # 8 of the cats and dogs that were kept, 3 cats, 5 dogs and 8 owls that were not.
-    assert images(Source) == 32 and images(gone) == 16
-    assert images(lambda settings, spec: Source(settings, spec, "changed")) == 16
+    drawn = figures.strip(record, "mms").drawn
+    assert len(drawn.axes[0].images) == 32
 
 
 def test_letters_that_no_font_has_are_one_line(tmp_path, capsys, caplog):
@@ -200,7 +187,7 @@ def test_letters_that_no_font_has_are_one_line(tmp_path, capsys, caplog):
     run = write_run(tmp_path / "run", classes=names)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report.illustrate(Experiment(run), Source)
+        report.illustrate(Experiment(run))
     assert capsys.readouterr().out.count("\n") == 1 and not caplog.records
     assert data_in((run / "report.html").read_text())["classes"] == list(names)
 
@@ -309,7 +296,7 @@ def test_the_gallery_in_a_browser(browser, finished, width, scheme):
 
 def test_hostile_names_cannot_become_a_part_of_the_page(tmp_path, browser):
     run = write_run(tmp_path / "run", classes=HOSTILE)
-    report.illustrate(Experiment(run), Source)
+    report.illustrate(Experiment(run))
     html = (run / "report.html").read_text()
     assert "<img src=x" not in html and "<script>alert" not in html
     assert data_in(html)["classes"] == list(HOSTILE)
