@@ -12,7 +12,7 @@ import numpy as np
 from cycler import cycler
 
 from kd.files import listed, say, write_atomically
-from kd.record import shown
+from kd.record import accuracy_text, shown
 from kd.thresholds import passes
 
 matplotlib.use("Agg")
@@ -30,7 +30,8 @@ STYLE = {
     "font.size": 7.5, "axes.titlesize": 8, "legend.frameon": False, "lines.linewidth": 1,
     "lines.markersize": 4, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#dddddd", "axes.axisbelow": True, "text.parse_math": False, "savefig.dpi": 150,
-    "figure.constrained_layout.use": True, "image.interpolation": "nearest",
+    "savefig.bbox": "tight", "figure.constrained_layout.use": True,
+    "image.interpolation": "nearest",
     "axes.prop_cycle": cycler(linestyle=["-", "--"]) * (
         cycler(color=COLOURS) + cycler(marker=MARKERS))}
 
@@ -56,11 +57,12 @@ def save(folder, drawn):
     return saved
 
 
-def of_run(experiment):
-    """Every Figure of a run, None among them."""
-    record = experiment.first
+def of_run(record, results):
+    """Every Figure of a run, None among them. results: the content of results.json."""
     ours = [name for name in record.pools if name in record.selected]
-    yield from (accuracy([experiment]), curves(record), counts(record))
+    yield accuracy({"": results})
+    yield curves(record)
+    yield counts(record)
     yield from (scores(record, name) for name in ours or list(record.pools)[:1])
     yield from (strip(record, name) for name in ours)
 
@@ -83,36 +85,34 @@ def _labels(record):
     return [name if len(name) < 25 else f"{name[:23]}…" for name in record.classes[:MOST]]
 
 
-def accuracy(experiments):
-    """A row for each approach of each experiment."""
-    several, said = len(experiments) > 1, []
-    rows = [(experiment, approach, [100 * each["accuracy"] for each in experiment.trained(approach)
-                                    if each["accuracy"] is not None])
-            for approach in dict.fromkeys(name for each in experiments for name in each.approaches)
-            for experiment in experiments]
-    rows = [row for row in rows if row[2]]
+def accuracy(compared):
+    """A row for each approach of each run. compared: {name of a run: its results.json}."""
+    rows = [(number, name, row) for number, (name, results) in enumerate(compared.items())
+            for row in results["rows"] if row["accuracy"] is not None]
     if not rows:
         return None
+    approaches = list(dict.fromkeys(row["approach"] for *_, row in rows))
+    rows.sort(key=lambda each: approaches.index(each[2]["approach"]))
     drawn, (axes,) = _panels(1, 1, 0.5 + 0.3 * len(rows))
-    names = [approach + f" ({experiment.name})" * several for experiment, approach, _ in rows]
-    for place, (experiment, _, values) in enumerate(rows):
-        spread = np.std(values, ddof=1) if len(values) > 1 else None
-        text = f"{np.mean(values):.2f}" + ("" if spread is None else f" ± {spread:.2f}")
-        number = experiments.index(experiment)
-        axes.errorbar(np.mean(values), place, xerr=spread, capsize=3, linestyle="none",
+    of = {name: f" of {name}" * (len(compared) > 1) for name in compared}
+    labels = [row["approach"] + of[name] for _, name, row in rows]
+    texts = [accuracy_text(row) for *_, row in rows]
+    for place, (number, _, row) in enumerate(rows):
+        value, spread = 100 * row["accuracy"], 100 * (row["accuracy_std"] or 0)
+        axes.errorbar(value, place, xerr=spread or None, capsize=3, linestyle="none",
                       color=f"C{number}", marker=MARKERS[number % 8])
-        axes.text(np.mean(values), place - 0.2, text, ha="center", fontsize=6.5)
-        said.append(f"{names[place]} {text}")
-    for number, experiment in enumerate(experiments):
-        if experiment.teacher_accuracy is not None:
-            value = 100 * experiment.teacher_accuracy
-            label = f"teacher{f' of {experiment.name}' * several}, {value:.2f}"
-            axes.axvline(value, **DASHED | {"color": f"C{number}"}, label=label)
-    axes.set_yticks(range(len(rows)), names)
+        axes.text(value, place - 0.2, texts[place], ha="center", fontsize=6.5)
+    for number, (name, results) in enumerate(compared.items()):
+        if results["teacher"]["accuracy"] is not None:
+            value = 100 * results["teacher"]["accuracy"]
+            axes.axvline(value, **DASHED | {"color": f"C{number}"},
+                         label=f"teacher{of[name]}, {value:.2f}")
+    axes.set_yticks(range(len(rows)), labels)
     axes.set(ylim=(len(rows) - 0.5, -0.8), xlabel="accuracy on the test split, %")
     axes.margins(x=0.08)
     _legend(drawn, axes)
-    return Figure("accuracy", f"Accuracy in %: {', '.join(said)}.", drawn)
+    said = ", ".join(map(" ".join, zip(labels, texts, strict=True)))
+    return Figure("accuracy", f"Accuracy in %: {said}.", drawn)
 
 
 def curves(record):

@@ -24,6 +24,12 @@ def mean(values):
     return statistics.fmean(known) if known else None
 
 
+def accuracy_text(row):
+    """The accuracy of a row of results.json in %, with its deviation over the seeds."""
+    spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.2f}"
+    return "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}"
+
+
 @dataclass(frozen=True)
 class Images:
     """(N,) each. source: into Record.sources; index: which image of it; files: names, or ""."""

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from kd.files import listed, write_json, write_text
-from kd.record import Experiment, mean, shown
+from kd.record import Experiment, accuracy_text, mean, shown
 from kd.settings import EATS_SOURCES
 from kd.values import name_of, name_of_arch
 
@@ -50,21 +50,19 @@ def notes(experiment):
     absent = [name for name in EATS_SOURCES if name not in record.sources]
     starts = ["random" if each == "none" else name_of_arch(each)
               for each in (settings.supervised_weights, settings.student_weights)]
-    published = not settings.teacher_checkpoint and ("cifar10", "imagenet", "imagenet") == (
-        name_of(settings.target), settings.teacher_weights, settings.supervised_weights)
     found = [sentence for true, sentence in (
         (unfinished, f"Not finished: {listed(unfinished)}."),
         (settings.limit, f"A trial run with at most {settings.limit} images of each data set."),
         (settings.data_free, "Data-free: no training image of the target was used."),
         (not record.teacher.get("linear_head", True),
          "MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits."),
-        (record.thresholds, _about_thresholds(settings)),
+        (record.thresholds,
+         f"Selected with --threshold {settings.threshold} --calibrate {settings.calibrate} "
+         f"--floor {settings.floor:g} --fill {settings.fill}{' --no-balance' * settings.no_balance}"
+         "."),
         ("eats" in approaches and absent, f"eats does without {listed(absent)}."),
-        ("supervised" in approaches,
-         "The supervised student learns from labelled images and starts from "
-         f"{starts[0]} weights, the others from {starts[1]} weights."),
-        (published, "Published with all sources and a ResNet-18 as student: "
-                    "supervised 79.65%, eats 60.67%, mms 68.02%.")) if true]
+        ("supervised" in approaches, "The supervised student learns from labels and starts from "
+         f"{starts[0]} weights, the others from {starts[1]} weights.")) if true]
     said = {}       # {sentence about @: approaches}: what is true of several is said once
     for each in records:
         seed = f" (seed {each.settings.seed})" * (len(records) > 1)
@@ -72,18 +70,6 @@ def notes(experiment):
             for sentence in _about_transfer_set(summary, each.students.get(approach)):
                 said.setdefault(sentence, []).append(approach + seed)
     return found + [sentence.replace("@", listed(names), 1) for sentence, names in said.items()]
-
-
-def _about_thresholds(settings):
-    whose = "the confidence set" if settings.calibrate == "target" else "the sources' images"
-    said = (f"Thresholds are the criteria's own, from {whose}." if settings.threshold == "published"
-            else f"The surest {100 * settings.threshold:g}% of {whose} pass, class by class.")
-    if settings.floor:
-        said += (f" Where fewer than {100 * settings.floor:g}% of a bucket pass, the best images "
-                 "below the threshold come in.")
-    bucket = "One bucket for all classes is" if settings.no_balance else "Buckets are"
-    fill = "with the best scores" if settings.fill == "best" else "first come first served"
-    return f"{said} {bucket} filled {fill}."
 
 
 def _about_transfer_set(summary, student):
@@ -109,10 +95,9 @@ def cells(row):
     def number(name, form, scale=1):
         return "-" if row[name] is None else format(row[name] * scale, form)
     least, most = min(row["per_class"]), max(row["per_class"])
-    spread = "" if row["accuracy_std"] is None else " ± " + number("accuracy_std", ".2f", 100)
     return [row["approach"], row["student"], ", ".join(row["sources"]), f"{row['transfer_size']:,}",
             f"{least:,} to {most:,}" if least < most else f"{least:,}",
-            number("accuracy", ".2f", 100) + spread, number("retention", ".3f"),
+            accuracy_text(row), number("retention", ".3f"),
             number("agreement", ".2f", 100), number("seconds", ",.0f"),
             number("images_per_second", ",.0f")]
 
@@ -149,12 +134,11 @@ def compare(folders, out):
     """Writes table.md, table.csv (figures as in results.json) and figures over several runs below
     `out`. Returns the Markdown."""
     from kd import figures
-    experiments, rows, file = [Experiment(folder) for folder in folders], [], io.StringIO()
-    for each in experiments:
-        results = collect(each)
-        rows += [{"run": each.name, "target": results["target"],
-                  "teacher_accuracy": results["teacher"]["accuracy"], **row}
-                 for row in results["rows"]]
+    compared = {each.name: collect(each) for each in map(Experiment, folders)}
+    rows = [{"run": name, "target": results["target"],
+             "teacher_accuracy": results["teacher"]["accuracy"], **row}
+            for name, results in compared.items() for row in results["rows"]]
+    file = io.StringIO()
     table = csv.DictWriter(file, rows[0] if rows else ["run"], lineterminator="\n")
     table.writeheader()
     table.writerows(row | {name: " ".join(map(str, row[name])) for name in ("sources", "per_class")}
@@ -162,7 +146,7 @@ def compare(folders, out):
     markdown = _markdown(["run", *HEADS], [[row["run"], *cells(row)] for row in rows], words=4)
     write_text(Path(out) / "table.csv", file.getvalue())
     write_text(Path(out) / "table.md", markdown)
-    figures.save(Path(out) / "figures", (figures.accuracy(each) for each in [experiments]))
+    figures.save(Path(out) / "figures", map(figures.accuracy, [compared]))
     return f"{markdown}\ntable.md, table.csv and figures are in {out}"
 
 
@@ -170,9 +154,10 @@ def illustrate(experiment):
     """Writes figures/*.png and report.html of a run, finished or not. Returns a line about them."""
     from kd import figures, page
     results, record = collect(experiment), experiment.first
-    drawn = figures.save(experiment.folder / "figures", figures.of_run(experiment))
-    command = ["python", "compile.py", *record.config["command"], "--run-dir", "runs/again",
-               "--seeds", ",".join(map(str, results["seeds"]))]
+    drawn = figures.save(experiment.folder / "figures", figures.of_run(record, results))
+    flags = [word for word in record.config["command"] if not word.startswith("--seeds=")]
+    command = ["python", "compile.py", *flags, "--run-dir=runs/again",
+               f"--seeds={','.join(map(str, results['seeds']))}"]
     text = page.render(record, drawn, name=experiment.name, results=results, heads=HEADS,
                        rows=map(cells, results["rows"]), heading=heading(results),
                        command=shlex.join(command), now=time.strftime("%Y-%m-%d %H:%M"))

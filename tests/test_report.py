@@ -52,7 +52,7 @@ def test_the_table_has_means_and_deviations_over_the_seeds(tmp_path):
                             "| approach | student | sources | images | per class | accuracy % | "
                             "retention | agreement % | seconds | img/s |\n")
     # Accuracies 0.70 and 0.80: mean 0.75, deviation 0.1 / sqrt(2). 15 - i/2 >= 3 up to i = 24, 10 -
-    # i/3 >= 3 up to i = 21: 17 + 15 images that are no owls. 40 of 50 answers are the teacher's.
+    # i/3 >= 3 up to i = 21: 17 + 15 images that are no owls.
     assert ("| mms | resnet18 | glyphs, photos | 32 | 0 to 17 | 75.00 ± 7.07 | 0.833 | 80.00 | 4 | "
             "1,500 |\n") in table
     assert "| supervised | resnet18 | digits | 1,200 | 400 | 65.00 ± 7.07 | 0.722 |" in table
@@ -77,10 +77,9 @@ def test_what_is_unknown_is_a_dash(tmp_path):
 @pytest.mark.quick
 def test_what_the_table_must_not_hide_is_said_in_plain_sentences(finished):
     assert report.collect(Experiment(finished))["notes"] == [
-        "The surest 90% of the confidence set pass, class by class. "
-        "Buckets are filled first come first served.",
-        "The supervised student learns from labelled images and starts from random weights, "
-        "the others from random weights.",
+        "Selected with --threshold 0.9 --calibrate target --floor 0 --fill first.",
+        "The supervised student learns from labels and starts from random weights, the others from "
+        "random weights.",
         "Images that can't be read are left out of random: photos (30).",
         "Classes with fewer than 18 images in mms: cat (17), dog (15), owl (0).",
         "Classes without a threshold in mms: owl. The teacher never predicts them on the "
@@ -90,18 +89,11 @@ def test_what_the_table_must_not_hide_is_said_in_plain_sentences(finished):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("flags, said", [
-    ("--threshold=0.25", "The surest 25% of the confidence set pass, class by class."),
-    ("--calibrate=sources --threshold=0.5", "The surest 50% of the sources' images pass"),
-    ("--floor=0.1", "Where fewer than 10% of a bucket pass, the best images below the threshold"),
-    ("--fill=best", "Buckets are filled with the best scores."),
-    ("--no-balance", "One bucket for all classes is filled first come first served."),
-    ("--limit=300", "A trial run with at most 300 images of each data set."),
-    ("--target=cifar10", "supervised 79.65%, eats 60.67%, mms 68.02%."),
-    ("--target=cifar10 --teacher-weights=none", ""), ("--target=cifar100", "")])
+    ("--calibrate=sources --threshold=0.5 --floor=0.1 --fill=best --no-balance",
+     "Selected with --threshold 0.5 --calibrate sources --floor 0.1 --fill best --no-balance.\n"),
+    ("--limit=300", "A trial run with at most 300 images of each data set.\n")])
 def test_settings_behind_the_table_are_said(tmp_path, flags, said):
-    """Published values only beside what started from the same weights."""
-    table = table_of(write_run(tmp_path / "run", flags.split()))
-    assert said in table and ("79.65" in table) == ("79.65" in said)
+    assert said in table_of(write_run(tmp_path / "run", flags.split()))
 
 
 LATER = ["students", "transfer", "scores", "thresholds.json", "teacher.json"]
@@ -258,24 +250,24 @@ def test_the_gallery_in_a_browser(browser, finished, width, scheme):
     data = data_in((finished / "report.html").read_text())
     kept = {approach: {i for i in range(data["count"]) if data["kept"][i] >> bit & 1}
             for bit, approach in enumerate(data["approaches"])}
-    assert shown.evaluate("document.documentElement.scrollWidth") <= width
-    background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
-    assert shown.evaluate("[...document.images].every(image => image.naturalWidth > 100)")
+
     def select(**values):
         """(how many images are said, the texts of the first tiles)."""
         for name, value in values.items():
             shown.select_option(f"#{name}", label=value)
         tiles = shown.eval_on_selector_all(".tile", "all => all.map(tile => tile.ariaLabel)")
         return int(shown.inner_text("#count").split()[0]), tiles
-    for approach, images in kept.items():
-        assert select(approach=approach)[0] == len(images)
-    assert select(without="mms")[0] == len(kept["entropy"] - kept["mms"])
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width
+    background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    assert shown.evaluate("[...document.images].every(image => image.naturalWidth > 100)")
+    assert select(approach="mms")[0] == len(kept["mms"])
+    assert select(approach="entropy", without="mms")[0] == len(kept["entropy"] - kept["mms"])
     count, tiles = select(without="-", label="dog", source="photos", sort="mms")
+    scores = [float(re.search(r"mms ([\d.]+)", each)[1]) for each in tiles]
     assert count == 6 and all(tile.startswith("dog, from photos, ") for tile in tiles)
-    for order in ("largest first", "smallest first"):
-        scores = [float(re.search(r"mms ([\d.]+)", each)[1]) for each in select(falling=order)[1]]
-        assert scores == sorted(scores, reverse=order == "largest first")
+    assert scores == sorted(scores, reverse=True)
+    assert select(falling="smallest first")[1] == tiles[::-1]
     select(label="any", source="any")
     columns = shown.evaluate("[...document.querySelectorAll('.tile')].filter(tile => "
                              "tile.style.top === document.querySelector('.tile').style.top).length")
@@ -284,9 +276,7 @@ def test_the_gallery_in_a_browser(browser, finished, width, scheme):
                        ("ArrowUp", 0), ("End", len(kept["entropy"]) - 1), ("Home", 0)):
         shown.keyboard.press(key)
         assert shown.get_attribute("#grid", "aria-activedescendant") == f"tile{place}"
-    first = shown.inner_text("#about")
-    shown.keyboard.press("ArrowRight")
-    assert shown.inner_text("#about") != first and "kept by" in first and "<b>" in first
+    assert "kept by" in shown.inner_text("#about") and "<b>" in shown.inner_text("#about")
     shown.keyboard.press("Tab")
     assert shown.evaluate("document.activeElement.id") != "grid"        # nobody is caught in it
     shown.locator("button[data-approach]").first.click()
