@@ -1,7 +1,7 @@
 """The table, the figures and the page of a run, finished or not; or the table of several runs.
 
 In:  run folders.
-Out: figures/*.png and report.html in the run folder; of several, table.md, table.csv and figures.
+Out: figures/*.png and report.html in the run folder; of several, table.md and table.csv.
 
     python report.py --run-dir runs/cifar10
     python report.py runs/a runs/b --out runs/comparison

@@ -60,9 +60,7 @@ def save(folder, drawn):
 def of_run(record, results):
     """Every Figure of a run, None among them. results: the content of results.json."""
     ours = [name for name in record.pools if name in record.selected]
-    yield accuracy({"": results})
-    yield curves(record)
-    yield counts(record)
+    yield from (accuracy(results), curves(record), counts(record))
     yield from (scores(record, name) for name in ours or list(record.pools)[:1])
     yield from (strip(record, name) for name in ours)
 
@@ -85,33 +83,24 @@ def _labels(record):
     return [name if len(name) < 25 else f"{name[:23]}…" for name in record.classes[:MOST]]
 
 
-def accuracy(compared):
-    """A row for each approach of each run. compared: {name of a run: its results.json}."""
-    rows = [(number, name, row) for number, (name, results) in enumerate(compared.items())
-            for row in results["rows"] if row["accuracy"] is not None]
+def accuracy(results):
+    """A row for each approach. results: the content of results.json."""
+    rows = [row for row in results["rows"] if row["accuracy"] is not None]
     if not rows:
         return None
-    approaches = list(dict.fromkeys(row["approach"] for *_, row in rows))
-    rows.sort(key=lambda each: approaches.index(each[2]["approach"]))
     drawn, (axes,) = _panels(1, 1, 0.5 + 0.3 * len(rows))
-    of = {name: f" of {name}" * (len(compared) > 1) for name in compared}
-    labels = [row["approach"] + of[name] for _, name, row in rows]
-    texts = [accuracy_text(row) for *_, row in rows]
-    for place, (number, _, row) in enumerate(rows):
+    for place, row in enumerate(rows):
         value, spread = 100 * row["accuracy"], 100 * (row["accuracy_std"] or 0)
-        axes.errorbar(value, place, xerr=spread or None, capsize=3, linestyle="none",
-                      color=f"C{number}", marker=MARKERS[number % 8])
-        axes.text(value, place - 0.2, texts[place], ha="center", fontsize=6.5)
-    for number, (name, results) in enumerate(compared.items()):
-        if results["teacher"]["accuracy"] is not None:
-            value = 100 * results["teacher"]["accuracy"]
-            axes.axvline(value, **DASHED | {"color": f"C{number}"},
-                         label=f"teacher{of[name]}, {value:.2f}")
-    axes.set_yticks(range(len(rows)), labels)
+        axes.errorbar(value, place, xerr=spread or None, capsize=3, color="C0", marker="o")
+        axes.text(value, place - 0.2, accuracy_text(row), ha="center", fontsize=6.5)
+    teacher = results["teacher"]["accuracy"]
+    if teacher is not None:
+        axes.axvline(100 * teacher, **DASHED, label=f"teacher, {teacher:.2%}")
+        _legend(drawn, axes)
+    axes.set_yticks(range(len(rows)), [row["approach"] for row in rows])
     axes.set(ylim=(len(rows) - 0.5, -0.8), xlabel="accuracy on the test split, %")
     axes.margins(x=0.08)
-    _legend(drawn, axes)
-    said = ", ".join(map(" ".join, zip(labels, texts, strict=True)))
+    said = ", ".join(f"{row['approach']} {accuracy_text(row)}" for row in rows)
     return Figure("accuracy", f"Accuracy in %: {said}.", drawn)
 
 

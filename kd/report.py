@@ -131,14 +131,14 @@ def write(experiment):
 
 
 def compare(folders, out):
-    """Writes table.md, table.csv (figures as in results.json) and figures over several runs below
-    `out`. Returns the Markdown."""
-    from kd import figures
-    compared = {each.name: collect(each) for each in map(Experiment, folders)}
-    rows = [{"run": name, "target": results["target"],
-             "teacher_accuracy": results["teacher"]["accuracy"], **row}
-            for name, results in compared.items() for row in results["rows"]]
-    file = io.StringIO()
+    """Writes table.md and table.csv (numbers as in results.json) of several runs below `out`.
+    Returns the Markdown."""
+    rows, file = [], io.StringIO()
+    for experiment in map(Experiment, folders):
+        results = collect(experiment)
+        rows += [{"run": experiment.name, "target": results["target"],
+                  "teacher_accuracy": results["teacher"]["accuracy"], **row}
+                 for row in results["rows"]]
     table = csv.DictWriter(file, rows[0] if rows else ["run"], lineterminator="\n")
     table.writeheader()
     table.writerows(row | {name: " ".join(map(str, row[name])) for name in ("sources", "per_class")}
@@ -146,8 +146,7 @@ def compare(folders, out):
     markdown = _markdown(["run", *HEADS], [[row["run"], *cells(row)] for row in rows], words=4)
     write_text(Path(out) / "table.csv", file.getvalue())
     write_text(Path(out) / "table.md", markdown)
-    figures.save(Path(out) / "figures", map(figures.accuracy, [compared]))
-    return f"{markdown}\ntable.md, table.csv and figures are in {out}"
+    return f"{markdown}\ntable.md and table.csv are in {out}"
 
 
 def illustrate(experiment):
