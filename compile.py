@@ -11,7 +11,6 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
     parser_of("compile", __doc__).parse_args()
 
 import dataclasses
-import functools
 import time
 from pathlib import Path
 
@@ -153,7 +152,7 @@ def main(argv):
     if is_first():
         experiment = Experiment(settings.run_dir, settings)
         say("\n" + report.write(experiment))
-        say(report.illustrate(experiment, functools.partial(data.load_source, make=False)))
+        say(report.illustrate(experiment))
     say(f"{time.monotonic() - began:,.0f} s in all; everything is in {settings.run_dir}")
 
 

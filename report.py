@@ -1,13 +1,11 @@
 """The table, the figures and the page of a run, finished or not; or the table of several runs.
 
 In:  run folders.
-Out: figures/*.png and report.html in the run folder; of several, table.md, table.csv and figures.
+Out: figures/*.png and report.html in the run folder; of several, table.md and table.csv.
 
     python report.py --run-dir runs/cifar10
     python report.py runs/a runs/b --out runs/comparison
 """
-import functools
-
 from kd.command import command
 from kd.files import say
 from kd.flags import Parser
@@ -23,10 +21,9 @@ def main(argv):
 
     if len(args.runs) > 1:
         return say(report.compare(args.runs, args.out))
-    import data
     experiment = record.Experiment(*args.runs or [args.run_dir])
     say(report.as_markdown(report.collect(experiment)))
-    say(report.illustrate(experiment, functools.partial(data.load_source, make=False)))
+    say(report.illustrate(experiment))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 The colours are Okabe and Ito's, which the colour-blind tell apart; markers say the same. Each
 function returns a Figure, or None where there is nothing to draw. How to read it is in page.html.
 """
-import contextlib
-import io
 import math
 import warnings
 from collections import namedtuple
@@ -13,57 +11,58 @@ import matplotlib
 import numpy as np
 from cycler import cycler
 
-from kd.files import listed, say
-from kd.record import shown
+from kd.files import listed, say, write_atomically
+from kd.record import accuracy_text, shown
+from kd.thresholds import passes
 
 matplotlib.use("Agg")
-from matplotlib import font_manager, pyplot, ticker  # noqa: E402
+from matplotlib import pyplot, ticker  # noqa: E402
 
 COLOURS = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000 #8C8C00".split()
 MARKERS = "osD^vP*X"
 DASHED = {"color": "#444444", "linestyle": "--", "marker": ""}
-MOST_PANELS, MOST_ROWS = 20, 100        # classes with a panel or images, classes in a heat map
-NUMBERED = 25                           # classes up to which a heat map holds numbers
-STRIP = 4                               # images of each kind
+MOST = 20               # classes with a panel, with names in the heat map, with images
+STRIP = 4               # images of each kind
 KINDS = ("best kept", "marginal kept", "narrowly rejected", "clearly rejected")
-WIDTH = 7.2                             # inches: a page of text
+WIDTH = 7.2             # inches: a page of text
 STYLE = {
+    "font.family": ["DejaVu Sans", "Noto Sans CJK JP", "Microsoft YaHei", "Arial Unicode MS"],
     "font.size": 7.5, "axes.titlesize": 8, "legend.frameon": False, "lines.linewidth": 1,
     "lines.markersize": 4, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#dddddd", "axes.axisbelow": True, "text.parse_math": False, "savefig.dpi": 150,
     "savefig.bbox": "tight", "figure.constrained_layout.use": True,
-    "image.interpolation": "nearest", "axes.prop_cycle": cycler(linestyle=["-", "--"]) * (
+    "image.interpolation": "nearest",
+    "axes.prop_cycle": cycler(linestyle=["-", "--"]) * (
         cycler(color=COLOURS) + cycler(marker=MARKERS))}
 
 # name: of its file; text: what it shows, for who can't see it; drawn: matplotlib's.
 Figure = namedtuple("Figure", "name text drawn")
 
 
-@contextlib.contextmanager
-def styled(text):
-    """Our style, whatever the user's is, and fonts that have these letters."""
-    families, missing = ["DejaVu Sans"], {ord(letter) for letter in text}
-    missing -= set(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
-    for font in font_manager.fontManager.ttflist if missing else ():
-        with contextlib.suppress(OSError, RuntimeError):        # it can't be read
-            there = missing & set(font_manager.get_font(font.fname).get_charmap())
-            if there and not font.name.startswith("Last Resort"):       # which has a box for each
-                families.append(font.name)
-                missing -= there
-    if missing:
+def save(folder, drawn):
+    """Writes <name>.png of those that are not None. Returns [(name, text, path)].
+
+    drawn: an iterator of figures, each made when it is its turn, in our style and not the user's.
+    """
+    saved = []
+    with pyplot.style.context(["default", STYLE]), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for figure in filter(None, drawn):
+            path = folder / f"{figure.name}.png"
+            write_atomically(path, figure.drawn.savefig)
+            pyplot.close(figure.drawn)
+            saved.append((figure.name, figure.text, path))
+    if any("missing from" in str(each.message) for each in caught):
         say("No font here has all letters of the class names: figures show boxes in their place.")
-    style = ["default", STYLE | {"font.family": families}]
-    with pyplot.style.context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        yield
+    return saved
 
 
-def as_png(figure):
-    """Its bytes; it can't be drawn again."""
-    file = io.BytesIO()
-    figure.drawn.savefig(file)
-    pyplot.close(figure.drawn)
-    return file.getvalue()
+def of_run(record, results):
+    """Every Figure of a run, None among them. results: the content of results.json."""
+    ours = [name for name in record.pools if name in record.selected]
+    yield from (accuracy(results), curves(record), counts(record))
+    yield from (scores(record, name) for name in ours or list(record.pools)[:1])
+    yield from (strip(record, name) for name in ours)
 
 
 def _legend(drawn, axes, **options):
@@ -79,71 +78,30 @@ def _panels(count, across, height):
     return drawn, grid.flat[:count]
 
 
-def _plain_numbers(axis):
-    """On a logarithmic axis, in place of powers of ten."""
-    axis.set_major_formatter(ticker.LogFormatter())
-    axis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
-
-
-def _labels(record, most):
+def _labels(record):
     """The names of the first classes, as a figure has room for them."""
-    return [name if len(name) < 25 else f"{name[:23]}…" for name in record.classes[:most]]
+    return [name if len(name) < 25 else f"{name[:23]}…" for name in record.classes[:MOST]]
 
 
-def _reached(experiments):
-    """[(experiment, approach, [(images, accuracy in %) of each seed])], approach by approach."""
-    rows = [(experiment, approach, [(each["transfer_size"], 100 * each["accuracy"]) for each in
-                                    experiment.trained(approach) if each["accuracy"] is not None])
-            for approach in dict.fromkeys(name for each in experiments for name in each.approaches)
-            for experiment in experiments]
-    return [row for row in rows if row[2]]
-
-
-def accuracy(experiments):
-    """A row for each approach of each experiment."""
-    rows, several, said = _reached(experiments), len(experiments) > 1, []
+def accuracy(results):
+    """A row for each approach. results: the content of results.json."""
+    rows = [row for row in results["rows"] if row["accuracy"] is not None]
     if not rows:
         return None
     drawn, (axes,) = _panels(1, 1, 0.5 + 0.3 * len(rows))
-    names = [approach + f" ({experiment.name})" * several for experiment, approach, _ in rows]
-    for place, (experiment, _, points) in enumerate(rows):
-        values = [value for _, value in points]
-        spread = np.std(values, ddof=1) if len(values) > 1 else None
-        text = f"{np.mean(values):.2f}" + ("" if spread is None else f" ± {spread:.2f}")
-        number = experiments.index(experiment)
-        axes.errorbar(np.mean(values), place, xerr=spread, capsize=3, linestyle="none",
-                      color=f"C{number}", marker=MARKERS[number % 8])
-        axes.text(np.mean(values), place - 0.2, text, ha="center", fontsize=6.5)
-        said.append(f"{names[place]} {text}")
-    for number, experiment in enumerate(experiments):
-        if experiment.teacher_accuracy is not None:
-            value = 100 * experiment.teacher_accuracy
-            label = f"teacher{f' of {experiment.name}' * several}, {value:.2f}"
-            axes.axvline(value, **DASHED | {"color": f"C{number}"}, label=label)
-    axes.set_yticks(range(len(rows)), names)
+    for place, row in enumerate(rows):
+        value, spread = 100 * row["accuracy"], 100 * (row["accuracy_std"] or 0)
+        axes.errorbar(value, place, xerr=spread or None, capsize=3, color="C0", marker="o")
+        axes.text(value, place - 0.2, accuracy_text(row), ha="center", fontsize=6.5)
+    teacher = results["teacher"]["accuracy"]
+    if teacher is not None:
+        axes.axvline(100 * teacher, **DASHED, label=f"teacher, {teacher:.2%}")
+        _legend(drawn, axes)
+    axes.set_yticks(range(len(rows)), [row["approach"] for row in rows])
     axes.set(ylim=(len(rows) - 0.5, -0.8), xlabel="accuracy on the test split, %")
     axes.margins(x=0.08)
-    _legend(drawn, axes)
-    return Figure("accuracy", f"Accuracy in %: {', '.join(said)}.", drawn)
-
-
-def sizes(experiments):
-    """Accuracy against the number of images, where an approach has been run with several sizes."""
-    points = {}
-    for _, approach, found in _reached(experiments):
-        points[approach] = sorted(points.get(approach, []) + found)
-    points.pop("supervised", None)
-    if all(found[-1][0] < 1.2 * found[0][0] for found in points.values()):
-        return None     # seeds differ by a few images
-    drawn, (axes,) = _panels(1, 1, 2.6)
-    for approach, found in points.items():
-        axes.plot(*zip(*found, strict=True), label=approach)
-    axes.set(xscale="log", xlabel="images in the transfer set", ylabel="accuracy, %")
-    _plain_numbers(axes.xaxis)
-    _legend(drawn, axes)
-    said = ", ".join(f"{approach} with {size:,} images {value:.2f}"
-                     for approach, found in points.items() for size, value in found)
-    return Figure("sizes", f"Accuracy in %: {said}.", drawn)
+    said = ", ".join(f"{row['approach']} {accuracy_text(row)}" for row in rows)
+    return Figure("accuracy", f"Accuracy in %: {said}.", drawn)
 
 
 def curves(record):
@@ -161,7 +119,8 @@ def curves(record):
                       markevery=max(1, len(history) // 8))
         axes.set(xlabel="training done, %", ylabel=label)
     panels[0].set_yscale("log")
-    _plain_numbers(panels[0].yaxis)
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
     if record.teacher.get("confidence_accuracy") is not None:
         axes.axhline(100 * record.teacher["confidence_accuracy"], **DASHED, label="teacher")
     _legend(drawn, axes)
@@ -171,7 +130,7 @@ def curves(record):
 
 def scores(record, criterion):
     """The distribution of a criterion's scores, a panel per class that has any."""
-    labels, limits, panels = _labels(record, MOST_PANELS), record.thresholds[criterion], {}
+    labels, limits, panels = _labels(record), record.thresholds[criterion], {}
     for label in range(len(labels)):
         groups = {name: columns[criterion][(columns["predicted"] == label)
                                            & np.isfinite(columns[criterion])]
@@ -202,91 +161,75 @@ def scores(record, criterion):
 
 def counts(record):
     """How many images of each source each class got, a panel per approach."""
-    labels, tables, said = _labels(record, MOST_ROWS), {}, []
+    tables, said, few = {}, [], len(record.classes) <= MOST
     for approach, images in record.selected.items():
         tables[approach] = np.zeros((len(record.classes), len(record.sources)), int)
         np.add.at(tables[approach], (images.predicted, images.source), 1)
     if not tables:
         return None
-    small = len(labels) > NUMBERED
-    across = 4 if small else max(2, 8 // len(record.sources))
-    drawn, grid = _panels(len(tables), min(len(tables), across),
-                          0.6 + (0.06 if small else 0.14) * len(labels))
-    scale = matplotlib.colors.PowerNorm(0.4, 0, max(table.max() for table in tables.values()))
+    most = max(table.max() for table in tables.values())
+    across = min(len(tables), max(2, 8 // len(record.sources)))
+    drawn, grid = _panels(len(tables), across, 0.6 + (0.14 * len(record.classes) if few else 3))
     for axes, (approach, table) in zip(grid, tables.items(), strict=True):
-        image = axes.imshow(table[:len(labels)], aspect="auto", cmap="cividis", norm=scale)
-        for (y, x), count in np.ndenumerate(table) if not small else ():
-            axes.text(x, y, f"{count:,}", ha="center", va="center", fontsize=5.5,
-                      color="black" if scale(count) > 0.55 else "white")
+        image = axes.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=most)
         short = {shown(name) for name in record.summaries[approach]["shortfall"]}
         names = ["▸ " * (name in short) + label
-                 for name, label in zip(record.classes, labels, strict=False)]
-        axes.set_yticks(range(len(names)), names, fontsize=3.5 if small else 7)
+                 for name, label in zip(record.classes, _labels(record), strict=False)]
+        axes.set_yticks(range(len(names) * few), names * few)
+        for (y, x), count in np.ndenumerate(table) if few else ():
+            axes.text(x, y, f"{count:,}", ha="center", va="center", fontsize=5.5,
+                      color="black" if count > most / 2 else "white")
         axes.set_xticks(range(len(record.sources)), record.sources, rotation=50, ha="right")
         axes.set_title(f"{approach}, {table.sum():,}")
         axes.grid(False)
         said.append(f"{approach}: " + ", ".join(f"{name} {count:,}" for name, count in zip(
             record.sources, table.sum(0), strict=True)))
     drawn.colorbar(image, ax=list(grid), label="images", shrink=0.6, format="{x:,.0f}",
-                   ticks=ticker.MaxNLocator(integer=True))
+                   ticks=ticker.MaxNLocator(6, integer=True))
     return Figure("counts", f"Images by source. {'; '.join(said)}.", drawn)
 
 
-def keeps_high(record, criterion):
-    """1 where large scores are kept, else -1: seen from classes that kept some of their images."""
-    (every, total), (ours, kept) = (
-        [np.bincount(images.predicted, weights, len(record.classes))
-         for weights in (None, np.nan_to_num(images.score, posinf=0, neginf=0))]
-        for images in (record.pools[criterion], record.selected[criterion]))
-    some = (0 < ours) & (ours < every)
-    return 1 if np.sign(kept[some] / ours[some] - total[some] / every[some]).sum() >= 0 else -1
-
-
 def ranked(record, criterion):
-    """For each of the first classes four lists of (source's number, index, score), of KINDS."""
-    pool, sign, found = record.pools[criterion], keeps_high(record, criterion), []
-    limits = np.array(record.thresholds[criterion], float)
+    """{class: its rows in the criterion's pool, four lists of KINDS}, of the first classes. Only
+    images that some transfer set has can be shown."""
+    pool, found = record.pools[criterion], {}
+    high = record.thresholds["keeps_high"][criterion]
+    there = np.concatenate([images.key for images in record.selected.values()])
     kept = np.isin(pool.key, record.selected[criterion].key)
     # What passed and found no room was not rejected by its score.
-    lost = ~kept & ~(sign * pool.score >= sign * limits[pool.predicted])
-    for label in range(min(MOST_PANELS, len(record.classes))):
+    lost = np.isin(pool.key, there) & ~kept & ~passes(
+        pool.score, pool.predicted, np.array(record.thresholds[criterion], float), high)
+    for label in range(min(MOST, len(record.classes))):
         members = np.flatnonzero((pool.predicted == label) & np.isfinite(pool.score))
-        members = members[np.argsort(-sign * pool.score[members], kind="stable")]
-        ours, others = members[kept[members]], members[lost[members]]
-        found.append([list(zip(pool.source[kind].tolist(), pool.index[kind].tolist(),
-                               pool.score[kind].tolist(), strict=True))
-                      for kind in (ours[:STRIP], ours[STRIP:][-STRIP:],
-                                   others[:STRIP], others[STRIP:][-STRIP:])])
+        surest = np.argsort(pool.score[members] * (-1 if high else 1), kind="stable")
+        ours, others = (members[surest][true[members[surest]]] for true in (kept, lost))
+        found[label] = [ours[:STRIP], ours[STRIP:][-STRIP:],
+                        others[:STRIP], others[STRIP:][-STRIP:]]
     return found
 
 
-def strip(record, criterion, sources):
-    """Images that a criterion kept and rejected, a row per class that has any. sources: {number:
-    source} of those at hand; of the others only what was kept can be shown."""
-    groups = [(name, kinds) for name, kinds in zip(
-        _labels(record, MOST_PANELS), ranked(record, criterion), strict=True) if any(kinds)]
+def strip(record, criterion):
+    """Images that a criterion kept and rejected, a row per class that has any."""
+    if criterion not in record.thresholds.get("keeps_high", ()):    # a run of an older version
+        return None
+    labels, pool = _labels(record), record.pools[criterion]
+    groups = [(labels[label], kinds) for label, kinds in ranked(record, criterion).items()
+              if any(map(len, kinds))]
     if not groups:
         return None
-    places = {(4.5 * number + x, 1.3 * y): each for y, (_, kinds) in enumerate(groups)
-              for number, kind in enumerate(kinds) for x, each in enumerate(kind)}
-    kept, images, wanted = record.selected[criterion], record.pixels(criterion), {
-        each[:2] for each in places.values()}
-    pixels = {each: images[row] for row, each in enumerate(
-        zip(kept.source.tolist(), kept.index.tolist(), strict=True)) if each in wanted}
-    for number, source in sources.items():
-        index = np.array(sorted(index for each, index in wanted if each == number), np.int64)
-        for batch, those, _ in source.batches(rows=index) if len(index) else ():
-            pixels |= {(number, int(i)): image for i, image in zip(those, batch, strict=True)}
+    where = record.places(pool.key[np.concatenate([row for _, kinds in groups for row in kinds])])
     drawn, (axes,) = _panels(1, 1, WIDTH / 18 * 1.3 * len(groups))
     for number, kind in enumerate(KINDS):
         axes.text(4.5 * number, -0.5, kind, fontsize=9)
-    for y, (name, _) in enumerate(groups):
-        axes.text(-0.1, 1.3 * y + 0.5, name, ha="right", va="center")
-    for (x, y), (source, index, score) in places.items():
-        if (source, index) in pixels:
-            axes.imshow(pixels[source, index], extent=(x, x + 0.94, y + 0.94, y))
-            axes.text(x, y - 0.04, f"{record.sources[source][:10]}\n{score:.3g}", fontsize=4,
-                      linespacing=1)
+    for number, (name, kinds) in enumerate(groups):
+        y = 1.3 * number
+        axes.text(-0.1, y + 0.5, name, ha="right", va="center")
+        for x, row in ((4.5 * kind + place, row) for kind, rows in enumerate(kinds)
+                       for place, row in enumerate(rows)):
+            _, pixels, there = where[pool.key[row]]
+            axes.imshow(pixels[there], extent=(x, x + 0.94, y + 0.94, y))
+            axes.text(x, y - 0.04, f"{record.sources[pool.source[row]][:10]}\n"
+                      f"{pool.score[row]:.3g}", fontsize=4, linespacing=1)
     axes.set(xlim=(-0.1, 18), ylim=(1.3 * len(groups), -0.5), aspect="equal")
     axes.set_axis_off()
     said = f"Images of each class by {criterion}: {listed(KINDS)}."

@@ -34,12 +34,11 @@ def sampled(record, most=GALLERY):
 
 def gallery(record):
     """(what the page's script reads, the sheets as WebP)."""
-    where = {}          # {key of an image: (a transfer set, its pixels, the row there)}
-    for approach, rows in sampled(record).items():
-        images, pixels = record.selected[approach], record.pixels(approach)
-        where |= {key: (images, pixels, row)
-                  for key, row in zip(images.key[rows].tolist(), rows, strict=True)}
-    keys, found = np.array(sorted(where)), [where[key] for key in sorted(where)]
+    rows = sampled(record)
+    keys = np.unique(np.concatenate([images.key[rows[approach]]
+                                     for approach, images in record.selected.items()]))
+    where = record.places(keys)
+    found = [where[key] for key in keys.tolist()]
     kept = sum(np.isin(keys, images.key).astype(int) << number
                for number, images in enumerate(record.selected.values()))
     data = {
@@ -68,30 +67,30 @@ def _sheet(tiles):
     for number, tile in enumerate(tiles):
         image = Image.fromarray(tile).resize((edge, edge), Image.Resampling.BOX)
         sheet.paste(image, (number % ACROSS * edge, number // ACROSS * edge))
-    return _webp(sheet, 72)
-
-
-def _webp(image, quality):
-    """In base 64."""
     file = io.BytesIO()
-    image.save(file, "WEBP", quality=quality)
-    return base64.b64encode(file.getvalue()).decode()
+    sheet.save(file, "WEBP", quality=72)
+    return _base64(file.getvalue())
+
+
+def _base64(content):
+    return base64.b64encode(content).decode()
 
 
 def _pairs(record):
     """[(approach, approach, images that both kept, the first alone, the second alone)]"""
-    keys = {name: set(images.key.tolist()) for name, images in record.selected.items()}
-    return [(one, other, len(keys[one] & keys[other]), len(keys[one] - keys[other]),
-             len(keys[other] - keys[one])) for one, other in itertools.combinations(keys, 2)]
+    keys = {name: images.key for name, images in record.selected.items()}
+    both = {pair: int(np.isin(*map(keys.get, pair)).sum())
+            for pair in itertools.combinations(keys, 2)}
+    return [(one, other, count, len(keys[one]) - count, len(keys[other]) - count)
+            for (one, other), count in both.items()]
 
 
 def render(record, drawn, **content):
-    """The whole file. drawn: [(figures.Figure, its PNG)]; content: what page.html names."""
+    """The whole file. drawn: as of figures.save; content: what page.html names."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True).get_template("page.html")
-    images = [(figure, Image.open(io.BytesIO(png)).convert("RGB")) for figure, png in drawn]
     data, sheets = gallery(record) if record.selected else ({"count": 0}, [])
     text = template.render(
         data=data, sheets=sheets, config=record.config, pairs=_pairs(record),
-        figures=[(figure, image.size, _webp(image, 90)) for figure, image in images], **content)
+        figures=[(name, said, _base64(path.read_bytes())) for name, said, path in drawn], **content)
     return text.encode("utf-8", "backslashreplace").decode()

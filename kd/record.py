@@ -24,6 +24,12 @@ def mean(values):
     return statistics.fmean(known) if known else None
 
 
+def accuracy_text(row):
+    """The accuracy of a row of results.json in %, with its deviation over the seeds."""
+    spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.2f}"
+    return "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}"
+
+
 @dataclass(frozen=True)
 class Images:
     """(N,) each. source: into Record.sources; index: which image of it; files: names, or ""."""
@@ -98,9 +104,16 @@ class Record:
                                  np.array([each or "nan" for each in score], float), files)
         return found
 
-    def pixels(self, approach):
-        """The images of a transfer set, (N, size, size, 3) uint8, memory-mapped."""
-        return np.load(self.folder / f"transfer/{approach}/images.npy", mmap_mode="r")
+    def places(self, keys):
+        """{key: (Images, their pixels (N, size, size, 3) uint8, the row there)} of those of these
+        images that a transfer set has."""
+        found = {}
+        for approach, images in self.selected.items():
+            pixels = np.load(self.folder / f"transfer/{approach}/images.npy", mmap_mode="r")
+            rows = np.flatnonzero(np.isin(images.key, keys))
+            found |= {key: (images, pixels, row)
+                      for key, row in zip(images.key[rows].tolist(), rows, strict=True)}
+        return found
 
 
 class Experiment:

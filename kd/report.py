@@ -7,8 +7,8 @@ import statistics
 import time
 from pathlib import Path
 
-from kd.files import UserError, first_line, listed, say, write_atomically, write_json, write_text
-from kd.record import Experiment, mean, shown
+from kd.files import listed, write_json, write_text
+from kd.record import Experiment, accuracy_text, mean, shown
 from kd.settings import EATS_SOURCES
 from kd.values import name_of, name_of_arch
 
@@ -50,65 +50,44 @@ def notes(experiment):
     absent = [name for name in EATS_SOURCES if name not in record.sources]
     starts = ["random" if each == "none" else name_of_arch(each)
               for each in (settings.supervised_weights, settings.student_weights)]
-    published = not settings.teacher_checkpoint and ("cifar10", "imagenet", "imagenet") == (
-        name_of(settings.target), settings.teacher_weights, settings.supervised_weights)
     found = [sentence for true, sentence in (
         (unfinished, f"Not finished: {listed(unfinished)}."),
         (settings.limit, f"A trial run with at most {settings.limit} images of each data set."),
         (settings.data_free, "Data-free: no training image of the target was used."),
         (not record.teacher.get("linear_head", True),
          "MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits."),
-        (record.thresholds, _about_thresholds(settings)),
+        (record.thresholds,
+         f"Selected with --threshold {settings.threshold} --calibrate {settings.calibrate} "
+         f"--floor {settings.floor:g} --fill {settings.fill}{' --no-balance' * settings.no_balance}"
+         "."),
         ("eats" in approaches and absent, f"eats does without {listed(absent)}."),
-        ("supervised" in approaches,
-         "The supervised student learns from labelled images and starts from "
-         f"{starts[0]} weights, the others from {starts[1]} weights."),
-        (published, "Published with all sources and a ResNet-18 as student: "
-                    "supervised 79.65%, eats 60.67%, mms 68.02%.")) if true]
+        ("supervised" in approaches, "The supervised student learns from labels and starts from "
+         f"{starts[0]} weights, the others from {starts[1]} weights.")) if true]
     said = {}       # {sentence about @: approaches}: what is true of several is said once
     for each in records:
         seed = f" (seed {each.settings.seed})" * (len(records) > 1)
         for approach, summary in each.summaries.items():
             for sentence in _about_transfer_set(summary, each.students.get(approach)):
                 said.setdefault(sentence, []).append(approach + seed)
-    return found + [sentence.replace("@", in_words(names), 1) for sentence, names in said.items()]
-
-
-def _about_thresholds(settings):
-    whose = "the confidence set" if settings.calibrate == "target" else "the sources' images"
-    said = (f"Thresholds are the criteria's own, from {whose}." if settings.threshold == "published"
-            else f"The surest {100 * settings.threshold:g}% of {whose} pass, class by class.")
-    if settings.floor:
-        said += (f" Where fewer than {100 * settings.floor:g}% of a bucket pass, the best images "
-                 "below the threshold come in.")
-    bucket = "One bucket for all classes is" if settings.no_balance else "Buckets are"
-    fill = "with the best scores" if settings.fill == "best" else "first come first served"
-    return f"{said} {bucket} filled {fill}."
+    return found + [sentence.replace("@", listed(names), 1) for sentence, names in said.items()]
 
 
 def _about_transfer_set(summary, student):
     """Sentences, with @ where the approach comes."""
     got = dict(zip(summary["classes"], summary["per_class"], strict=True))
-    never = [name for name in summary["no_threshold"] if not got[name]]
-    short = {name: got[name] for name in summary["shortfall"] if name not in never}
     for words, counts in (
-            (f"Classes with fewer than {summary['bucket']:,} images in @", short),
+            (f"Classes with fewer than {summary['bucket']:,} images in @",
+             {name: got[name] for name in summary["shortfall"]}),
             ("Images below the threshold that --floor let in for @", summary["below_threshold"]),
             ("Images that can't be read are left out of @", summary["unreadable"])):
         if counts:
             yield f"{words}: {listed([f'{name} ({count:,})' for name, count in counts.items()])}."
-    if never:
-        s, es, it = ("s", "", "it") if len(never) == 1 else ("", "es", "them")
-        where = "the confidence set" if summary["calibrated_on"] == "target" else "the sources"
-        yield (f"In @, class{es} {in_words(never)} get{s} no images: the teacher never predicts "
-               f"{it} on {where}.")
+    if summary["no_threshold"]:
+        where = "confidence set" if summary["calibrated_on"] == "target" else "sources"
+        yield (f"Classes without a threshold in @: {listed(summary['no_threshold'])}. The teacher "
+               f"never predicts them on the {where}.")
     if student and not student["history"]:
         yield "There is no student of @: its transfer set is too small to learn from."
-
-
-def in_words(names):
-    """a, b and c"""
-    return listed(names) if not 1 < len(names) < 20 else f"{listed(names[:-1])} and {names[-1]}"
 
 
 def cells(row):
@@ -116,10 +95,9 @@ def cells(row):
     def number(name, form, scale=1):
         return "-" if row[name] is None else format(row[name] * scale, form)
     least, most = min(row["per_class"]), max(row["per_class"])
-    spread = "" if row["accuracy_std"] is None else " ± " + number("accuracy_std", ".2f", 100)
     return [row["approach"], row["student"], ", ".join(row["sources"]), f"{row['transfer_size']:,}",
             f"{least:,} to {most:,}" if least < most else f"{least:,}",
-            number("accuracy", ".2f", 100) + spread, number("retention", ".3f"),
+            accuracy_text(row), number("retention", ".3f"),
             number("agreement", ".2f", 100), number("seconds", ",.0f"),
             number("images_per_second", ",.0f")]
 
@@ -153,13 +131,12 @@ def write(experiment):
 
 
 def compare(folders, out):
-    """Writes table.md, table.csv (figures as in results.json) and figures over several runs below
-    `out`. Returns the Markdown."""
-    from kd import figures
-    experiments, rows, file = [Experiment(folder) for folder in folders], [], io.StringIO()
-    for each in experiments:
-        results = collect(each)
-        rows += [{"run": each.name, "target": results["target"],
+    """Writes table.md and table.csv (numbers as in results.json) of several runs below `out`.
+    Returns the Markdown."""
+    rows, file = [], io.StringIO()
+    for experiment in map(Experiment, folders):
+        results = collect(experiment)
+        rows += [{"run": experiment.name, "target": results["target"],
                   "teacher_accuracy": results["teacher"]["accuracy"], **row}
                  for row in results["rows"]]
     table = csv.DictWriter(file, rows[0] if rows else ["run"], lineterminator="\n")
@@ -169,60 +146,17 @@ def compare(folders, out):
     markdown = _markdown(["run", *HEADS], [[row["run"], *cells(row)] for row in rows], words=4)
     write_text(Path(out) / "table.csv", file.getvalue())
     write_text(Path(out) / "table.md", markdown)
-    with figures.styled(""):
-        _written(Path(out), [figures.accuracy(experiments), figures.sizes(experiments)])
-    return f"{markdown}\ntable.md, table.csv and figures are in {out}"
+    return f"{markdown}\ntable.md and table.csv are in {out}"
 
 
-def _at_hand(record, open_source):
-    """{number: source} of those that are there, as they were when they were scored."""
-    found = {}
-    for number, spec in enumerate(record.settings.sources):
-        scored = record.scored.get(name_of(spec), {"made_from": {}})
-        try:
-            source = open_source(record.settings, spec)
-        except (UserError, OSError) as error:
-            say(f"  {name_of(spec)}: only selected images are shown ({first_line(error)})")
-            continue
-        if source.fingerprint == scored["made_from"].get("images"):
-            found[number] = source
-    return found
-
-
-def _drawn(experiment, open_source):
-    """Every figures.Figure of a run, None among them."""
-    from kd import figures
-    record = experiment.first
-    ours = [name for name in record.pools if name in record.selected]
-    sources = _at_hand(record, open_source) if ours else {}
-    yield from (figures.accuracy([experiment]), figures.sizes([experiment]), figures.curves(record))
-    yield figures.counts(record)
-    yield from (figures.scores(record, name) for name in ours or list(record.pools)[:1])
-    yield from (figures.strip(record, name, sources) for name in ours)
-
-
-def _written(folder, drawn):
-    """[(figure, PNG)] of those that are not None, written below `folder`; others are deleted."""
-    from kd import figures
-    found = [(figure, figures.as_png(figure)) for figure in drawn if figure]
-    for figure, png in found:
-        path = folder / f"figures/{figure.name}.png"
-        write_atomically(path, lambda file, png=png: file.write(png))
-    for path in (folder / "figures").glob("*.png"):
-        if path.stem not in {figure.name for figure, _ in found}:
-            path.unlink(missing_ok=True)
-    return found
-
-
-def illustrate(experiment, open_source):
-    """Writes figures/*.png and report.html of a run, finished or not. Returns a line about them.
-    open_source(settings, spec): the data layer's way to open a source that is at hand."""
+def illustrate(experiment):
+    """Writes figures/*.png and report.html of a run, finished or not. Returns a line about them."""
     from kd import figures, page
     results, record = collect(experiment), experiment.first
-    with figures.styled("".join(record.classes)):
-        drawn = _written(experiment.folder, _drawn(experiment, open_source))
-    command = ["python", "compile.py", *record.config["command"], "--run-dir", "runs/again",
-               "--seeds", ",".join(map(str, results["seeds"]))]
+    drawn = figures.save(experiment.folder / "figures", figures.of_run(record, results))
+    flags = [word for word in record.config["command"] if not word.startswith("--seeds=")]
+    command = ["python", "compile.py", *flags, "--run-dir=runs/again",
+               f"--seeds={','.join(map(str, results['seeds']))}"]
     text = page.render(record, drawn, name=experiment.name, results=results, heads=HEADS,
                        rows=map(cells, results["rows"]), heading=heading(results),
                        command=shlex.join(command), now=time.strftime("%Y-%m-%d %H:%M"))

@@ -189,7 +189,9 @@ def make_thresholds(run, scores, criteria, classes):
                 raise UserError(f"{criterion.path}: the threshold of {label} is infinite, so that "
                                 "no image or every image passes it.")
             made[name] = [None if math.isnan(value) else value for value in found.tolist()]
-        product.write(made | {"calibrated_on": settings.calibrate, "classes": classes})
+        sides = {name: criterion.keeps_high for name, criterion in criteria.items()}
+        product.write(made | {"calibrated_on": settings.calibrate, "classes": classes,
+                              "keeps_high": sides})
     return {name: np.array([math.nan if value is None else value
                             for value in product.content[name]]) for name in criteria}
 

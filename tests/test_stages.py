@@ -156,8 +156,7 @@ def test_threshold_and_floor_reach_the_transfer_sets_and_the_notes(painted, run)
         below += sum(summary["below_threshold"].values())
     assert below and taken(run, "all").all()
     notes = " ".join(read(run, "results.json")["notes"])
-    assert ("The surest 90% of the confidence set pass, class by class. Where fewer than 50% of a "
-            "bucket pass, the best images below the threshold come in.") in notes
+    assert "--threshold 0.9 --calibrate target --floor 0.5" in notes
     assert "Images below the threshold that --floor let in for " in notes
 
 
@@ -171,8 +170,7 @@ def test_the_best_are_taken_and_one_bucket_may_hold_all_classes(painted, run):
     assert (scores["mms"][eligible & ~chosen] <= scores["mms"][chosen].min()).all()
     summary = read(run, "transfer/balanced/summary.json")
     assert summary["size"] == 30 and max(summary["per_class"]) > 10 and not summary["shortfall"]
-    assert ("One bucket for all classes is filled with the best scores."
-            in " ".join(read(run, "results.json")["notes"]))
+    assert "--fill best --no-balance." in " ".join(read(run, "results.json")["notes"])
 
 
 def test_a_trial_run_uses_few_images_of_everything(flags, run):
