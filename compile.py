@@ -26,6 +26,7 @@ from kd.record import Experiment
 from kd.run import Run
 from kd.scoring import Scoring, load_criteria, no_mms, report_thresholds
 from kd.settings import RECIPES, resolve
+from kd.training import require_batch
 from kd.values import is_own, name_of, name_of_approach
 from TeacherTrain import load_checkpoint, new_teacher, report_teacher, train_teacher, weights_of
 from transfer import bucket_size, make_transfer_set, report_transfer_set
@@ -89,6 +90,8 @@ def check_sizes(settings, target, sources):
         if bucket > there and not settings.data_free:
             raise UserError(f"--transfer-size {settings.transfer_size:,} asks for {bucket:,} "
                             f"images of each class, and all sources together have {there:,}.")
+    require_batch("--teacher-batch-size", settings.teacher_batch_size)
+    require_batch("--batch-size", settings.batch_size)
     chosen = settings.batch_size != RECIPES[settings.recipe]["batch_size"]
     if chosen and settings.batch_size > largest:
         raise UserError(f"--batch-size {settings.batch_size:,} is more than the {largest:,} images "

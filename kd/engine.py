@@ -15,11 +15,11 @@ import torch
 from kd.augment import to_device
 from kd.files import UserError
 from kd.packing import release_pages
-from kd.processes import gathered, share_of
+from kd.processes import gathered, own_card, share_of
 from kd.progress import Progress
 
 CPU = torch.device("cpu")
-EVALUATION_BATCH = 512      # images of up to 96 pixels; fewer where they are larger
+EVALUATION_BATCH = 512      # images of up to 96 pixels (CUDA: 160); fewer where they are larger
 READ_AT_ONCE = 100_000_000  # bytes of a memory-mapped array that may lie in memory
 PREFETCHED = 2              # batches that wait on the device, where the images stay on the CPU
 
@@ -30,12 +30,16 @@ def pick_device(name):
                  "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available[name]:
-        raise UserError(f"--device {name}: no {name.upper()} device found, or PyTorch was built "
-                        f"without {name.upper()}.")
+    number = own_card() if available[name] and name == "cuda" else 0
+    if not available[name] or number is None:
+        cards = torch.cuda.device_count()
+        raise UserError(f"--device {name}: " + (
+            f"no {name.upper()} device found, or PyTorch was built without {name.upper()}."
+            if not available[name] else f"torchrun started more processes on this machine than it "
+            f"has CUDA devices. Use --nproc-per-node {cards}, or --device cpu."))
     if name == "cpu":
         keep_memory()
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    return torch.device(name, number) if name == "cuda" else torch.device(name)
 
 
 def keep_memory():
@@ -58,8 +62,10 @@ def autocast(device, amp=None):
 
 
 def allow_tf32(allowed):
-    """Training may use the 10-bit mantissas of TF32; scores that decide a selection may not."""
+    """Training may use the 10-bit mantissas of TF32, and whatever convolutions cuDNN finds to be
+    the fastest; scores that decide a selection may not."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cudnn.benchmark = allowed
 
 
 def seed_for(seed, purpose):
@@ -122,7 +128,8 @@ def enough_memory(label, device, remedy):
     except (MemoryError, RuntimeError) as error:
         said = str(error)
         if not isinstance(error, MemoryError) and not any(sign in said for sign in (
-                "out of memory", "can't allocate memory", "ALLOC_FAILED")):
+                "out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
+                "CUBLAS_STATUS_NOT_INITIALIZED")):
             raise
         where = "the memory" if device.type == "cpu" else "the memory of the device"
         raise UserError(f"{label}: {where} does not suffice. {remedy}") from None
@@ -134,7 +141,8 @@ def enough_memory(label, device, remedy):
 
 def evaluation_batch(classifier):
     """Images of a batch that is only answered."""
-    return max(16, round(EVALUATION_BATCH * min(1.0, 96 / classifier.input_size) ** 2))
+    edge = 160 if classifier.scale.device.type == "cuda" else 96
+    return max(16, round(EVALUATION_BATCH * min(1.0, edge / classifier.input_size) ** 2))
 
 
 @torch.inference_mode()

@@ -6,17 +6,19 @@ tensor. Refused, as a `Misplaced`: a CPU tensor beside tensors on the device, a 
 .numpy(), float64 on mps, an asynchronous copy from memory that is not pinned. On "cuda", matrix
 products and convolutions have the 10-bit mantissas of TF32 where that is allowed.
 """
+import functools
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 
 import torch
 from conftest import ROOT
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+
+from kd import engine
 
 aten = torch.ops.aten
 WAITING = {aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.nonzero, aten.equal}
@@ -208,27 +210,26 @@ def rounded(tensor):
     """As TF32 has it: a mantissa of 10 bits."""
     if tensor.dtype != torch.float32:
         return tensor
-    return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(
-        torch.float32).as_strided(tensor.shape, tensor.contiguous().stride())
+    return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def begin(kind, monkeypatch):
     """Has this process believe that it has such a device. Returns the Card, within which it has."""
-    from kd import engine
     card, load = Card(kind), torch.load
-    settings = {"is_available": lambda: True, "get_device_name": lambda: "pretended",
-                "current_device": lambda: 0, "mem_get_info": lambda _=None: (1 << 33, 1 << 34),
+    settings = {"is_available": lambda: True, "device_count": lambda: 1,
+                "current_device": lambda: 0, "get_device_name": lambda: "pretended",
+                "mem_get_info": lambda _=None: (1 << 33, 1 << 34),
                 "is_bf16_supported": lambda *_, **__: False,
                 "default_generators": [SimpleNamespace(manual_seed=lambda seed: None)]}
     for name, value in settings.items() if kind == "cuda" else ():
         monkeypatch.setattr(torch.cuda, name, value)
     if kind == "mps":
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: True))
         monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1 << 33)
         monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: None)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(engine, "ThreadPoolExecutor",       # a mode is that of its thread
-                        partial(ThreadPoolExecutor, initializer=card.__enter__))
+                        functools.partial(ThreadPoolExecutor, initializer=card.__enter__))
     monkeypatch.setattr(torch, "load", lambda file, map_location=None, **more: tree_map_only(
         torch.Tensor, lambda value: value.to(map_location), load(file, **more)))
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)

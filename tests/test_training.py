@@ -142,6 +142,8 @@ def test_weights_that_are_not_finite_are_never_a_result(tmp_path, step):
 @pytest.mark.parametrize("error", [
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")])
 def test_memory_that_does_not_suffice_is_one_sentence(tmp_path, error):
     class Greedy(nn.Flatten):
@@ -167,6 +169,8 @@ def test_the_history_has_the_rate_of_each_epochs_last_step(tmp_path):
         rates.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
+    _, state = learn(tmp_path / "one.part", Recipe(1, 8, 0.05, schedule="onecycle", steps=1))
+    assert state.history[0]["lr"] == 0.05       # and not that of the end of a cycle
     assert found == {"constant": [(1, 0.05), (2, 0.05), (3, 0.05)],
                      "onecycle": [(1, rates[6]), (2, rates[13]), (3, rates[17])]}
 
