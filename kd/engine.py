@@ -5,12 +5,14 @@ device within a step."""
 import collections
 import contextlib
 import ctypes
+import itertools
 import random
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from torch import nn
 
 from kd.augment import to_device
 from kd.files import UserError
@@ -21,6 +23,7 @@ from kd.progress import Progress
 CPU = torch.device("cpu")
 EVALUATION_BATCH = 512      # images of up to 96 pixels (CUDA: 160); fewer where they are larger
 READ_AT_ONCE = 100_000_000  # bytes of a memory-mapped array that may lie in memory
+BLOCK = 32                  # batches whose answers wait on the device to be copied
 PREFETCHED = 2              # batches that wait on the device, where the images stay on the CPU
 
 
@@ -53,12 +56,23 @@ def keep_memory():
     mallopt(-1, (1 << 31) - 1)      # M_TRIM_THRESHOLD
 
 
-def autocast(device, amp=None):
-    """bfloat16 within it where `amp`; None: on CUDA devices that compute in it themselves. Older
+def in_bfloat16(device, amp=None):
+    """Whether training computes in it: `amp`; None: on CUDA devices that do so themselves. Older
     ones emulate it, slowly; so do most CPUs."""
-    if amp is None:
-        amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+    return amp if amp is not None else (
+        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def autocast(device, amp=None):
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device, amp))
+
+
+def cast_once(network):
+    """The network with the weights in bfloat16 that autocast would cast in every call."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.bfloat16()
+    return network
 
 
 def allow_tf32(allowed):
@@ -155,6 +169,13 @@ def answered(classifier, batches, device, then):
         yield then(classifier(pixels))
 
 
+def in_blocks(answers, device):
+    """Yields the columns of several batches at once, as tensors on the CPU: each copy waits for the
+    device. answers: those of `answered`."""
+    while block := list(itertools.islice(answers, 1 if device.type == "cpu" else BLOCK)):
+        yield [torch.cat(column).cpu() for column in zip(*block, strict=True)]
+
+
 def predict(classifier, images, rows=None, device=CPU, label="evaluating",
             then=None):
     """Logits of images, (n, C) float32 on the CPU; with `then`, as in `answered`, the columns
@@ -172,10 +193,10 @@ def predict(classifier, images, rows=None, device=CPU, label="evaluating",
     with enough_memory(label, device, remedy), contextlib.closing(progress):
         picked = (tensor[batch.to(tensor.device)] for batch in batches)
         values = answered(classifier, picked, device, then or (lambda logits: (logits,)))
-        for batch, columns in zip(batches, values, strict=True):
-            parts.append([column.cpu() for column in columns])
-            progress.update(len(batch))
-            unreleased += len(batch) * tensor[:1].nbytes
+        for columns in in_blocks(values, device):
+            parts.append(columns)
+            progress.update(len(columns[0]))
+            unreleased += len(columns[0]) * tensor[:1].nbytes
             if unreleased > READ_AT_ONCE:
                 release_pages(images)
                 unreleased = 0

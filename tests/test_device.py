@@ -16,11 +16,12 @@ from test_training import COUNT, IMAGES, LABELS, small
 from torch import nn
 
 import data
+from benchmarks.measuring import as_source
 from distill import live_objective
 from kd import engine, models, training
 from kd.command import Interrupted
 from kd.run import Run
-from kd.scoring import Scoring
+from kd.scoring import Scoring, load_criteria, score_batches
 from kd.settings import Recipe, resolve
 from kd.training import Checkpoint, Watch, cross_entropy, train
 
@@ -170,6 +171,21 @@ def test_a_training_on_a_device_resumes_in_the_same_bits(card, tmp_path, monkeyp
     resumed, _ = learn(tmp_path / "student.part", card.device, LIVE)
     for name, value in expected.state_dict().items():
         assert torch.equal(value.cpu(), resumed.state_dict()[name].cpu())
+
+
+def test_scores_are_copied_in_blocks(card, monkeypatch):
+    monkeypatch.setattr(engine, "EVALUATION_BATCH", 16)
+    teacher, criteria = small().to(card.device), load_criteria(resolve({}))
+    del criteria["mms"]     # it looks whether two rows of the last layer are equal
+    expected, _ = score_batches(small(), as_source(IMAGES), None, criteria, engine.CPU, "pool")
+    card.seen.clear()
+    found, _ = score_batches(teacher, as_source(IMAGES), None, criteria, card.device, "pool")
+    for name, column in expected.items():
+        np.testing.assert_allclose(found[name], column, rtol=1e-5, atol=1e-6)
+    waits = {where.partition(" ")[0]: count for (what, where), count in card.seen.items()
+             if what == "wait"}
+    assert waits.pop("engine.py:in_blocks.<locals>.<listcomp>") == 2 + len(criteria)
+    assert not any(where.startswith(("scoring.py", "engine.py")) for where in waits)
 
 
 def test_a_card_takes_larger_batches_of_large_images(cuda):

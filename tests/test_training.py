@@ -312,6 +312,14 @@ def test_bfloat16_is_for_training_alone(tmp_path):
     assert torch.equal(engine.predict(full, IMAGES), engine.predict(half, IMAGES))
 
 
+def test_a_live_teacher_is_cast_once():
+    teacher, views = small().eval(), torch.from_numpy(IMAGES)
+    with torch.no_grad(), engine.autocast(CPU, True):
+        expected = teacher(views)
+        assert torch.equal(engine.cast_once(teacher)(views), expected)
+    assert teacher.network[0].weight.dtype == torch.bfloat16
+
+
 def test_images_with_weights_come_as_often_as_those_say():
     rows, weights = torch.arange(100, 150), torch.arange(50) / 24.5
     seen = torch.zeros(150)
