@@ -25,6 +25,7 @@ from kd.record import Experiment
 from kd.run import Run
 from kd.scoring import Scoring, load_criteria, no_mms, report_thresholds
 from kd.settings import resolve
+from kd.training import require_batch
 from kd.values import is_own, name_of, name_of_approach
 from TeacherTrain import load_checkpoint, new_teacher, report_teacher, train_teacher, weights_of
 from transfer import make_transfer_set, report_transfer_set
@@ -61,6 +62,7 @@ def check_networks(settings, target):
     where the student can't be trained."""
     if Run(settings).has("teacher.json"):
         return
+    require_batch("--teacher-batch-size", settings.teacher_batch_size)
     given = settings.teacher_checkpoint
     teacher = load_checkpoint(settings, target) if given else None
     if settings.student_weights == "teacher":

@@ -171,6 +171,8 @@ def objective_of(run, images, teacher_path, target, device):
     teacher = models.folded(teacher).to(device)
     if recipe.augment == "none":
         return fixed_objective(teacher, images, recipe.temperature, device), recipe
+    if engine.in_bfloat16(device, recipe.amp):
+        teacher = engine.cast_once(teacher)
     return live_objective(teacher, recipe.temperature, device, recipe.amp), recipe
 
 

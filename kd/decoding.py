@@ -100,7 +100,9 @@ def decoded(images, label, size, blocks, count):
     """Yields what _Blocks makes of each of `blocks`, an iterable of `count` lists of image numbers,
     in order. Raises UserError where a process that decodes dies."""
     import torch
-    workers = min(cores(), count) if count > 2 else 0
+
+    from kd.processes import working_here
+    workers = min(-(-cores() // working_here()), count) if count > 2 else 0
     loader = torch.utils.data.DataLoader(
         _Blocks(images, size), batch_size=None, sampler=blocks, num_workers=workers,
         collate_fn=tuple, worker_init_fn=functools.partial(_die_with_parent, os.getpid()),

@@ -5,22 +5,25 @@ device within a step."""
 import collections
 import contextlib
 import ctypes
+import itertools
 import random
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from torch import nn
 
 from kd.augment import to_device
 from kd.files import UserError
 from kd.packing import release_pages
-from kd.processes import gathered, share_of
+from kd.processes import gathered, own_card, share_of
 from kd.progress import Progress
 
 CPU = torch.device("cpu")
-EVALUATION_BATCH = 512      # images of up to 96 pixels; fewer where they are larger
+EVALUATION_BATCH = 512      # images of up to 96 pixels (CUDA: 160); fewer where they are larger
 READ_AT_ONCE = 100_000_000  # bytes of a memory-mapped array that may lie in memory
+BLOCK = 32                  # batches whose answers wait on the device to be copied
 PREFETCHED = 2              # batches that wait on the device, where the images stay on the CPU
 
 
@@ -30,12 +33,16 @@ def pick_device(name):
                  "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available[name]:
-        raise UserError(f"--device {name}: no {name.upper()} device found, or PyTorch was built "
-                        f"without {name.upper()}.")
+    number = own_card() if available[name] and name == "cuda" else 0
+    if not available[name] or number is None:
+        cards = torch.cuda.device_count()
+        raise UserError(f"--device {name}: " + (
+            f"no {name.upper()} device found, or PyTorch was built without {name.upper()}."
+            if not available[name] else f"torchrun started more processes on this machine than it "
+            f"has CUDA devices. Use --nproc-per-node {cards}, or --device cpu."))
     if name == "cpu":
         keep_memory()
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    return torch.device(name, number) if name == "cuda" else torch.device(name)
 
 
 def keep_memory():
@@ -49,17 +56,30 @@ def keep_memory():
     mallopt(-1, (1 << 31) - 1)      # M_TRIM_THRESHOLD
 
 
-def autocast(device, amp=None):
-    """bfloat16 within it where `amp`; None: on CUDA devices that compute in it themselves. Older
+def in_bfloat16(device, amp=None):
+    """Whether training computes in it: `amp`; None: on CUDA devices that do so themselves. Older
     ones emulate it, slowly; so do most CPUs."""
-    if amp is None:
-        amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+    return amp if amp is not None else (
+        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def autocast(device, amp=None):
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device, amp))
+
+
+def cast_once(network):
+    """The network with the weights in bfloat16 that autocast would cast in every call."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.bfloat16()
+    return network
 
 
 def allow_tf32(allowed):
-    """Training may use the 10-bit mantissas of TF32; scores that decide a selection may not."""
+    """Training may use the 10-bit mantissas of TF32, and whatever convolutions cuDNN finds to be
+    the fastest; scores that decide a selection may not."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cudnn.benchmark = allowed
 
 
 def seed_for(seed, purpose):
@@ -122,7 +142,8 @@ def enough_memory(label, device, remedy):
     except (MemoryError, RuntimeError) as error:
         said = str(error)
         if not isinstance(error, MemoryError) and not any(sign in said for sign in (
-                "out of memory", "can't allocate memory", "ALLOC_FAILED")):
+                "out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
+                "CUBLAS_STATUS_NOT_INITIALIZED")):
             raise
         where = "the memory" if device.type == "cpu" else "the memory of the device"
         raise UserError(f"{label}: {where} does not suffice. {remedy}") from None
@@ -134,7 +155,8 @@ def enough_memory(label, device, remedy):
 
 def evaluation_batch(classifier):
     """Images of a batch that is only answered."""
-    return max(16, round(EVALUATION_BATCH * min(1.0, 96 / classifier.input_size) ** 2))
+    edge = 160 if classifier.scale.device.type == "cuda" else 96
+    return max(16, round(EVALUATION_BATCH * min(1.0, edge / classifier.input_size) ** 2))
 
 
 @torch.inference_mode()
@@ -145,6 +167,13 @@ def answered(classifier, batches, device, then):
     allow_tf32(False)
     for pixels in prefetched(batches, device):
         yield then(classifier(pixels))
+
+
+def in_blocks(answers, device):
+    """Yields the columns of several batches at once, as tensors on the CPU: each copy waits for the
+    device. answers: those of `answered`."""
+    while block := list(itertools.islice(answers, 1 if device.type == "cpu" else BLOCK)):
+        yield [torch.cat(column).cpu() for column in zip(*block, strict=True)]
 
 
 def predict(classifier, images, rows=None, device=CPU, label="evaluating",
@@ -164,10 +193,10 @@ def predict(classifier, images, rows=None, device=CPU, label="evaluating",
     with enough_memory(label, device, remedy), contextlib.closing(progress):
         picked = (tensor[batch.to(tensor.device)] for batch in batches)
         values = answered(classifier, picked, device, then or (lambda logits: (logits,)))
-        for batch, columns in zip(batches, values, strict=True):
-            parts.append([column.cpu() for column in columns])
-            progress.update(len(batch))
-            unreleased += len(batch) * tensor[:1].nbytes
+        for columns in in_blocks(values, device):
+            parts.append(columns)
+            progress.update(len(columns[0]))
+            unreleased += len(columns[0]) * tensor[:1].nbytes
             if unreleased > READ_AT_ONCE:
                 release_pages(images)
                 unreleased = 0

@@ -7,9 +7,11 @@ import contextlib
 import datetime
 import functools
 import os
+import warnings
 
 import torch
 from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from kd.files import UserError, working_alone
 
@@ -22,11 +24,24 @@ def start_processes():
         raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but there is no "
                         f"{' and no '.join(absent)}. Start several processes with torchrun, or "
                         "unset WORLD_SIZE.")
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                   timeout=datetime.timedelta(days=30))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=datetime.timedelta(days=30))
+
+
+def here():
+    """Processes that torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def own_card():
+    """The number of this process's CUDA device; None where there are fewer than processes."""
+    number, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if world_size() == 1:
+        return torch.cuda.current_device()
+    if max(number + 1, here()) > cards:
+        return None
+    torch.cuda.set_device(number)
+    return number
 
 
 def end_processes():
@@ -74,12 +89,25 @@ def on_all_ranks(stage):
     return waiting
 
 
+class _Alone:
+    now = False
+
+
+def working_here():
+    """Processes of this machine that work now: while the first one does alone, the others wait."""
+    return 1 if _Alone.now or working_alone else here()
+
+
 def first_alone(make):
     """make() in the first process, then in the others, which find on disk what it put there."""
     if rank():
         wait()
         return make()
-    made = make()
+    _Alone.now = True
+    try:
+        made = make()
+    finally:
+        _Alone.now = False
     wait()
     return made
 
@@ -116,3 +144,21 @@ def summed(tensor):
         tensor = tensor.clone()
         distributed.all_reduce(tensor)
     return tensor
+
+
+def shared(network, device):
+    """The network whose gradients are the mean over all processes."""
+    if world_size() == 1:
+        return network
+    devices = [device] if device.type == "cuda" else None
+    with warnings.catch_warnings():     # torch 2.14 has another name for broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(network, devices, gradient_as_bucket_view=True,
+                                       broadcast_buffers=False)
+
+
+def share_buffers(*networks):
+    """Gives every process the batch statistics of the first one, which saves."""
+    for network in dict.fromkeys(networks) if world_size() > 1 else ():     # a set has no order
+        for buffer in network.buffers():
+            distributed.broadcast(buffer, 0)

@@ -99,12 +99,13 @@ def score_batches(teacher, source, rows, criteria, device, label):
         scores = (criterion.score(logits, weight) for criterion in criteria.values())
         return logits.topk(2, 1).indices[:, 0], logits.isfinite().all(1), *scores
     with engine.enough_memory(label, device, "Use a smaller network, or --device cpu."):
-        for values in engine.answered(teacher, pixels(), device, of_logits):
+        answers = engine.answered(teacher, pixels(), device, of_logits)
+        for values in engine.in_blocks(answers, device):
             if columns is None:     # made once: ten million images are held a single time
-                columns = [np.empty(most, value.cpu().numpy().dtype) for value in values]
+                columns = [np.empty(most, value.numpy().dtype) for value in values]
             stop = done + len(values[0])
             for column, value in zip(columns, values, strict=True):
-                column[done:stop] = value.cpu().numpy()
+                column[done:stop] = value.numpy()
             progress.update(stop - done)
             done = stop
     progress.close()

@@ -46,6 +46,7 @@ class Recipe:
     steps: int = 0
     ema: float = 0.0                # decay of the average of weights that it ends as
     amp: bool | None = None         # bfloat16 where it pays; None: on cards that have it
+    compile: bool | None = None     # torch.compile; None: on CUDA, where much is left to train
 
 
 _SGD = dict(momentum=0.9, weight_decay=5e-4, schedule="onecycle")
@@ -237,6 +238,9 @@ class Settings:
     amp: bool | None = _running(
         None, None, bool, "train in bfloat16, which scores never are (default: on CUDA devices "
         "that have it)")
+    compile: bool | None = _running(
+        None, None, bool, "train with torch.compile, which takes a minute to start (default: on "
+        "CUDA, once five minutes or more are left)")
     tensorboard: bool = _running(
         None, False, bool, "write losses, accuracies and views into the run folder's tensorboard/")
     restart: bool = _running(None, False, bool, "delete what the run folder holds and begin again")
@@ -264,7 +268,8 @@ class Settings:
     @property
     def teacher_recipe(self):
         return Recipe(self.teacher_epochs, self.teacher_batch_size, self.teacher_lr,
-                      augment=self.teacher_augment, amp=self.amp, **_SGD)
+                      augment=self.teacher_augment, amp=self.amp, compile=self.compile,
+                      **_SGD)
 
     @property
     def student_recipe(self):

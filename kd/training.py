@@ -5,14 +5,11 @@ after each step and each epoch."""
 import copy
 import io
 import time
-import warnings
 import zipfile
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 
 from kd.augment import augment, shuffled_batches, step_generator
 from kd.board import open_board
@@ -28,13 +25,14 @@ from kd.engine import (
 )
 from kd.files import UserError, is_first, say, write_atomically
 from kd.optimizers import optimizer_of
-from kd.processes import agreed, rank, share_of, summed, world_size
+from kd.processes import agreed, rank, share_buffers, share_of, shared, summed, world_size
 from kd.progress import Progress
 
 AUXILIARY_WEIGHT = 0.4      # of an auxiliary head's loss, as in Inception (Szegedy et al. 2015)
-COMPILING_PAYS = 300.0      # seconds of training left on CUDA from which torch.compile pays
+COMPILING_PAYS = 300.0      # seconds left on CUDA from which torch.compile pays
 ROUND = 1_000               # steps after which a training is saved within an epoch
 SAVE_INTERVAL = 20.0        # seconds of work between two checkpoints, at least
+SMALLEST_PART = 8           # images of a batch for each of several processes
 CHECK_STEPS = 50            # on a device: steps between two looks at whether the loss is finite
 AGREE_STEPS = 10            # steps after which several processes agree whether to stop
 
@@ -69,7 +67,7 @@ class Training:
         optimizer, scheduler = optimizer_of(classifier, recipe, steps)
         average = copy.deepcopy(classifier) if recipe.ema else None
         return cls(classifier, optimizer, scheduler, average, torch.zeros((), device=device),
-                   per_epoch, steps, network=_shared(classifier, device))
+                   per_epoch, steps, network=shared(classifier, device))
 
     @property
     def images_per_second(self):
@@ -104,6 +102,16 @@ class Training:
             if not kept.is_floating_point():
                 kept.copy_(value)
 
+    def compile(self, wanted, device):
+        """Compiles the network for the steps that are left, on CUDA into graphs that cost the host
+        no time. wanted: whether; None: on CUDA, once it pays."""
+        done = self.epoch * self.per_epoch + self.step
+        left = (self.steps - done) / max(1, done) * self.seconds
+        pays = wanted is None and device.type == "cuda" and left > COMPILING_PAYS
+        if (wanted or pays) and not hasattr(self.network, "_orig_mod"):
+            mode = "reduce-overhead" if device.type == "cuda" else None
+            self.network = torch.compile(self.network, mode=mode)
+
     def state(self):
         """Everything, as plain types and tensors."""
         scheduler = {name: value for name, value in self.scheduler.state_dict().items()
@@ -123,17 +131,6 @@ class Training:
             del state[name]
         for name, value in state.items():
             setattr(self, name, value)
-
-
-def _shared(classifier, device):
-    """The network whose gradients are the mean over all processes."""
-    if world_size() == 1:
-        return classifier
-    devices = [device] if device.type == "cuda" else None
-    with warnings.catch_warnings():     # torch 2.14 has another name for broadcast_buffers
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(classifier, devices, gradient_as_bucket_view=True,
-                                       broadcast_buffers=False)
 
 
 @dataclass(frozen=True)
@@ -162,10 +159,7 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
     signal asks to stop, everything is saved; a later call resumes there and ends in the same
     bits. Raises UserError when the loss is no longer finite or the memory does not suffice; the
     checkpoint stays."""
-    smallest = 2 * world_size()
-    if min(recipe.batch_size, len(rows)) < smallest:
-        raise UserError(f"{watch.label}: a batch needs {smallest} images or more, and there are "
-                        f"{min(recipe.batch_size, len(rows))}.")
+    require_batch(watch.label, min(recipe.batch_size, len(rows)))
     remedy = "Use a smaller --batch-size (--teacher-batch-size), or a smaller network."
     with orderly(), enough_memory(watch.label, device, remedy):
         classifier.to(device)
@@ -184,14 +178,27 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
     return state
 
 
+def require_batch(label, images):
+    """Raises UserError where a batch of so many images is too small: batch norms see the part of
+    one process alone, and students of parts of two images reached a third of their accuracy."""
+    smallest = 2 if world_size() == 1 else SMALLEST_PART * world_size()
+    if images < smallest:
+        more = f", {SMALLEST_PART} for each process" if world_size() > 1 else ""
+        raise UserError(f"{label}: a batch needs {smallest} images or more{more}, and there are "
+                        f"{images}.")
+
+
 def train_one_epoch(state, images, batches, objective, recipe, seed, device, keeper):
     """The steps of one epoch that are left. batches: [(n,) int64 rows]."""
     state.classifier.train()
+    state.compile(recipe.compile, device)
     allow_tf32(True)
     mine = slice(*share_of(len(batches[0])))        # this process's share of every batch
     weight = (mine.stop - mine.start) * world_size() / len(batches[0])
-    batches = [batch.to(images.device) for batch in batches]
-    pixels = prefetched((images[batch[mine]] for batch in batches[state.step:]), device)
+    # Two copies an epoch: where a step indexes the images, and where the objective indexes labels.
+    count, order = len(batches[0]), torch.cat(batches)
+    batches, at = (order.to(where).split(count) for where in (device, images.device))
+    pixels = prefetched((images[rows[mine]] for rows in at[state.step:]), device)
     for step, (batch, raw) in enumerate(zip(batches[state.step:], pixels, strict=True), state.step):
         generator = step_generator(seed, state.epoch, step)
         seed_all(seed_for(seed, f"{state.epoch}/{step}/{rank()}"), device)
@@ -307,7 +314,7 @@ class _Keeper:
         batches, position = state.batches_left, state.epoch * state.per_epoch
         loss = summed(state.total).item() / batches / world_size()      # waits for the device
         self._tick()
-        _share_buffers(state)
+        share_buffers(state.classifier, state.result)
         reached = watch.evaluate(state.result) if watch.evaluate else None
         state.history.append({"epoch": state.epoch + 1, "loss": loss, "lr": state.rate,
                               "confidence_accuracy": reached})
@@ -315,9 +322,6 @@ class _Keeper:
                          confidence_accuracy=reached)
         state.total, state.step = torch.zeros((), device=self.device), 0
         self._save()
-        left = (state.steps - position - batches) / max(1, position + batches) * state.seconds
-        if self.device.type == "cuda" and state.epoch == 1 and left > COMPILING_PAYS:
-            state.network = torch.compile(state.network)
         self.began = time.monotonic()
 
     def close(self):
@@ -365,11 +369,3 @@ class _Keeper:
         epoch = self.state.epoch + 1
         raise UserError(f"{self.watch.label}: {what} in step {step} of epoch {epoch}. Use "
                         f"{self.watch.remedy}.")
-
-
-def _share_buffers(state):
-    """Gives every process the batch statistics of the first one, which saves."""
-    networks = dict.fromkeys((state.classifier, state.result))     # a set has no order
-    for network in networks if world_size() > 1 else ():
-        for buffer in network.buffers():
-            distributed.broadcast(buffer, 0)

@@ -10,7 +10,8 @@ from run_files import read
 from test_training import learn, same, small
 from torch import nn
 
-from kd import checkpoints
+from kd import checkpoints, engine, processes, training
+from kd.files import UserError
 from kd.settings import Recipe
 
 BEGIN = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
@@ -65,6 +66,7 @@ from test_training import learn, small
 
 def main(argv):
     folder, looks = Path(argv[0]), []
+    training.SMALLEST_PART = 2
     plain, state = learn(folder / "plain.part", RECIPE, classifier=small(*without_norms()))
     undisturbed, _ = learn(folder / "undisturbed.part", RECIPE)
     # A signal that only the second process gets, and the first one hears of.
@@ -129,3 +131,35 @@ def test_what_goes_wrong_ends_all_processes_and_is_said_once(tmp_path, which, wh
     done = torchrun(tmp_path / "fail.py", which)
     said = [line for line in done.stderr.splitlines() if line.startswith("fail.py")]
     assert done.returncode != 0 and said == [f"{who}: the disk is full."]
+
+
+@pytest.mark.parametrize("cards, here, rank, found", [
+    (8, 8, 7, 7), (1, 8, 0, None), (1, 8, 3, None), (2, 2, 0, 0)])
+def test_each_process_has_a_card_of_its_own_or_says_so(monkeypatch, cards, here, rank, found):
+    chosen = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(processes, "world_size", lambda: here)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert engine.pick_device("cpu") == engine.CPU and chosen == []
+    if found is None:
+        with pytest.raises(UserError, match="^--device cuda: torchrun started more processes on "
+                                            f"this machine .* Use --nproc-per-node {cards}, or "):
+            engine.pick_device("auto")
+    else:
+        assert engine.pick_device("cuda") == torch.device("cuda", found) and chosen == [found]
+
+
+def test_processes_share_the_cores_of_a_machine_that_decode(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert processes.working_here() == 8 and processes.first_alone(processes.working_here) == 1
+
+
+def test_a_process_is_not_left_with_a_few_images_of_a_batch(monkeypatch):
+    monkeypatch.setattr(training, "world_size", lambda: 4)
+    with pytest.raises(UserError, match="^--batch-size: a batch needs 32 images or more, 8 for "
+                                        "each process, and there are 31.$"):
+        training.require_batch("--batch-size", 31)
+    training.require_batch("--batch-size", 32)

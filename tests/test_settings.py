@@ -171,7 +171,8 @@ def test_a_config_repeats_a_run_in_any_folder_and_the_command_line_has_the_last_
         tmp_path, monkeypatch):
     argv = ["--target", "a=t", "--sources", "b=s,svhn", "--seeds", "3,4", "--recipe", "best",
             "--floor", "5%", "--threshold", "0.3", "--classes", "names.txt", "--no-balance",
-            "--teacher-mean", "0.1,0.2,0.3", "--steps", "7", "--tensorboard", "--no-amp"]
+            "--teacher-mean", "0.1,0.2,0.3", "--steps", "7", "--tensorboard", "--no-amp",
+            "--compile"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "names.txt").write_text("x, y\n\nz\n")
     path = kept(tmp_path, *argv, "--run-dir", "r", "--restart")

@@ -144,6 +144,8 @@ def test_weights_that_are_not_finite_are_never_a_result(tmp_path, step):
 @pytest.mark.parametrize("error", [
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")])
 def test_memory_that_does_not_suffice_is_one_sentence(tmp_path, error):
     class Greedy(nn.Flatten):
@@ -169,6 +171,8 @@ def test_the_history_has_the_rate_of_each_epochs_last_step(tmp_path):
         rates.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
+    _, state = learn(tmp_path / "one.part", Recipe(1, 8, 0.05, schedule="onecycle", steps=1))
+    assert state.history[0]["lr"] == 0.05       # and not that of the end of a cycle
     multistep = [(epoch + 1, pytest.approx(0.05 / fall)) for epoch, fall in
                  enumerate((1, 100, 1000))]        # it falls at the steps 11, 13 and 15
     assert found == {"constant": [(1, 0.05), (2, 0.05), (3, 0.05)], "multistep": multistep,
@@ -264,6 +268,14 @@ def test_bfloat16_is_for_training_alone(tmp_path):
     assert engine.predict(half, IMAGES).dtype == torch.float32
     full.load_state_dict(half.state_dict())
     assert torch.equal(engine.predict(full, IMAGES), engine.predict(half, IMAGES))
+
+
+def test_a_live_teacher_is_cast_once():
+    teacher, views = small().eval(), torch.from_numpy(IMAGES)
+    with torch.no_grad(), engine.autocast(CPU, True):
+        expected = teacher(views)
+        assert torch.equal(engine.cast_once(teacher)(views), expected)
+    assert teacher.network[0].weight.dtype == torch.bfloat16
 
 
 def test_images_with_weights_come_as_often_as_those_say():
