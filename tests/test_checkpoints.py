@@ -148,11 +148,6 @@ SAVED = {
     "halved": lambda net: {key: value.half() for key, value in net.half().state_dict().items()},
     "a key of its own": lambda net: {"weights_of_mine": net.state_dict(), "args": {"lr": 0.1}},
     "two keys": lambda net: {"epoch": 3, "model": {"net": under("module.", net.state_dict())}},
-    "Lightning": lambda net: {
-        "epoch": 9, "global_step": 100, "pytorch-lightning_version": "2.4.0", "loops": {},
-        "state_dict": under("model.", net.state_dict()) | {
-            "criterion.weight": torch.ones(3), "metric.confusion": torch.ones(3, 3)},
-        "callbacks": {}, "optimizer_states": [], "hyper_parameters": Attributes(lr=0.1)},
     "criterion beside": lambda net: net.state_dict() | {"criterion.weight": torch.ones(3)},
     "things beside": lambda net: {
         "state_dict": net.state_dict(), "best": np.float64(0.9), "array": np.zeros(3),
@@ -190,6 +185,27 @@ def test_what_timms_own_script_saves_is_read(net, capsys):
     assert same(checkpoints.load_teacher("last.pth.tar", "net.py:make", CLASSES), net)
     assert ("last.pth.tar: the weights under 'state_dict' are used, not those under "
             "'state_dict_ema'.") in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")       # of Lightning's, about a training of one step
+def test_what_lightnings_trainer_saves_is_read(net):
+    from lightning import pytorch as lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self, rate, place=Path("/data")):
+            super().__init__()
+            self.save_hyperparameters()
+            self.model, self.criterion = net, nn.CrossEntropyLoss(weight=torch.ones(len(CLASSES)))
+
+        def training_step(self, batch, number):
+            return self.criterion(self.model(batch), torch.zeros(len(batch), dtype=torch.long))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+    trainer = lightning.Trainer(accelerator="cpu", max_steps=1, logger=False, barebones=True)
+    trainer.fit(Module(0.1), torch.utils.data.DataLoader(torch.rand(4, 3, 32, 32), batch_size=2))
+    trainer.save_checkpoint("last.ckpt")
+    assert same(checkpoints.load_teacher("last.ckpt", "net.py:make", CLASSES), net)
 
 
 def test_of_a_student_and_a_teacher_the_teacher_is_taken_and_that_is_said(net, capsys):
