@@ -28,7 +28,7 @@ from kd.settings import resolve
 from kd.training import require_batch
 from kd.values import is_own, name_of, name_of_approach
 from TeacherTrain import load_checkpoint, new_teacher, report_teacher, train_teacher, weights_of
-from transfer import make_transfer_set, report_transfer_set
+from transfer import make_transfer_set, report_pool, report_transfer_set
 
 
 def of_each_seed(settings):
@@ -98,6 +98,7 @@ def prepare(settings, device, target):
     selecting = [approach for approach in approaches if approach != "supervised"]
     if selecting:
         scoring = Scoring(run, device, data, target)
+        report_pool(scoring)
         for name in (name for name in scoring.criteria if name in selecting):
             report_thresholds(name, scoring)
         target_size = len(target.train) if target.train else None

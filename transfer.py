@@ -44,6 +44,7 @@ from kd.values import name_of_approach
 NO_SET = ("{} has no transfer set: it learns from the target's labelled images. Run "
           "`python distill.py --approach supervised`.")
 MANIFEST = ["source", "index", "file", "predicted", "score"]
+FAR = 0.5           # of the classes: near pools spread over 0.9, far ones over a third
 MOST_OFTEN = 8      # times that an image may come for each time that it would come by chance
 
 
@@ -112,8 +113,8 @@ def join(scores):
 
 @dataclass(frozen=True)
 class Rules:
-    """bucket: images per class; classes: how many there are; fill: "first" or "best"; floor:
-    where fewer than this share of a bucket pass, the best ones below the threshold come in;
+    """bucket: images per class; classes: how many there are; fill: "first", "random" or "best";
+    floor: where fewer than this share of a bucket pass, the best ones below the threshold come in;
     balance=False: one bucket, as large as all together; keeps_high: {criterion: whether large
     scores are kept}."""
 
@@ -163,7 +164,10 @@ def select(approach, candidates, thresholds, rules):
         eligible = np.isin(np.array(candidates.names), EATS_SOURCES)[candidates.source]
     else:
         raise ValueError(f"{approach} selects nothing")
-    chosen = fill_buckets(group, eligible, room, badness if rules.fill == "best" else None)
+    preference = badness if rules.fill == "best" else None
+    if rules.fill == "random":
+        preference = np.random.default_rng(engine.seed_for(rules.seed, "fill")).permutation(count)
+    chosen = fill_buckets(group, eligible, room, preference)
     return chosen, admitted[chosen]
 
 
@@ -173,6 +177,13 @@ def even_weights(predicted):
     counts = np.bincount(predicted)
     share = len(predicted) / np.count_nonzero(counts)
     return np.minimum(share / counts[predicted], MOST_OFTEN)
+
+
+def evenness(predicted):
+    """How many classes the teacher's answers spread over: the exponential of their entropy, from 1
+    (all images in one class) to the number of classes (as many in each). predicted: (N,) int."""
+    share = np.bincount(predicted) / len(predicted)
+    return float(np.exp(-np.sum(share[share > 0] * np.log(share[share > 0]))))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -283,6 +294,18 @@ def write_transfer_set(folder, scoring, candidates, chosen, shown, size):
     write_text(folder / "manifest.csv", listing.getvalue())
 
 
+def report_pool(scoring):
+    """Says how far the pool is from the target, as far as its images can tell."""
+    settings, classes = scoring.run.settings, len(scoring.classes)
+    predicted = np.concatenate([each["predicted"] for each in scoring.candidates.values()])
+    found = evenness(predicted)
+    say(f"pool: {len(predicted):,} images, which the teacher spreads over {found:.1f} of {classes} "
+        "classes")
+    if found < FAR * classes and settings.recipe == "best":
+        say("  That is what a pool of another domain looks like: try --recipe far, with the "
+            "approach even (docs/results.md).")
+
+
 def report_transfer_set(approach, summary):
     sources = ", ".join(f"{name} {count:,}" for name, count in summary["per_source"].items())
     say(f"transfer: {approach}, {summary['size']:,} images, {min(summary['per_class']):,} to "
@@ -306,6 +329,7 @@ def main(argv):
     first_alone(lambda: data.obtain(settings))
     first_alone(lambda: run.open(device, given, always=False))
     train = scoring.target.train
+    report_pool(scoring)
     report_transfer_set(approach, make_transfer_set(run, approach, scoring, train and len(train)))
     say(f"saved in {run / 'transfer' / approach}")
 

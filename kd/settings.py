@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kd import values
 from kd.files import UserError, listed
+from kd.recipes import RECIPES, SGD, Recipe
 from kd.values import AUGMENTATIONS, is_own, name_of, name_of_approach, name_of_arch, plain
 
 IMAGE_SIZE = 32
@@ -25,49 +26,6 @@ PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "ca
                    "caltech256")
 BUILT_IN_SOURCES = ("glyphs", "photos", "noise")
 STAGES = ("teacher", "scores", "transfer", "students")
-
-
-# --------------------------------------------------------------------------------------------------
-# Recipes
-# --------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one network is trained: SGD for `epochs` passes, or for `steps` batches where not 0."""
-
-    epochs: int
-    batch_size: int
-    lr: float                       # peak learning rate
-    momentum: float = 0.0           # Nesterov's, where it is not 0
-    weight_decay: float = 0.0
-    schedule: str = "constant"      # or onecycle, cosine, multistep
-    augment: str = "none"           # or some of AUGMENTATIONS, joined by commas
-    temperature: float = 1.0        # of the KD loss
-    steps: int = 0
-    ema: float = 0.0                # decay of the average of weights that it ends as
-    amp: bool | None = None         # bfloat16 where it pays; None: on cards that have it
-    compile: bool | None = None     # torch.compile; None: on CUDA, where much is left to train
-
-
-_SGD = dict(momentum=0.9, weight_decay=5e-4, schedule="onecycle")
-
-# Defaults by recipe. How the published teacher was trained is not stated: `reference` trains it as
-# is usual for CIFAR. The published student: constant rate, no augmentation, T = 10.
-RECIPES = {
-    "reference": dict(
-        teacher_epochs=15, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
-        epochs=20, steps=0, batch_size=64, lr=0.1, momentum=0.0, weight_decay=0.0,
-        schedule="constant", augment="none", temperature=10.0, ema=0.0,
-        student_weights="none", threshold="published", floor=0.0),
-    "best": dict(
-        teacher_epochs=24, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
-        epochs=40, steps=6_000, batch_size=256, lr=0.05, **_SGD, augment="crop,flip",
-        temperature=4.0, ema=0.0, student_weights="auto", threshold="published", floor=0.0),
-    "quick": dict(
-        teacher_epochs=12, teacher_batch_size=64, teacher_lr=0.02, teacher_augment="crop",
-        epochs=16, steps=352, batch_size=64, lr=0.1, **_SGD, augment="none",
-        temperature=4.0, ema=0.0, student_weights="none", threshold=0.9, floor=0.0),
-}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,7 +79,8 @@ class Settings:
     recipe: str = _everyday(
         None, "reference", tuple(RECIPES),
         "how the networks are trained: reference is the published protocol, best the strongest "
-        "known, quick takes minutes (default: reference; quick for digits)")
+        "known where the pool shows what the target does, far where it is of another domain, quick "
+        "takes minutes (default: reference; quick for digits)")
     seeds: tuple = _everyday(
         None, (0,), values.list_of(values.seed, "seed"),
         "all randomness comes from it; the whole run is repeated for each of several, and the "
@@ -196,9 +155,9 @@ class Settings:
         "transfer", "target", ("target", "sources"),
         "thresholds from the confidence set, or, data-free, from the candidates (default: target)")
     fill: str = _selection(
-        "transfer", "first", ("first", "best"),
-        "fill a class first come first served in the order of the sources, or with its best scores "
-        "(default: first)")
+        "transfer", BY_RECIPE, ("first", "random", "best"),
+        "fill a class in the order of the sources, as the publication does, with what chance takes, or "
+        "with its best scores")
     no_balance: bool = _selection(
         "transfer", False, bool, "fill the whole transfer set as one bucket, whatever the classes")
     transfer_size: int | None = _selection(
@@ -269,7 +228,7 @@ class Settings:
     def teacher_recipe(self):
         return Recipe(self.teacher_epochs, self.teacher_batch_size, self.teacher_lr,
                       augment=self.teacher_augment, amp=self.amp, compile=self.compile,
-                      **_SGD)
+                      **SGD)
 
     @property
     def student_recipe(self):

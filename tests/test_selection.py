@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from transfer import Rules, even_weights, join, select
+from transfer import Rules, even_weights, evenness, join, select
 
 HIGH = {"mms": True, "entropy": False}
 pytestmark = pytest.mark.quick
@@ -106,6 +106,12 @@ def test_all_is_everything(approach):
     assert select(approach, candidates, {}, rules(3, 4))[0].tolist() == list(range(50))
 
 
+def test_evenness_counts_the_classes_that_answers_spread_over():
+    assert evenness(np.repeat([0, 3, 4], 7)) == pytest.approx(3)
+    assert evenness(np.full(9, 2)) == pytest.approx(1)
+    assert evenness(np.repeat([0, 1], [90, 10])) == pytest.approx(1.384, abs=1e-3)
+
+
 def test_even_weights_give_predicted_classes_equal_shares_up_to_a_limit():
     predicted = np.repeat([0, 2, 5], [60, 30, 1])       # the others are never predicted
     weights = even_weights(predicted)
@@ -121,3 +127,15 @@ def test_the_first_source_fills_the_bucket_before_the_second():
     for fill, expected in (("first", [0, 1, 2, 3]), ("best", [0, 3, 4, 5])):
         chosen, _ = select("mms", join(scores), thresholds, rules(4, 1, fill=fill))
         assert chosen.tolist() == expected
+
+
+def test_chance_fills_a_class_from_all_sources_alike_and_from_what_passes_alone():
+    scores = random_scores(np.random.default_rng(0), (900, 300), 4, levels=8)
+    candidates, thresholds = join(scores), {"mms": np.full(4, 4.0)}
+    chosen, _ = select("mms", candidates, thresholds, rules(50, 4, fill="random"))
+    again, _ = select("mms", candidates, thresholds, rules(50, 4, fill="random"))
+    other, _ = select("mms", candidates, thresholds, rules(50, 4, fill="random", seed=1))
+    assert chosen.tolist() == again.tolist() != other.tolist()
+    assert np.bincount(candidates.predicted[chosen]).tolist() == [50, 50, 50]
+    assert (candidates.scores["mms"][chosen] >= 4).all()
+    assert 90 < (candidates.source[chosen] == 0).sum() < 135       # three quarters are there

@@ -1,0 +1,50 @@
+"""Recipes: how networks are trained, and what an image must show to be selected."""
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one network is trained: SGD for `epochs` passes, or for `steps` batches where not 0."""
+
+    epochs: int
+    batch_size: int
+    lr: float                       # peak learning rate
+    momentum: float = 0.0           # Nesterov's, where it is not 0
+    weight_decay: float = 0.0
+    schedule: str = "constant"      # or onecycle, cosine, multistep
+    augment: str = "none"           # or some of AUGMENTATIONS, joined by commas
+    temperature: float = 1.0        # of the KD loss
+    steps: int = 0
+    ema: float = 0.0                # decay of the average of weights that it ends as
+    amp: bool | None = None         # bfloat16 where it pays; None: on cards that have it
+    compile: bool | None = None     # torch.compile; None: on CUDA, where much is left to train
+
+
+SGD = dict(momentum=0.9, weight_decay=5e-4, schedule="onecycle")
+
+# Defaults by recipe. How the published teacher was trained is not stated: `reference` trains it as
+# is usual for CIFAR. The published student: constant rate, no augmentation, T = 10.
+RECIPES = {
+    "reference": dict(
+        teacher_epochs=15, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
+        epochs=20, steps=0, batch_size=64, lr=0.1, momentum=0.0, weight_decay=0.0,
+        schedule="constant", augment="none", temperature=10.0, ema=0.0,
+        student_weights="none", threshold="published", floor=0.0,
+        fill="first"),
+    "best": dict(
+        teacher_epochs=24, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
+        epochs=40, steps=6_000, batch_size=256, lr=0.05, **SGD, augment="crop,flip",
+        temperature=4.0, ema=0.0, student_weights="auto", threshold=0.9, floor=0.0,
+        fill="random"),
+    "far": dict(
+        teacher_epochs=24, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
+        epochs=40, steps=6_000, batch_size=256, lr=0.2, **SGD,
+        augment="rrc,flip,colour,tint:0.5,invert,rotate:45,cutmix,mixup",
+        temperature=4.0, ema=0.0, student_weights="none", threshold=0.9, floor=0.0,
+        fill="random"),
+    "quick": dict(
+        teacher_epochs=12, teacher_batch_size=64, teacher_lr=0.02, teacher_augment="crop",
+        epochs=16, steps=352, batch_size=64, lr=0.1, **SGD, augment="none",
+        temperature=4.0, ema=0.0, student_weights="none", threshold=0.9, floor=0.0,
+        fill="random"),
+}
