@@ -6,6 +6,7 @@
 
     python benchmarks/speed.py
 """
+import copy
 import sys
 import time
 from dataclasses import replace
@@ -43,8 +44,9 @@ def speed(step, batch, count, device):
     return batch * count / seconds(steps, count)
 
 
-def bare(network, batch, count, device, recipe=None, teacher=None):
-    """With a recipe it trains; teacher: one that answers before each step, if any."""
+def bare(network, batch, count, device, recipe=None, teacher=None, wrap=lambda step: step):
+    """With a recipe it trains; teacher: one that answers before each step, if any; wrap(step): what
+    is called in place of a step."""
     images = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     if recipe is None:
         with torch.inference_mode():
@@ -62,7 +64,7 @@ def bare(network, batch, count, device, recipe=None, teacher=None):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    return speed(step, batch, count, device)
+    return speed(wrap(step), batch, count, device)
 
 
 def training(arch, recipe, teacher, count, device):
@@ -73,6 +75,8 @@ def training(arch, recipe, teacher, count, device):
     elif recipe.augment == "none":
         objective = distill.fixed_objective(teacher, images, recipe.temperature, device)
     else:
+        if engine.in_bfloat16(device):
+            teacher = engine.cast_once(copy.deepcopy(teacher))
         objective = distill.live_objective(teacher, recipe.temperature, device)
     trained(models.build(arch, range(10)), images, objective,
             replace(recipe, epochs=2, steps=0, lr=1e-3), device,
@@ -82,8 +86,9 @@ def training(arch, recipe, teacher, count, device):
 
 def one_pass(teacher, count, device):
     """Scoring by all criteria, after one over a single batch."""
-    criteria, source = scoring.load_criteria(REFERENCE), as_source(random_images(BATCH * count))
-    for rows in (np.arange(BATCH), None):
+    batch, criteria = engine.evaluation_batch(teacher), scoring.load_criteria(REFERENCE)
+    source = as_source(random_images(batch * count))
+    for rows in (np.arange(batch), None):
         took = seconds(scoring.score_batches, teacher, source, rows, criteria, device, "speed")
     return len(source) / took
 
@@ -102,10 +107,9 @@ def ways(arch, recipe, teachers, images, device):
             "stock": lambda: bare(stock, batch, *how, recipe, live and stock_big)}
 
 
-def main():
-    args, rows = arguments(__doc__, device="auto"), []
-    device, (images, rounds) = engine.pick_device(args.device), (64, 1) if args.trial else (4096, 3)
-    big = models.build("resnet34", range(10)).to(device).eval()
+def compare(device, images, rounds):
+    """The table of the stages, and how little of a step augmentation takes."""
+    rows, big = [], models.build("resnet34", range(10)).to(device).eval()
     stock = torchvision.models.resnet34(num_classes=10).to(
         device, memory_format=torch.channels_last).eval()
     teachers = models.folded(big), big.network, stock
@@ -122,6 +126,11 @@ def main():
     alone = speed(lambda: augment(views, "crop,flip,mixup", drawn), 256, 160, device)
     table("Crops, flips and mixup of a batch of 256", ["images per second", "of a bare student's"],
           [[alone, f"{rows[2][2] / alone:.1%}"]])
+
+
+def main():
+    args = arguments(__doc__, device="auto")
+    compare(engine.pick_device(args.device), *(64, 1) if args.trial else (4096, 3))
 
 
 if __name__ == "__main__":

@@ -38,15 +38,15 @@ CRITERIA = {name: each for name, each in scoring.load_criteria(resolve({})).item
 RULES = transfer.Rules(64, 10, {name: each.keeps_high for name, each in CRITERIA.items()})
 
 
-def prepared(settings, count):
+def prepared(settings, count, device=CPU):
     """A teacher of the digits after one short training, thresholds so low that the rows differ and
     all are worth training on, and a folder of `count` letters and photographs each, as PNG."""
     target, files = data.load_target(settings).train, Path(settings.data_dir, "files")
     torch.manual_seed(0)
     teacher = trained(models.build("resnet34", target.classes), target.images[:1000],
-                      cross_entropy(target.labels, CPU), settings.teacher_recipe, CPU).eval()
-    real, _ = scoring.score_batches(teacher, as_source(target.images[1000:]), None, CRITERIA, CPU,
-                                    "confidence set")
+                      cross_entropy(target.labels, device), settings.teacher_recipe, device).eval()
+    real, _ = scoring.score_batches(teacher, as_source(target.images[1000:]), None, CRITERIA,
+                                    device, "confidence set")
     thresholds = {name: share_threshold(real[name], real["predicted"], 10, high, 0.98)
                   for name, high in RULES.keeps_high.items()}
     for name in ("glyphs", "photos"):
@@ -59,10 +59,10 @@ def prepared(settings, count):
 
 def usual_scores(teacher, dataset, batch_size, criterion):
     """[(class, score)] of all images, by one criterion."""
-    found, weight = [], teacher.fc.weight.detach()
+    found, weight = [], teacher.fc.weight.detach().cpu()
     for images, _ in DataLoader(dataset, batch_size, num_workers=cores()):
         with torch.no_grad():
-            logits = teacher(images)
+            logits = teacher(images.to(teacher.fc.weight.device)).cpu()
         for row in logits:
             z, order = row.sort(descending=True)
             if criterion != "entropy":
@@ -87,11 +87,13 @@ def usual_selection(row, scored, thresholds):
 
 def usual_distillation(teacher, dataset, recipe):
     torch.manual_seed(0)
-    student = torchvision.models.resnet18(num_classes=10).train()
+    device = teacher.fc.weight.device
+    student = torchvision.models.resnet18(num_classes=10).to(device).train()
     optimizer = torch.optim.SGD(student.parameters(), recipe.lr)
     loader = DataLoader(dataset, recipe.batch_size, True, num_workers=cores(), drop_last=True)
     for _ in range(recipe.epochs):
         for batch, _ in loader:
+            batch = batch.to(device)
             optimizer.zero_grad()
             soft = F.softmax(teacher(batch) / recipe.temperature, 1)
             answer = F.log_softmax(student(batch) / recipe.temperature, 1)
@@ -100,7 +102,7 @@ def usual_distillation(teacher, dataset, recipe):
             optimizer.step()
 
 
-def measure(settings, recipe, teacher, thresholds, files):
+def measure(settings, recipe, teacher, thresholds, files, device=CPU):
     """({work: {way: seconds}}, {row: images that both ways, and that one alone selected})."""
     took, selected = defaultdict(Counter), {}
 
@@ -112,13 +114,13 @@ def measure(settings, recipe, teacher, thresholds, files):
     dataset = torchvision.datasets.ImageFolder(files, v2.Compose([
         v2.Resize((32, 32)), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
         v2.Normalize([0.5] * 3, [0.5] * 3)]))
-    big = torchvision.models.resnet34(num_classes=10).eval()
+    big = torchvision.models.resnet34(num_classes=10).to(device).eval()
     big.load_state_dict(teacher.network.state_dict())
     with timed("packing", "here"):
         source = data.load_source(settings, f"files={files}")
     with timed("scoring", "here"):
-        folded = models.folded(teacher)
-        scores, _ = scoring.score_batches(folded, source, None, CRITERIA, CPU, "files")
+        folded = models.folded(teacher.cpu()).to(device)
+        scores, _ = scoring.score_batches(folded, source, None, CRITERIA, device, "files")
         candidates = transfer.join({"files": scores})
     for row in ROWS:
         with timed("scoring", "usual"):
@@ -132,20 +134,19 @@ def measure(settings, recipe, teacher, thresholds, files):
         with timed("distillation", "here"):
             torch.manual_seed(0)
             pixels, student = source.images[ours], models.build("resnet18", teacher.classes)
-            objective = distill.fixed_objective(folded, pixels, recipe.temperature, CPU)
-            trained(student, pixels, objective, recipe, CPU)
+            objective = distill.fixed_objective(folded, pixels, recipe.temperature, device)
+            trained(student, pixels, objective, recipe, device)
         selected[row] = len({*theirs} & {*ours}), len({*theirs} ^ {*ours})
     return took, selected
 
 
-def main():
-    trial = arguments(__doc__).trial
-    for batch_size in (16,) if trial else (64, 256):
-        recipe = replace(resolve({}).student_recipe, lr=0.01, batch_size=batch_size,
-                         epochs=1 if trial else 20)
+def compare(device, batch_sizes, epochs, count):
+    """The tables for batches of these sizes; count: images of each source."""
+    for batch_size in batch_sizes:
+        recipe = replace(resolve({}).student_recipe, lr=0.01, batch_size=batch_size, epochs=epochs)
         with tempfile.TemporaryDirectory() as folder:
             settings = resolve({"target": "digits", "data_dir": folder, "teacher_epochs": 2})
-            took, selected = measure(settings, recipe, *prepared(settings, 50 if trial else 1000))
+            took, selected = measure(settings, recipe, *prepared(settings, count, device), device)
         took["all"] = sum(took.values(), Counter())
         rows = [[work, each["usual"], each["here"], each["usual"] / each["here"]]
                 for work, each in took.items()]
@@ -156,6 +157,10 @@ def main():
               ["", "usual", "here", "times faster"], rows)
         table("Images that are selected", list(selected), [[
             f"{both} by both, {one} by one alone" for both, one in selected.values()]])
+
+
+def main():
+    compare(CPU, *((16,), 1, 50) if arguments(__doc__).trial else ((64, 256), 20, 1000))
 
 
 if __name__ == "__main__":

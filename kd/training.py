@@ -109,6 +109,7 @@ class Training:
         left = (self.steps - done) / max(1, done) * self.seconds
         pays = wanted is None and device.type == "cuda" and left > COMPILING_PAYS
         if (wanted or pays) and not hasattr(self.network, "_orig_mod"):
+            torch._dynamo.config.suppress_errors = wanted is None   # what nobody asked for
             mode = "reduce-overhead" if device.type == "cuda" else None
             self.network = torch.compile(self.network, mode=mode)
 
