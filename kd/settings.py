@@ -156,8 +156,8 @@ class Settings:
         "thresholds from the confidence set, or, data-free, from the candidates (default: target)")
     fill: str = _selection(
         "transfer", BY_RECIPE, ("first", "random", "best"),
-        "fill a class in the order of the sources, as the publication does, with what chance takes, or "
-        "with its best scores")
+        "fill a class in the order of the sources, as the publication does, with what chance "
+        "takes, or with its best scores")
     no_balance: bool = _selection(
         "transfer", False, bool, "fill the whole transfer set as one bucket, whatever the classes")
     transfer_size: int | None = _selection(
