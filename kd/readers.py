@@ -1,11 +1,14 @@
-"""Images that are not decoded yet, and folders of them. Shards and drawings are Images as well.
+"""Images that are not decoded yet, how one is decoded, and folders of them. Shards and drawings are
+Images as well.
 
 One rule says what counts: no hidden name, and an image's suffix or, with any other, the first bytes
 of one. What is passed over is counted.
 """
+import contextlib
 import hashlib
 import os
 import re
+import struct
 import unicodedata
 from array import array
 from collections import Counter
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kd.files import digest, listed, say
 
@@ -26,6 +29,9 @@ SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .ppm .pgm .pbm .tif .tiff 
 COMPANIONS = set(".txt .json .csv .md .xml .html .cls .db .ini .log .npy .zip .tar .gz".split())
 BEGINNING = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}WEBP"
                        rb"|II\*\0|MM\0\*|P[1-6]\s|.{4}ftypavi[fs]", re.DOTALL)
+
+# What an EXIF that can't be read makes Pillow raise. It turns nothing, and the image is read.
+BAD_EXIF = (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, struct.error)
 
 
 class Names(Sequence):
@@ -100,6 +106,34 @@ def opened(file):
         return image
 
 
+def decode(image, size):
+    """A Pillow image as (size, size, 3) uint8: what torchvision's Resize((size, size)) makes of it
+    as RGB (bilinear, antialiased, aspect ratio not kept)."""
+    image = as_shown(image)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def as_shown(image):
+    """A Pillow image in RGB as a viewer shows it: turned as its EXIF says, of more than 8 bits the
+    upper eight, what is transparent on white. Raises ValueError where no range is stated."""
+    if image.mode == "RGB" and not image.info.keys() & {"exif", "transparency"}:
+        return image
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+        raise ValueError(f"{kind} pixels have no fixed range")
+    if "exif" in image.info:
+        with contextlib.suppress(*BAD_EXIF):
+            image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def state_of(root, paths):
     """A digest of the names, sizes and times of change of files below `root`."""
     state = hashlib.sha256()        # not of `root`: files that have moved are the same
@@ -172,10 +206,7 @@ class FileReader:
     files: Sequence
 
     def __call__(self, i):
-        path = os.path.join(self.root, self.files[i])
-        if not os.path.isfile(path):        # opening a pipe would wait for somebody to write there
-            raise ValueError("not a file, or a link to nowhere")
-        return opened(path)
+        return opened(os.path.join(self.root, self.files[i]))
 
 
 def read_files(root, files, labels=None, classes=None):
@@ -191,11 +222,11 @@ def say_passed(label, passed):
         say(f"{label}: passing over what is not an image ({listed(kinds, 5)}).")
 
 
-def list_images(root, label="", wanted=lambda path: True, visited=None):
+def list_images(root, label="", wanted=lambda path: True):
     """The Names of the images below `root`. label: of whom to say what is passed over; wanted:
-    whether a path counts; visited: as in `walk`."""
+    whether a path counts."""
     passed = Counter()
-    names = Names(filter(wanted, walk(root, passed, set() if visited is None else visited)))
+    names = Names(filter(wanted, walk(root, passed, set())))
     say_passed(label, passed)
     return names
 
@@ -211,9 +242,5 @@ def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
     number = {}
     labels = np.fromiter((number.setdefault(class_of(path), len(number)) for path in files), int)
     classes = sorted(number)
-    empty = [entry.name for entry in os.scandir(root) if entry.is_dir()
-             and not is_hidden(entry.name) and class_of(entry.name) not in number]
-    if label and empty:
-        say(f"{label}: {listed(sorted(empty))} holds no image and is not taken for a class.")
     in_order = np.array([classes.index(name) for name in number], int)
     return read_files(root, files, in_order[labels], classes)

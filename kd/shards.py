@@ -15,8 +15,6 @@ import numpy as np
 from kd.files import UserError, first_line
 from kd.readers import Images, is_hidden, is_image, opened, say_passed, state_of
 
-META = re.compile(r"__[^/]*__")     # members that WebDataset keeps for itself
-
 
 def shard_paths(name, pattern):
     """The shards that /data/{000..099}.tar or /data/*.tar stand for, in order. Raises UserError
@@ -41,31 +39,30 @@ def shard_paths(name, pattern):
 class ShardReader(Sequence):
     """Called with i it reads the i-th image; as a sequence it is "SHARD.tar/MEMBER" of each.
 
-    shard, header, skip, size: (N,), each image's shard, where its header begins, how many bytes
-    later its content does, and how many bytes that has.
+    shard, header: (N,), each image's shard, and the byte at which its header begins. All else is
+    read there: ten million names are not kept.
     """
 
     paths: list
     shard: np.ndarray
     header: np.ndarray
-    skip: np.ndarray
-    size: np.ndarray
 
     def __len__(self):
         return len(self.shard)
 
     def __call__(self, i):
-        with open(self.paths[self.shard[i]], "rb", buffering=0) as file:
-            file.seek(int(self.header[i]) + int(self.skip[i]))
-            return opened(io.BytesIO(file.read(int(self.size[i]))))
+        return opened(io.BytesIO(self._member(i)[1]))
 
     def __getitem__(self, i):
-        """From the shard: ten million names are not kept."""
+        return self._member(i)[0]
+
+    def _member(self, i):
         path = self.paths[self.shard[i]]
         with open(path, "rb") as file:
             file.seek(int(self.header[i]))
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                return f"{os.path.basename(path)}/{tar.next().name}"
+                member = tar.next()
+                return f"{os.path.basename(path)}/{member.name}", tar.extractfile(member).read()
 
 
 def _members(path, passed):
@@ -77,8 +74,7 @@ def _members(path, passed):
                 return file.read(16)
             while (member := tar.next()) is not None:
                 tar.members.clear()     # which it would keep, of millions
-                parts = [part for part in member.name.split("/") if part != "."]
-                if any(is_hidden(part) or META.fullmatch(part) for part in parts):
+                if any(is_hidden(part) for part in member.name.split("/") if part != "."):
                     passed["hidden"] += 1
                 elif member.isreg() and not member.issparse() and (
                         is_image(member.name, begin, passed)):
@@ -93,14 +89,11 @@ def _members(path, passed):
 
 def open_shards(name, paths):
     """The Images in these shards, whose headers are walked through once."""
-    shard, header, skip, size = array("i"), array("q"), array("i"), array("q")
-    passed = Counter()
+    shard, header, passed = array("i"), array("q"), Counter()
     for number, path in enumerate(paths):
         for member in _members(path, passed):
             shard.append(number)
             header.append(member.offset)
-            skip.append(member.offset_data - member.offset)
-            size.append(member.size)
     say_passed(name, passed)
-    reader = ShardReader(paths, *map(np.asarray, (shard, header, skip, size)))
+    reader = ShardReader(paths, np.asarray(shard), np.asarray(header))
     return Images(len(shard), reader, state_of("/", map(os.path.abspath, paths)), files=reader)

@@ -68,7 +68,7 @@ def save(root, *names, colour=None, size=(70, 90), kind=None):
 
 
 def names_in(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name not in (".locks", ".checked"))
+    return sorted(path.name for path in folder.iterdir() if path.name != ".locks")
 
 
 def _write_cifar(root, batches, names, fine, meta):

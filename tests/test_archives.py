@@ -112,7 +112,6 @@ def with_holes():
 
 
 ZEROS = gzip.compress(bytes(MEGABYTE)) * 60
-MANY = [(f"pictures/{i}.jpg", REGULAR, "", b"") for i in range(200)]
 CUT = tar_with(("pictures/a.jpg", REGULAR, "", os.urandom(100_000)))[:60_000]
 HOSTILE = {     # what it is: (suffix, content, what the line says)
     **{f"a tar with {name}": (".tar.gz", tar_with((name, REGULAR, "", b"evil")), "leads out of")
@@ -128,8 +127,6 @@ HOSTILE = {     # what it is: (suffix, content, what the line says)
     "zeros in a tar": (".tar.gz", header("pictures/0", REGULAR) + ZEROS, "several times"),
     "zeros in a zip": (".zip", zip_with(zeros=bytes(60 * MEGABYTE)), "several times"),
     "a large header": (".tar.gz", header("pictures/0", tarfile.XHDTYPE) + ZEROS, "several times"),
-    "many files in a tar": (".tar.gz", tar_with(*MANY), "several times"),
-    "many files in a zip": (".zip", zip_with(**{name: b"" for name, *_ in MANY}), "several times"),
     "a tar cut short": (".tar.gz", CUT, "can't be used"),
     "no tar": (".tar.gz", b"<html>not found</html>" * 100, "can't be used"),
     "an empty file": (".tar", b"", "can't be used"),
@@ -150,7 +147,7 @@ def test_a_hostile_or_damaged_archive_is_refused_and_leaves_nothing(
     archive.write_bytes(content)
     tracemalloc.start()
     try:
-        extract(archive, folder / "pictures", 10 * MEGABYTE, 100, lambda folder: None)
+        extract(archive, folder / "pictures", 10 * MEGABYTE, lambda folder: None)
         assert not said     # a name with a zero byte may end there
     except UserError as refusal:
         assert str(refusal).startswith(f"{archive} can't be used (") and "\n" not in str(refusal)
@@ -166,22 +163,13 @@ def test_an_archive_is_extracted_with_plain_modes_and_what_was_begun_is_begun_ag
     archive.write_bytes(tar_with(("pictures/deep/last.txt", REGULAR, "", b"2")))
     (tmp_path / ".pictures.part" / "pictures").mkdir(parents=True)
     (tmp_path / ".pictures.part" / "pictures" / "junk").write_text("")
-    extract(archive, place, MEGABYTE, 10, lambda folder: None)
+    extract(archive, place, MEGABYTE, lambda folder: None)
     assert names_in(place) == ["deep", "first.txt"] and names_in(tmp_path) == [
         "pictures", "pictures.tar.gz"]
     assert not stat.S_IMODE((place / "first.txt").stat().st_mode) & 0o111
     (place / "first.txt").write_text("mine")
-    extract(archive, place, MEGABYTE, 10, lambda folder: None)
+    extract(archive, place, MEGABYTE, lambda folder: None)
     assert (place / "first.txt").read_text() == "mine"
-
-
-def test_extraction_needs_no_filter_of_tarfile(tmp_path, monkeypatch):
-    monkeypatch.setattr("kd.archives.FILTER", {})       # as in Python 3.11.0 to 3.11.3
-    root = made.write_caltech101(tmp_path / "made")
-    archive = tmp_path / "a.tar"
-    archive.write_bytes(tar_of(root.parent, root.name, mode="w"))
-    extract(archive, tmp_path / root.name, MEGABYTE, 100, lambda folder: None)
-    assert len(list((tmp_path / root.name).rglob("*.jpg"))) == 18
 
 
 def test_a_zip_cannot_unpack_to_more_than_it_declares(tmp_path):
@@ -191,4 +179,4 @@ def test_a_zip_cannot_unpack_to_more_than_it_declares(tmp_path):
     (tmp_path / "pictures.zip").write_bytes(content)
     assert zipfile.is_zipfile(tmp_path / "pictures.zip")
     with pytest.raises(UserError, match="Bad CRC-32"):
-        extract(tmp_path / "pictures.zip", tmp_path / "pictures", 10 * MEGABYTE, 100, print)
+        extract(tmp_path / "pictures.zip", tmp_path / "pictures", 10 * MEGABYTE, print)
