@@ -19,14 +19,20 @@ import numpy as np
 from kd import drawn
 from kd.archives import extract
 from kd.command import command
-from kd.download import fetch, fetch_all, remaining
+from kd.download import fetch_all, remaining
 from kd.files import UserError, digest, listed, one_field, require_none, require_space, say
 from kd.flags import Parser, add_flags
 from kd.layouts import registry
 from kd.packing import Packed, Streamed, open_pack, pack
-from kd.readers import list_images, read_class_folders, read_files, walk
+from kd.readers import (
+    list_images,
+    open_shards,
+    read_class_folders,
+    read_files,
+    shard_paths,
+    walk,
+)
 from kd.settings import Settings
-from kd.shards import open_shards, shard_paths
 from kd.values import data_set_spec, name_of
 
 PACKED_BELOW = 8e9      # bytes of a pack; larger sources are decoded as they are read
@@ -128,12 +134,12 @@ def _has_images(target):
 
 
 def obtain(settings, sources=True):
-    """Fetches what a run needs. Raises UserError, before any long work, with a line for each thing
-    that can't be had or used. sources: whether the run reads them."""
+    """Fetches and extracts what a run needs. Raises UserError, before any long work, with a line
+    for each thing that can't be had or used. sources: whether the run reads them."""
     wanted = [(spec, "source") for spec in settings.sources if sources]
     if _has_images(settings.target) or settings.target and not settings.data_free:
         wanted.insert(0, (settings.target, "test" if settings.data_free else "target"))
-    lines, files, names, size, taken = [], {}, [], 0, {}
+    lines, taken, absent = [], {}, []
     for spec, role in wanted:
         try:
             place = find(spec, settings.data_dir, role)
@@ -145,16 +151,20 @@ def obtain(settings, sources=True):
             continue
         taken["the target" if role != "source" else f"the source {name_of(spec)}"] = folders
         if place.files and place.kind != "shards":
-            files |= place.files
-            names.append(spec)
-            size += DATA_SETS[spec].unpacked
-    if not lines and files:
-        missing = sum(remaining(path, file) for path, file in files.items())
-        require_space(settings.data_dir, missing + size, f"fetching and extracting {listed(names)}")
-        if missing:
-            say(f"Fetching {listed(names)}, {missing / 1e6:,.0f} MB in all.")
-        lines = fetch_all(files)
+            absent.append((DATA_SETS[spec], place))
     require_none(lines)
+    files = {path: file for _, place in absent for path, file in place.files.items()}
+    missing = sum(remaining(path, file) for path, file in files.items())
+    names = listed([record.name for record, _ in absent])
+    require_space(settings.data_dir, missing + sum(record.unpacked for record, _ in absent),
+                  f"fetching and extracting {names}")
+    if missing:
+        say(f"Fetching {names}, {missing / 1e6:,.0f} MB in all.")
+    require_none(fetch_all(files))
+    for record, place in absent:
+        for archive in place.files if record.unpacked else ():
+            extract(archive, place.path / record.layout, 4 * record.unpacked,
+                    functools.partial(_read_layout, record, split="source", named=archive))
 
 
 @dataclass(frozen=True)
@@ -189,8 +199,8 @@ def load_target(settings):
 
 def load_source(settings, spec, make=True):
     """The source `spec`, Packed or Streamed, without labels. make=False: raises UserError where it
-    would have to be fetched, extracted or packed."""
-    images = _read(settings, spec, "source", "source", make)
+    would have to be packed."""
+    images = _read(settings, spec, "source", "source")
     images = replace(images, labels=None, classes=None).limited(settings.limit)
     name, size, max_bad = name_of(spec), settings.image_size, settings.max_bad
     is_large = images.count * size * size * 3 > PACKED_BELOW
@@ -223,19 +233,12 @@ def _in_order(images, names, spec):
                    fingerprint=images.fingerprint + digest("\n".join(names).encode()))
 
 
-def _read(settings, spec, role, split, make=True):
-    """The Images of a data set, which is fetched and extracted where that is needed and `make`."""
+def _read(settings, spec, role, split):
+    """The Images of a data set. Raises UserError where `obtain` has not fetched it."""
     name, record = name_of(spec), DATA_SETS.get(spec)
     place = find(spec, settings.data_dir, role)
     if record is not None and place.files:
-        if not make:
-            raise UserError(f"{name} is not in {settings.data_dir}, ready to be read.")
-        for path, file in place.files.items():
-            fetch(file, path)
-            if record.unpacked:
-                extract(path, place.path / record.layout, 4 * record.unpacked,
-                        functools.partial(_read_layout, record, split="source", named=path))
-        place = find(spec, settings.data_dir, role)
+        raise UserError(f"{name} is not in {settings.data_dir}. compile.py and data.py fetch it.")
     if place.kind == "built-in":
         return record.read(settings.seed, split)
     if place.kind == "extracted":

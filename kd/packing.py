@@ -65,25 +65,15 @@ def block_of(size):
     return max(16, BLOCK // (size * size * 3))
 
 
-def decoded(images, label, size, blocks, count):
-    """Yields what _Blocks makes of each of `blocks`, an iterable of `count` lists of image numbers,
-    in order. Raises UserError where a process that decodes dies."""
+def decoded(images, size, blocks, count):
+    """What _Blocks makes of each of `blocks`, an iterable of `count` lists of image numbers, in
+    order."""
     import torch
     workers = min(cores(), count) if count > 2 else 0
-    loader = torch.utils.data.DataLoader(
+    return iter(torch.utils.data.DataLoader(
         _Blocks(images, size), batch_size=None, sampler=blocks, num_workers=workers,
         collate_fn=tuple, multiprocessing_context="fork" if workers and FORKS else None,
-        generator=torch.Generator())        # which leaves everybody else's random numbers alone
-    done = 0
-    try:
-        for block in loader:
-            done += len(block[1]) + len(block[2])
-            yield block
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"{label}: a process that decodes images died after {done:,} images, of "
-                        "too little memory or of a file that breaks the decoder.") from None
+        generator=torch.Generator()))       # which leaves everybody else's random numbers alone
 
 
 def cores():
@@ -178,7 +168,7 @@ class Streamed(Source):
         step, self.unreadable = block_of(self.size), []
         count = sum(-(-len(at) // step) for at in wanted)
         blocks = (at[i:i + step] for at in wanted for i in range(0, len(at), step))
-        made = decoded(self.source, self.name, self.size, blocks, count)
+        made = decoded(self.source, self.size, blocks, count)
         for at in wanted:
             pixels, good = np.empty((len(at), self.size, self.size, 3), np.uint8), []
             for _ in range(0, len(at), step):
@@ -292,7 +282,7 @@ def _fill(path, images, name, size):
     blocks = (range(i, min(i + step, images.count)) for i in starts)
     with open(path, "wb") as file:
         write_header(images.count)
-        for block, good, failed in decoded(images, name, size, blocks, len(starts)):
+        for block, good, failed in decoded(images, size, blocks, len(starts)):
             file.write(block)
             bad += failed
             progress.update(len(good) + len(failed))

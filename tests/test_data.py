@@ -294,7 +294,7 @@ def test_folders_are_packed_by_their_path(tmp_path):
     argv = ["more=~/more", "mine=pictures", "--data-dir", "d"]
     done = run_script("data.py", *argv, cwd=tmp_path, env={"HOME": str(tmp_path)})
     assert done.returncode == 2 and done.stdout.splitlines()[-1] == "more: 1 images packed"
-    assert done.stderr.startswith("data.py: mine: 1 of 20 images can't be read, more than 0.01 of all")
+    assert "mine: 1 of 20 images can't be read, more than 0.01 of all" in done.stderr
     done = run_script("data.py", f"mine={tmp_path}/pictures", "--max-bad", "5%", "--data-dir", "d",
                       cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.endswith("mine: 19 images packed, 1 left out\n")

@@ -21,8 +21,8 @@ from torchvision.transforms import Resize
 
 import data
 from kd.files import UserError
-from kd.packing import Streamed, pack
-from kd.readers import Images, Names, decode
+from kd.packing import Streamed
+from kd.readers import Names, decode
 
 ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
@@ -250,18 +250,6 @@ def test_a_pack_that_is_killed_is_begun_again(tmp_path):
     assert found.images.tobytes() == expected.images.tobytes()
     assert found.rows.tolist() == expected.rows.tolist() and found.bad == 12
     assert not list(tmp_path.glob("d/packed/*.part"))
-
-
-class Dying:
-    """Reads images; the 500th ends the process that reads it."""
-
-    def __call__(self, i):
-        return os.kill(os.getpid(), signal.SIGKILL) if i == 500 else Image.new("RGB", (8, 8), RED)
-
-
-def test_a_decoding_process_that_dies_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="pool: a process that decodes images died after .* images"):
-        pack(Images(1000, Dying(), "x"), tmp_path / "packed" / "pool", "pool", 32, 0.01)
 
 
 def gathered(source, **how):
