@@ -16,22 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from kd import drawn
+from kd import drawn, readers
 from kd.archives import extract
 from kd.command import command
 from kd.download import fetch_all, remaining
-from kd.files import UserError, digest, listed, one_field, require_none, require_space, say
+from kd.files import UserError, digest, listed, one_field, require_none, say
 from kd.flags import Parser, add_flags
 from kd.layouts import registry
 from kd.packing import Packed, Streamed, open_pack, pack
-from kd.readers import (
-    list_images,
-    open_shards,
-    read_class_folders,
-    read_files,
-    shard_paths,
-    walk,
-)
 from kd.settings import Settings
 from kd.values import data_set_spec, name_of
 
@@ -70,11 +62,11 @@ def _find_named(record, data_dir, role):
                    if re.sub("[^a-z0-9]", "", path.name.lower()) == record.name)
     more = record.target_files if role != "source" else ()
     for folder in (data_dir, *named):
-        if (folder / record.layout / record.marker).exists():
+        if (folder / record.layout).exists():
             return Place("extracted", folder / record.layout, {
                 folder / file.name: file for file in more if not (folder / file.name).exists()})
     for folder in named:
-        has_images = role == "source" and next(walk(folder, Counter(), set()), None)
+        has_images = role == "source" and next(readers.walk(folder, Counter(), set()), None)
         if has_images or role != "source" and not _lacking(folder, role):
             return Place("folder", folder)
     folder = next((each for each in named if (each / record.files[0].name).exists()), data_dir)
@@ -87,7 +79,7 @@ def _find_path(spec, role):
     name, _, path = spec.partition("=")
     root = Path(path)
     if not root.is_dir() and role == "source" and path.endswith(".tar"):
-        return Place("shards", root, dict.fromkeys(shard_paths(name, path)))
+        return Place("shards", root, dict.fromkeys(readers.shard_paths(name, path)))
     lacking = [f"{path}/{split}" for split in _lacking(root, role)] if root.is_dir() else [path]
     if lacking:
         raise UserError(f"{spec}: there is no folder {listed(lacking)}." + (
@@ -155,10 +147,8 @@ def obtain(settings, sources=True):
     require_none(lines)
     files = {path: file for _, place in absent for path, file in place.files.items()}
     missing = sum(remaining(path, file) for path, file in files.items())
-    names = listed([record.name for record, _ in absent])
-    require_space(settings.data_dir, missing + sum(record.unpacked for record, _ in absent),
-                  f"fetching and extracting {names}")
     if missing:
+        names = listed([record.name for record, _ in absent])
         say(f"Fetching {names}, {missing / 1e6:,.0f} MB in all.")
     require_none(fetch_all(files))
     for record, place in absent:
@@ -244,12 +234,12 @@ def _read(settings, spec, role, split):
     if place.kind == "extracted":
         return _read_layout(record, place.path, split)
     if place.kind == "shards":
-        images = open_shards(name, list(place.files))
+        images = readers.open_shards(name, list(place.files))
     elif role == "source":
         root = place.path / "train" if record and (place.path / "train").is_dir() else place.path
-        images = read_files(root, list_images(root, name))
+        images = readers.read_files(root, readers.list_images(root, name))
     else:
-        images = read_class_folders(_split_of(place.path, split), f"{name} {split}")
+        images = readers.read_class_folders(_split_of(place.path, split), f"{name} {split}")
     if images.count == 0:
         raise UserError(f"{spec}: no images found. Tar shards are given as {name}=FOLDER/*.tar.")
     return images
@@ -284,11 +274,11 @@ def _pack_folder(settings, spec, split):
 
 
 def _list(data_dir):
-    say(f"{'name':13} {'images':>9} {'pixels':>6} {'to fetch':>9}  {'state':9} terms")
+    say(f"{'name':13} {'images':>9} {'to fetch':>9}  {'state':9} terms")
     for record in DATA_SETS.values():
         place = find(record.name, data_dir)
         size = sum(remaining(path, file) for path, file in place.files.items())
-        say(f"{record.name:13} {record.images['source']:>9,} {record.native or 'all':>6} "
+        say(f"{record.name:13} {record.images['source']:>9,} "
             f"{f'{size / 1e6:,.0f} MB' if size else '-':>9}  {place.kind:9} {record.terms}")
 
 

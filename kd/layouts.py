@@ -156,9 +156,7 @@ class DataSet:
     files: tuple = ()
     target_files: tuple = ()
     layout: str = ""
-    marker: str = ""
     unpacked: int = 0
-    native: int | None = None
 
 
 def registry():

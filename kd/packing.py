@@ -21,10 +21,8 @@ from kd.files import (
     holding,
     one_field,
     read_json,
-    require_space,
     say,
     write_json,
-    write_text,
 )
 from kd.progress import Progress
 from kd.readers import Chosen, Images, decode
@@ -259,10 +257,10 @@ def _make(images, folder, name, size):
         say(f"{folder} is damaged, or its files have changed. It will be made again.")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)     # of an attempt that was killed
-    require_space(part.parent, images.count * size * size * 3, f"packing {name}")
     part.mkdir()
     bad = _fill(part / "images.npy", images, name, size)
-    write_text(part / "bad.txt", "".join(f"{file}\t{what}\t{i}\n" for i, file, what in bad))
+    lines = [f"{file}\t{what}\t{i}\n" for i, file, what in bad]
+    (part / "bad.txt").write_text("".join(lines), "utf-8", "surrogateescape")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     write_json(folder / "pack.json", {
@@ -288,7 +286,5 @@ def _fill(path, images, name, size):
             progress.update(len(good) + len(failed))
         file.seek(0)
         write_header(images.count - len(bad))
-        file.flush()
-        os.fsync(file.fileno())
     progress.close()
     return bad

@@ -1,15 +1,12 @@
 """Packing and streaming: what images become, which are left out, and what a kill costs: nothing."""
 import io
 import os
-import shutil
 import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
-from pathlib import Path
 
 import layout_files as made
 import numpy as np
@@ -85,21 +82,20 @@ READ = {
     "a palette with transparency": (filled(1, "P", "GIF", transparency=1), of(255, 255, 255), 0),
     "an animation": (filled(RED, kind="GIF", save_all=True,
                             append_images=[Image.new("RGB", (32, 32), GREEN)]), of(*RED), 0),
-    "AVIF": (filled((128, 128, 128), kind="AVIF", quality=100), of(128, 128, 128), 2),
 }
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
 PHOTO = saved(Image.fromarray(made.random_pixels(300, 300, 3)), "JPEG")
 # what it is: (its content, the beginning of the reason in bad.txt)
 BROKEN = {
     "empty": (b"", "Unidentified"), "a text": (b"no image\n", "Unidentified"),
-    "PostScript": (EPS, "Unidentified"), "an icon": (filled(RED, kind="ICO"), "Unidentified"),
+    "PostScript": (EPS, "Unidentified"),
     "a JPEG cut short": (PHOTO[:len(PHOTO) // 2], "OSError: image file is truncated"),
     "a PNG cut short": (filled(RED)[:60], "OSError: image file is truncated"),
     "huge": (saved(Image.new("1", (10_000, 10_000)), "PNG"), "DecompressionBomb"),
     "floating point": (saved(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"),
                        "ValueError: floating-"),
-    "32 bits, small values": (saved(Image.fromarray(np.full((9, 9), 200, np.int32)), "TIFF"),
-                              "ValueError: signed or 32-bit pixels have no fixed range")}
+    "32 bits": (saved(Image.fromarray(np.full((9, 9), 200, np.int32)), "TIFF"),
+                "ValueError: signed or 32-bit pixels have no fixed range")}
 
 
 @pytest.mark.quick
@@ -120,14 +116,14 @@ def test_broken_images_are_left_out_and_listed_with_their_reason(tmp_path, capfd
         (tmp_path / "odd" / f"{number:02}.jpg").write_bytes(content)
     (tmp_path / "odd" / "link.jpg").symlink_to("nowhere.jpg")
     found = source(tmp_path / "d", f"odd={tmp_path / 'odd'}", max_bad=1.0)
-    assert list(found.files) == ["zz.png"] and found.rows.tolist() == [10]
+    assert list(found.files) == ["zz.png"] and found.rows.tolist() == [9]
     [listing] = tmp_path.glob("d/packed/*/bad.txt")
     lines = [line.split("\t") for line in listing.read_text().splitlines()]
     for (name, (_, reason)), line in zip(BROKEN.items(), lines, strict=False):
         assert line[1].startswith(reason), (name, line)
-    assert lines[-1] == ["link.jpg", "FileNotFoundError: No such file or directory", "9"]
+    assert lines[-1] == ["link.jpg", "FileNotFoundError: No such file or directory", "8"]
     assert capfd.readouterr().out.startswith(
-        f"odd: 10 of 11 images can't be read and are left out. They are listed in {listing}.")
+        f"odd: 9 of 10 images can't be read and are left out. They are listed in {listing}.")
 
 
 def test_12_bits_in_16_are_not_packed_in_silence(tmp_path, capsys):
@@ -187,23 +183,6 @@ def test_a_damaged_pack_is_said_and_made_again(tmp_path, capsys, damage):
         again = source(tmp_path / "d", spec, max_bad=0.1)
         assert (again.images.tobytes(), again.bad, 4 in again.rows) == (whole, 1, False)
         assert f"{folder} is damaged, or its files have changed." in capsys.readouterr().out
-
-
-def test_a_pack_that_may_only_be_read_is_used():
-    folder = Path(tempfile.mkdtemp())       # pytest's own are closed to others
-    spec = pool(folder / "pool", 5)
-    source(folder / "d", spec)
-    for path in (folder, *folder.rglob("**/")):
-        path.chmod(0o555)
-    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    program = "import sys; from layout_files import source; print(len(source(*sys.argv[1:])))"
-    argv = [*([] if os.getuid() else user), sys.executable, "-c", program, folder / "d", spec]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=folder,
-                          env=ENV | {"HOME": str(folder)})
-    for path in (folder, *folder.rglob("**/")):
-        path.chmod(0o755)
-    shutil.rmtree(folder)
-    assert done.stdout == "5\n", done.stderr
 
 
 @pytest.mark.quick

@@ -98,14 +98,3 @@ def test_shards_that_are_not_whole_are_named_in_one_line(tmp_path, damage, said)
     with pytest.raises(UserError, match=said.replace(" .*", ".*")) as refusal:
         source(tmp_path / "d", f"s={pattern}")
     assert "\n" not in str(refusal.value)
-
-
-def test_changed_shards_are_packed_again(tmp_path):
-    pattern = write_shards(tmp_path)
-    before = source(tmp_path / "d", f"s={pattern}").fingerprint
-    with tarfile.open(tmp_path / "shards" / "002.tar", "a") as tar:
-        save(tmp_path, "more.png")
-        tar.add(tmp_path / "more.png", "more.png")
-    after = source(tmp_path / "d", f"s={pattern}")
-    assert len(after) == 61 and after.fingerprint != before
-    assert list(after.files)[-1] == "002.tar/more.png"
