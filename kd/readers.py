@@ -261,9 +261,7 @@ def shard_paths(name, pattern):
         return [path for number in range(first, last + 1)
                 for path in shard_paths(name, f"{start}{number:0{width}}{end}")]
     folder, file = os.path.split(pattern)
-    paths = [pattern] if os.path.isfile(pattern) else []
-    if "*" in file or "?" in file:
-        paths = sorted(map(str, Path(folder).glob(file.replace("[", "[[]"))))
+    paths = sorted(map(str, Path(folder).glob(file.replace("[", "[[]"))))
     if not paths:
         raise UserError(f"{name}: there is no {pattern}. Shards are given as {name}=FOLDER/*.tar "
                         f"or {name}=FOLDER/{{000..099}}.tar.")
