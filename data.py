@@ -8,25 +8,23 @@ Out: Packed or Streamed (kd/packing.py), which answer with batches of uint8 pixe
     python data.py --all
 """
 import functools
-import itertools
 import re
 import unicodedata
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from kd import drawn
+from kd import drawn, readers
 from kd.archives import extract
 from kd.command import command
-from kd.download import fetch, fetch_all, part_of, remaining
-from kd.files import UserError, digest, listed, one_field, require_none, require_space, say
+from kd.download import fetch_all, remaining
+from kd.files import UserError, digest, listed, one_field, require_none, say
 from kd.flags import Parser, add_flags
+from kd.layouts import registry
 from kd.packing import Packed, Streamed, open_pack, pack
-from kd.places import find_named, find_path, folders_of, registry, split_of
-from kd.readers import list_images, read_class_folders, read_files
 from kd.settings import Settings
-from kd.shards import open_shards
 from kd.values import data_set_spec, name_of
 
 PACKED_BELOW = 8e9      # bytes of a pack; larger sources are decoded as they are read
@@ -34,30 +32,86 @@ DATA_SETS = registry()
 NO_CLASSES = ("places365", *drawn.COUNTS)
 
 
+@dataclass(frozen=True)
+class Place:
+    """kind: built-in, extracted, folder, shards, archive or absent; files: {path: RemoteFile} of
+    what a data set has still to be made of, there or not."""
+
+    kind: str
+    path: Path
+    files: dict = field(default_factory=dict)
+
+
 def find(spec, data_dir, role="source"):
     """The Place of NAME, NAME=PATH or NAME=SHARDS. Raises UserError where nothing has that name, or
     the path is not what `role` needs: source, target, or test (a target's test split alone)."""
     if "=" in spec:
-        return find_path(spec, role)
+        return _find_path(spec, role)
     if spec not in DATA_SETS or role != "source" and spec in NO_CLASSES:
         known = [each for each in DATA_SETS if role == "source" or each not in NO_CLASSES]
         raise UserError(f"There is no data set {spec} to be a {role} (there are "
                         f"{', '.join(known)}). Give your own as {spec}=PATH.")
-    return find_named(DATA_SETS[spec], Path(data_dir), role)
+    return _find_named(DATA_SETS[spec], Path(data_dir), role)
 
 
-def _require_apart(settings, spec, folders):
-    """Raises UserError where a source that is read from these real paths holds images of the target
-    or of an earlier source, or is the data or the run folder."""
-    data_dir = Path(settings.data_dir).resolve()
-    others = {"the data folder": {data_dir / "packed"}}
-    if settings.run_dir:
-        others["the run folder"] = {Path(settings.run_dir).resolve()}
-    if _has_images(settings.target):
-        role = "test" if settings.data_free else "target"
-        others["the target"] = folders_of(find(settings.target, data_dir, role), role)
-    for other in itertools.takewhile(lambda other: other != spec, settings.sources):
-        others[f"the source {name_of(other)}"] = folders_of(find(other, data_dir), "source")
+def _find_named(record, data_dir, role):
+    """In the data folder, and in folders there that have its name as people write it: SVHN."""
+    if not record.files:
+        return Place("built-in", data_dir)
+    named = sorted(path for path in data_dir.glob("*/")
+                   if re.sub("[^a-z0-9]", "", path.name.lower()) == record.name)
+    more = record.target_files if role != "source" else ()
+    for folder in (data_dir, *named):
+        if (folder / record.layout).exists():
+            return Place("extracted", folder / record.layout, {
+                folder / file.name: file for file in more if not (folder / file.name).exists()})
+    for folder in named:
+        has_images = role == "source" and next(readers.walk(folder, Counter(), set()), None)
+        if has_images or role != "source" and not _lacking(folder, role):
+            return Place("folder", folder)
+    folder = next((each for each in named if (each / record.files[0].name).exists()), data_dir)
+    files = {folder / file.name: file for file in record.files + more}
+    return Place("archive" if all(path.exists() for path in files) else "absent", folder, files)
+
+
+def _find_path(spec, role):
+    """The Place of NAME=PATH or NAME=SHARDS. Raises UserError where it is not what `role` needs."""
+    name, _, path = spec.partition("=")
+    root = Path(path)
+    if not root.is_dir() and role == "source" and path.endswith(".tar"):
+        return Place("shards", root, dict.fromkeys(readers.shard_paths(name, path)))
+    lacking = [f"{path}/{split}" for split in _lacking(root, role)] if root.is_dir() else [path]
+    if lacking:
+        raise UserError(f"{spec}: there is no folder {listed(lacking)}." + (
+            " Archives are read as uncompressed .tar shards only." if role == "source" else
+            " A target holds train/<class>/* and test/<class>/*."))
+    return Place("folder", root)
+
+
+def _split_of(root, split):
+    """A split's folder: val/ is taken for test/ where there is none."""
+    is_val = split == "test" and not (root / "test").is_dir() and (root / "val").is_dir()
+    return root / ("val" if is_val else split)
+
+
+def _lacking(root, role):
+    splits = {"source": (), "target": ("train", "test"), "test": ("test",)}[role]
+    return [split for split in splits if not _split_of(root, split).is_dir()]
+
+
+def _folders_of(place, role):
+    """The real paths that a data set is read from."""
+    if place.kind == "shards":
+        return {Path(shard).resolve() for shard in place.files}
+    if place.kind == "folder" and role != "source":
+        splits = [_split_of(place.path, split) for split in ("train", "test")]
+        return {each.resolve() for split in splits for each in (split, *split.glob("*/"))}
+    return {place.path.resolve()} if place.kind in ("folder", "extracted") else set()
+
+
+def _require_apart(spec, folders, others):
+    """Raises UserError where a source that is read from these real paths shares images with one of
+    the others, {what: its real paths}."""
     for what, theirs in others.items():
         above = {parent for path in theirs for parent in path.parents}
         for path in folders:
@@ -72,31 +126,35 @@ def _has_images(target):
 
 
 def obtain(settings, sources=True):
-    """Fetches what a run needs. Raises UserError, before any long work, with a line for each thing
-    that can't be had or used. sources: whether the run reads them."""
+    """Fetches and extracts what a run needs. Raises UserError, before any long work, with a line
+    for each thing that can't be had or used. sources: whether the run reads them."""
     wanted = [(spec, "source") for spec in settings.sources if sources]
     if _has_images(settings.target) or settings.target and not settings.data_free:
         wanted.insert(0, (settings.target, "test" if settings.data_free else "target"))
-    lines, files, names, size = [], {}, [], 0
+    lines, taken, absent = [], {}, []
     for spec, role in wanted:
         try:
             place = find(spec, settings.data_dir, role)
+            folders = _folders_of(place, role)
             if role == "source":
-                _require_apart(settings, spec, folders_of(place, role))
+                _require_apart(spec, folders, taken)
         except UserError as error:
             lines.append(str(error))
             continue
+        taken["the target" if role != "source" else f"the source {name_of(spec)}"] = folders
         if place.files and place.kind != "shards":
-            files |= place.files
-            names.append(spec)
-            size += DATA_SETS[spec].unpacked
-    if not lines and files:
-        missing = sum(remaining(path, file) for path, file in files.items())
-        require_space(settings.data_dir, missing + size, f"fetching and extracting {listed(names)}")
-        if missing:
-            say(f"Fetching {listed(names)}, {missing / 1e6:,.0f} MB in all.")
-        lines = fetch_all(files)
+            absent.append((DATA_SETS[spec], place))
     require_none(lines)
+    files = {path: file for _, place in absent for path, file in place.files.items()}
+    missing = sum(remaining(path, file) for path, file in files.items())
+    if missing:
+        names = listed([record.name for record, _ in absent])
+        say(f"Fetching {names}, {missing / 1e6:,.0f} MB in all.")
+    require_none(fetch_all(files))
+    for record, place in absent:
+        for archive in place.files if record.unpacked else ():
+            extract(archive, place.path / record.layout, 4 * record.unpacked,
+                    functools.partial(_read_layout, record, split="source", named=archive))
 
 
 @dataclass(frozen=True)
@@ -131,10 +189,8 @@ def load_target(settings):
 
 def load_source(settings, spec, make=True):
     """The source `spec`, Packed or Streamed, without labels. make=False: raises UserError where it
-    would have to be fetched, extracted or packed."""
-    visited = set()
-    images = _read(settings, spec, "source", "source", make, visited)
-    _require_apart(settings, spec, set(map(Path, visited)))
+    would have to be packed."""
+    images = _read(settings, spec, "source", "source")
     images = replace(images, labels=None, classes=None).limited(settings.limit)
     name, size, max_bad = name_of(spec), settings.image_size, settings.max_bad
     is_large = images.count * size * size * 3 > PACKED_BELOW
@@ -143,7 +199,7 @@ def load_source(settings, spec, make=True):
     folder = _pack_folder(settings, spec, "source")
     if make:
         return pack(images, folder, name, size, max_bad)
-    packed = open_pack(images, folder, name, size, tell=False)
+    packed = open_pack(images, folder, name, size)
     if packed is None:
         raise UserError(f"{name} is not packed in {settings.data_dir}, or has changed since.")
     return packed
@@ -167,32 +223,23 @@ def _in_order(images, names, spec):
                    fingerprint=images.fingerprint + digest("\n".join(names).encode()))
 
 
-def _read(settings, spec, role, split, make=True, visited=None):
-    """The Images of a data set, which is fetched and extracted where that is needed and `make`.
-    visited: as in kd.readers.walk."""
+def _read(settings, spec, role, split):
+    """The Images of a data set. Raises UserError where `obtain` has not fetched it."""
     name, record = name_of(spec), DATA_SETS.get(spec)
     place = find(spec, settings.data_dir, role)
     if record is not None and place.files:
-        if not make:
-            raise UserError(f"{name} is not in {settings.data_dir}, ready to be read.")
-        for path, file in place.files.items():
-            fetch(file, path)
-            if record.unpacked:
-                extract(path, place.path / record.layout, 4 * record.unpacked,
-                        4 * sum(record.images.values()) + 1000,
-                        functools.partial(_read_layout, record, split="source", named=path))
-        place = find(spec, settings.data_dir, role)
+        raise UserError(f"{name} is not in {settings.data_dir}. compile.py and data.py fetch it.")
     if place.kind == "built-in":
         return record.read(settings.seed, split)
-    if place.kind == "layout":
+    if place.kind == "extracted":
         return _read_layout(record, place.path, split)
     if place.kind == "shards":
-        images = open_shards(name, list(place.files))
+        images = readers.open_shards(name, list(place.files))
     elif role == "source":
         root = place.path / "train" if record and (place.path / "train").is_dir() else place.path
-        images = read_files(root, list_images(root, name, visited=visited))
+        images = readers.read_files(root, readers.list_images(root, name))
     else:
-        images = read_class_folders(split_of(place.path, split), f"{name} {split}")
+        images = readers.read_class_folders(_split_of(place.path, split), f"{name} {split}")
     if images.count == 0:
         raise UserError(f"{spec}: no images found. Tar shards are given as {name}=FOLDER/*.tar.")
     return images
@@ -226,27 +273,13 @@ def _pack_folder(settings, spec, split):
     return Path(settings.data_dir) / "packed" / "-".join(parts)
 
 
-def state(record, data_dir):
-    """absent, partial, archive, extracted, packed or built in."""
-    place = find(record.name, data_dir)
-    if any(re.fullmatch(r".*-source-\d+(-seed\d+)?", path.parent.name) for path in Path(
-            data_dir).glob(f"packed/{record.name}-source-*/pack.json")):
-        return "packed"
-    if place.kind != "absent":
-        return "built in" if place.kind == "built-in" else "extracted"
-    if all(path.exists() for path in place.files):
-        return "archive"
-    return "partial" if any(part_of(path).exists() for path in place.files) else "absent"
-
-
 def _list(data_dir):
-    say(f"{'name':13} {'images':>9} {'pixels':>6} {'to fetch':>9}  {'state':9} terms")
+    say(f"{'name':13} {'images':>9} {'to fetch':>9}  {'state':9} terms")
     for record in DATA_SETS.values():
-        files = find(record.name, data_dir).files
-        size = sum(remaining(path, file) for path, file in files.items())
-        say(f"{record.name:13} {record.images['source']:>9,} {record.native or 'all':>6} "
-            f"{f'{size / 1e6:,.0f} MB' if size else '-':>9}  {state(record, data_dir):9} "
-            f"{record.terms}")
+        place = find(record.name, data_dir)
+        size = sum(remaining(path, file) for path, file in place.files.items())
+        say(f"{record.name:13} {record.images['source']:>9,} "
+            f"{f'{size / 1e6:,.0f} MB' if size else '-':>9}  {place.kind:9} {record.terms}")
 
 
 def main(argv):
@@ -267,26 +300,12 @@ def main(argv):
     settings = Settings(target="", sources=specs, **given)
     if show:
         return _list(settings.data_dir)
-    lines = []
-    for spec in specs:          # a name or a path that does not exist
-        find(spec, settings.data_dir)
-    for work in (functools.partial(obtain, settings),
-                 *(functools.partial(_load, settings, spec) for spec in specs)):
-        try:                    # what fails does not keep the others back
-            work()
-        except UserError as error:
-            lines += str(error).splitlines()
-    require_none(lines)
-
-
-def _load(settings, spec):
-    place = find(spec, settings.data_dir)
-    if place.kind == "absent" and not all(path.exists() for path in place.files):
-        return                  # its line is there already
-    source = load_source(settings, spec)
-    what = "packed" if isinstance(source, Packed) else "will be decoded as they are read"
-    bad = f", {source.bad:,} left out" if source.bad else ""
-    say(f"{source.name}: {len(source):,} images {what}{bad}")
+    obtain(settings)
+    for spec in specs:
+        source = load_source(settings, spec)
+        what = "packed" if isinstance(source, Packed) else "will be decoded as they are read"
+        bad = f", {source.bad:,} left out" if source.bad else ""
+        say(f"{source.name}: {len(source):,} images {what}{bad}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from benchmarks import measuring
-from kd.decoding import cores
-from kd.packing import pack
+from kd.packing import cores, pack
 from kd.readers import list_images, read_files
 from kd.settings import resolve
 

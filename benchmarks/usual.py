@@ -27,8 +27,8 @@ import distill
 import transfer
 from benchmarks.measuring import arguments, as_source, table, trained
 from kd import models, scoring
-from kd.decoding import cores
 from kd.engine import CPU
+from kd.packing import cores
 from kd.settings import resolve
 from kd.thresholds import share_threshold
 from kd.training import cross_entropy

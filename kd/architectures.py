@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
-from kd.download import RemoteFile, fetch, reachable
+from kd.download import RemoteFile, fetch
 from kd.files import UserError, first_line
 from kd.own import import_file, running_own
 from kd.settings import IMAGE_SIZE
@@ -147,15 +147,12 @@ def _imagenet(arch, weights):
 
 
 def why_missing(arch, weights):
-    """Why ImageNet weights can't be had, and where to put them by hand; None where they can. timm's
-    are fetched here, as its client alone knows where they are."""
+    """Fetches ImageNet weights. Returns why they can't be had, None where they can."""
     try:
-        if is_own(arch) or arch.startswith(TIMM):
+        if is_own(arch) or arch.startswith(TIMM):       # timm's client knows where they are
             make_network(arch, 2, weights)
-            return None
-        _, file, path = _imagenet(arch, weights)
+        else:
+            _, file, path = _imagenet(arch, weights)
+            fetch(file, path)
     except UserError as error:
         return str(error)
-    reason = None if path.exists() else reachable(file.urls)
-    return reason and (f"The ImageNet weights of {arch} are missing, and {reason}. Put that file "
-                       f"at {path}.")

@@ -17,18 +17,17 @@ from kd.files import UserError, first_line, holding, say
 # What a damaged or hostile archive makes its readers raise.
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
           EOFError, ValueError, RuntimeError, LookupError, TypeError)
-FILTER = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}      # since Python 3.11.4
 
 
 class _Budget:
-    """What may still be extracted, in bytes and files. As a stream: what is read from it counts."""
+    """How many bytes may still be extracted. As a stream: what is read from it counts."""
 
-    def __init__(self, size, files):
-        self.size, self.files, self.stream = size, files, None
+    def __init__(self, size):
+        self.size, self.stream = size, None
 
-    def take(self, size=0, files=0):
-        self.size, self.files = self.size - size, self.files - files
-        if min(self.size, self.files) < 0:
+    def take(self, size):
+        self.size -= size
+        if self.size < 0:
             raise ValueError("it unpacks to several times what the data set holds")
 
     def read(self, size):
@@ -37,12 +36,12 @@ class _Budget:
         return content
 
 
-def extract(archive, place, size, files, check):
+def extract(archive, place, size, check):
     """Makes `place`, a folder that `archive` (.zip, .tar or .tar.gz) holds at any depth, unless it
     is there.
 
-    size, files: how many bytes and files there are at the most. check(folder): raises UserError
-    where something lacks. Archives in it are extracted too: Caltech101's zip holds two tars.
+    size: how many bytes there are at the most. check(folder): raises UserError where something
+    lacks. Archives in it are extracted too: Caltech101's zip holds two tars.
     """
     beside = place.with_name(f".{place.name}.part")
     with holding(place, f"extracting {archive.name}"):
@@ -52,7 +51,7 @@ def extract(archive, place, size, files, check):
         shutil.rmtree(beside, ignore_errors=True)       # of an attempt that was killed
         try:
             beside.mkdir(parents=True)
-            budget = _Budget(size, files)
+            budget = _Budget(size)
             _extract(archive, beside, budget)
             for nested in sorted(beside.rglob("[!.]*.tar*")):
                 if nested.is_file() and nested.stat().st_size:
@@ -75,20 +74,18 @@ def _extract(archive, folder, budget):
         with zipfile.ZipFile(archive) as content:
             for member in content.infolist():
                 _require_inside(member.filename)
-                budget.take(member.file_size, 1)    # a member never yields more than it declares
+                budget.take(member.file_size)       # a member never yields more than it declares
                 content.extract(member, folder)
         return
     opening = gzip.open if archive.name.endswith("gz") else open
     with opening(archive, "rb") as budget.stream:
         with tarfile.open(fileobj=budget, mode="r|") as content:
+            content.extraction_filter = getattr(tarfile, "data_filter", None)   # from Python 3.11.4
             for member in content:
                 _require_inside(member.name)
                 if not (member.isreg() or member.isdir()) or member.issparse():
                     raise ValueError(f"{member.name!r} is a link, a device or a file with holes")
-                budget.take(files=1)
-                content.extract(member, folder, set_attrs=False, **FILTER)
-        while budget.read(1 << 20):     # up to gzip's checksum
-            pass
+                content.extract(member, folder, set_attrs=False)
 
 
 def _require_inside(name):

@@ -5,7 +5,6 @@ fetches a file; another one that wants it waits and then uses it.
 """
 import hashlib
 import os
-import re
 import time
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -14,13 +13,13 @@ from pathlib import Path
 import requests
 import urllib3
 
-from kd.files import UserError, holding, require_space, say
+from kd.files import UserError, holding, say
 from kd.progress import Progress
 
 TIMEOUT = (10, 60)          # seconds to connect, and between two pieces of an answer
 PIECE = 1 << 16             # bytes at most that a read asks for
-ATTEMPTS = 3                # that bring nothing new, before the next mirror is tried
-BACKOFF = 0.5               # seconds: the first wait; each is twice the one before
+ATTEMPTS = 3                # that fail one after the other, before the next mirror is tried
+BACKOFF = 1.0               # seconds to wait after a failure, twice as many after the next
 CRAWL, PATIENCE = 100_000, 30.0     # a mirror that is slower crawls: bytes a second, over seconds
 AT_ONCE = 4                 # files fetched at the same time
 BUSY = (429, 500, 502, 503, 504)
@@ -55,8 +54,7 @@ def wrong_with(path, file):
     return None
 
 
-def part_of(path):
-    """Where the beginning of a file that is being fetched lies."""
+def _part_of(path):
     return path.with_name(f"{path.name}.part")
 
 
@@ -66,21 +64,7 @@ def _length(path):
 
 def remaining(path, file):
     """Bytes still to fetch."""
-    return max(0, (file.size or 0) - (_length(path) or _length(part_of(path))))
-
-
-def reachable(urls):
-    """None where a server answers for one of these addresses; else why none does."""
-    reasons = []
-    for url in urls:
-        try:
-            with requests.get(url, stream=True, timeout=TIMEOUT[0]) as answer:
-                if answer.ok or answer.status_code in BUSY:
-                    return None
-                reasons.append(f"{url} answers {answer.status_code}")
-        except requests.RequestException as error:
-            reasons.append(f"{url} can't be reached ({type(error).__name__})")
-    return ", ".join(reasons)
+    return max(0, (file.size or 0) - (_length(path) or _length(_part_of(path))))
 
 
 def fetch(file, path):
@@ -90,8 +74,7 @@ def fetch(file, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with holding(path, f"fetching {path.name}"):
             if not path.exists():       # else another process fetched it while we waited
-                require_space(path.parent, remaining(path, file), f"fetching {path.name}")
-                return _from_mirrors(file, path, part_of(path))
+                return _from_mirrors(file, path, _part_of(path))
     wrong = wrong_with(path, file)
     if wrong:
         raise UserError(f"{path} {wrong}. Delete it, and it is fetched again, or put the right one "
@@ -122,29 +105,23 @@ def _from_mirrors(file, path, part):
 def _fill(part, url, size, slowest, progress):
     """Fills the part from one mirror, in as many attempts as it takes while each brings something.
     Returns why that can't be done, or None. slowest: bytes a second."""
-    retry = urllib3.Retry(ATTEMPTS, status_forcelist=BUSY, backoff_factor=BACKOFF,
-                          respect_retry_after_header=False, raise_on_status=False)
-    failures = 0
-    with requests.Session() as session:
-        session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
-        session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
-        while failures < ATTEMPTS:
-            start = _length(part)
-            if size is not None and start >= size:
-                return None
-            headers = {"Accept-Encoding": "identity"}
-            headers |= {"Range": f"bytes={start}-"} if start else {}
-            try:
-                with session.get(url, stream=True, timeout=TIMEOUT, headers=headers) as answer:
-                    reason = _receive(answer, part, start, size, slowest, progress)
-                if reason or size is None:
-                    return reason
-            except urllib3.exceptions.HTTPError:        # what breaks off is asked for again
-                time.sleep(BACKOFF)
-            except requests.RequestException as error:
-                return f"can't be reached ({type(error).__name__})"
-            failures = 0 if _length(part) >= start + PIECE else failures + 1
-    return f"breaks off, {ATTEMPTS} times"
+    failures, reason = 0, None
+    while failures < ATTEMPTS:
+        time.sleep(BACKOFF * failures)
+        start = _length(part)
+        if size is not None and start >= size:
+            return None
+        headers = {"Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={start}-"} if start else {}
+        try:
+            with requests.get(url, stream=True, timeout=TIMEOUT, headers=headers) as answer:
+                reason = _receive(answer, part, start, size, slowest, progress)
+            if answer.status_code not in BUSY and (reason or size is None):
+                return reason
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            reason = f"can't be reached, or breaks off ({type(error).__name__})"
+        failures = 0 if _length(part) >= start + PIECE else failures + 1
+    return reason or "breaks off"
 
 
 def _receive(answer, part, start, size, slowest, progress):
@@ -159,15 +136,13 @@ def _receive(answer, part, start, size, slowest, progress):
     elif not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
         return "does not continue from where it is asked to"
     offered = start + int(answer.headers.get("Content-Length", (size or start) - start))
-    if size is not None and offered != size:
+    if size is not None and offered != size:        # a web page, mostly
         return f"offers {offered:,} bytes instead of {size:,}"
     progress.update(start - progress.done)
     began, received = time.monotonic(), 0
     with open(part, "r+b" if start else "wb", buffering=0) as content:
         content.seek(start)
         while piece := answer.raw.read1(PIECE, decode_content=False):
-            if not content.tell() and re.match(rb"\s*<(!doctype|html|\?xml)", piece, re.I):
-                return "answers with a web page instead of the file"
             content.write(piece)
             progress.update(len(piece))
             received, seconds = received + len(piece), time.monotonic() - began
@@ -175,8 +150,6 @@ def _receive(answer, part, start, size, slowest, progress):
                 if received < slowest * seconds:
                     return f"crawls ({received / seconds / 1e3:,.1f} kB/s)"
                 began, received = time.monotonic(), 0
-            if size is not None and content.tell() > size:      # its checksum is wrong
-                return None
 
 
 def fetch_all(wanted):

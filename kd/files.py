@@ -6,14 +6,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import socket
 import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-SPARE = 200_000_000                                     # bytes of disk that stay free
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)     # of a file system that has none
 
 
@@ -153,14 +151,6 @@ def nearest_existing(path):
     while not path.exists():
         path = path.parent
     return path
-
-
-def require_space(folder, needed, what):
-    """Raises UserError where the disk has less than `needed` bytes (and some to spare) free."""
-    free = shutil.disk_usage(nearest_existing(folder)).free
-    if needed and needed + SPARE > free:
-        raise UserError(f"{folder} has {free / 1e9:,.1f} GB free, but {what} needs "
-                        f"{(needed + SPARE) / 1e9:,.1f} GB. Make room, or choose another folder.")
 
 
 def _acquire(lock, folder, timeout):

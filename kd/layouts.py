@@ -1,11 +1,17 @@
-"""Official layouts. A reader of each: read(root, split) -> Images; split: train, test or source."""
+"""The data sets that have a name, and a reader of each one's official layout: read(root, split) ->
+Images; split: train, test or source."""
 import pickle
 import re
+import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from kd import drawn
+from kd.download import RemoteFile
 from kd.files import digest
 from kd.readers import Images, list_images, read_class_folders, read_files, state_of
 
@@ -26,10 +32,8 @@ class ArrayReader:
 
 def read_arrays(root, files, arrays, labels=None, classes=None):
     """Arrays that `files` below `root` hold."""
-    count = sum(map(len, arrays))
-    if labels is not None and len(labels) != count:
-        raise ValueError(f"{count:,} images have {len(labels):,} labels")
-    return Images(count, ArrayReader(arrays), state_of(root, files), labels, classes)
+    return Images(sum(map(len, arrays)), ArrayReader(arrays), state_of(root, files), labels,
+                  classes)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -139,3 +143,28 @@ def read_digits(seed, split):
                    digits.target.astype(np.int64), list("0123456789"))
     order, test = np.random.default_rng(0).permutation(len(pixels)), len(pixels) // 5
     return whole.take(np.sort(order[:test] if split == "test" else order[test:]))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A record of data_sets.toml, which explains the fields."""
+
+    name: str
+    read: Callable      # (root, or seed where it is built in; split) -> Images
+    terms: str
+    images: dict
+    files: tuple = ()
+    target_files: tuple = ()
+    layout: str = ""
+    unpacked: int = 0
+
+
+def registry():
+    """{name: DataSet}."""
+    found = tomllib.loads(Path(__file__).with_name("data_sets.toml").read_text())
+    for name, record in found.items():
+        for key in ("files", "target_files"):
+            record[key] = tuple(RemoteFile(**each) for each in record.get(key, ()))
+        read = drawn.reader(name) if name in drawn.COUNTS else globals()[f"read_{name}"]
+        found[name] = DataSet(name, read, **record)
+    return found

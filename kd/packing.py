@@ -3,35 +3,83 @@
     Packed      images.npy, memory-mapped: decoded once, by all cores, and reused for ever
     Streamed    decoded as they are asked for; nothing is kept
 """
-import contextlib
-import io
 import mmap
 import os
 import shutil
-import time
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from PIL import Image
 
-from kd.decoding import block_of, decoded
 from kd.files import (
     UserError,
     file_digest,
     first_line,
     holding,
+    one_field,
     read_json,
-    require_space,
     say,
     write_json,
-    write_text,
 )
 from kd.progress import Progress
-from kd.readers import Chosen, Images
+from kd.readers import Chosen, Images, decode
 
-SAVE_INTERVAL = 2.0         # seconds: what a kill can cost
+FORKS = sys.platform == "linux"
+BLOCK = 1 << 19             # bytes, about, that a worker decodes at a time
 UNRELEASED = 1 << 24        # bytes read from a memory map before they are given back
 DARK = 64                   # of 255: images without a brighter pixel are misread
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """What a worker does: image numbers -> ((n, size, size, 3) uint8 of those that can be read,
+    their numbers, [(number, file, what is wrong)] of the others)."""
+
+    images: Images
+    size: int
+
+    def __getitem__(self, numbers):
+        pixels = np.empty((len(numbers), self.size, self.size, 3), np.uint8)
+        good, bad = [], []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # about files that are odd and can be read
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            for i in map(int, numbers):
+                try:
+                    pixels[len(good)] = decode(self.images.read(i), self.size)
+                    good.append(i)
+                except Exception as error:      # whatever a broken file makes a decoder raise
+                    file = "" if self.images.files is None else self.images.files[i]
+                    what = one_field(f"{type(error).__name__}: {first_line(error)}")
+                    bad.append((i, one_field(file), what))
+        return pixels[:len(good)], good, bad
+
+
+def block_of(size):
+    """How many images a worker decodes at a time."""
+    return max(16, BLOCK // (size * size * 3))
+
+
+def decoded(images, size, blocks, count):
+    """What _Blocks makes of each of `blocks`, an iterable of `count` lists of image numbers, in
+    order."""
+    import torch
+
+    from kd.processes import working_here
+    workers = min(-(-cores() // working_here()), count) if count > 2 else 0
+    return iter(torch.utils.data.DataLoader(
+        _Blocks(images, size), batch_size=None, sampler=blocks, num_workers=workers,
+        collate_fn=tuple, multiprocessing_context="fork" if workers and FORKS else None,
+        generator=torch.Generator()))       # which leaves everybody else's random numbers alone
+
+
+def cores():
+    """Cores that this process may use."""
+    available = getattr(os, "sched_getaffinity", None)
+    return len(available(0)) if available else os.cpu_count()
 
 
 class Source:
@@ -120,7 +168,7 @@ class Streamed(Source):
         step, self.unreadable = block_of(self.size), []
         count = sum(-(-len(at) // step) for at in wanted)
         blocks = (at[i:i + step] for at in wanted for i in range(0, len(at), step))
-        made = decoded(self.source, self.name, self.size, blocks, count)
+        made = decoded(self.source, self.size, blocks, count)
         for at in wanted:
             pixels, good = np.empty((len(at), self.size, self.size, 3), np.uint8), []
             for _ in range(0, len(at), step):
@@ -129,8 +177,6 @@ class Streamed(Source):
                 good += numbers
                 self.unreadable += bad
             _require_few(self.name, self.unreadable, len(self), self.max_bad * everything)
-            if at is wanted[0]:
-                _say_if_dark(self.name, pixels[:len(good)])
             if good:
                 yield pixels[:len(good)], np.array(good, np.int64)
 
@@ -141,12 +187,6 @@ def release_pages(images):
     mapping = getattr(images, "_mmap", None)
     if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapping.madvise(mmap.MADV_DONTNEED)
-
-
-def _say_if_dark(label, pixels):
-    if len(pixels) and pixels.max() < DARK:
-        say(f"{label}: the images are nearly black, no pixel is above {pixels.max()} of 255. If "
-            "their files hold 12 bits in 16, scale them to the full range.")
 
 
 def _require_few(label, bad, count, max_bad, listing=None):
@@ -163,60 +203,47 @@ def pack(images, folder, name, size, max_bad):
     """Decodes `images` into `folder` unless it holds them already. Returns the Packed.
 
     What can't be read is left out and listed in bad.txt, a line of file, reason and number each;
-    UserError where that is more than the share `max_bad`. What is being made is `<folder>.part`,
-    which a later call continues.
+    UserError where that is more than the share `max_bad`.
     """
-    packed = open_pack(images, folder, name, size, tell=False)
+    packed = open_pack(images, folder, name, size)
     if packed is None:
         with holding(folder, f"packing {name}"):
             packed = open_pack(images, folder, name, size)      # made while we waited
             if packed is None:
-                _make(images, folder, name, size, max_bad)
+                _make(images, folder, name, size)
                 packed = open_pack(images, folder, name, size)
     if packed.bad:
         listing = folder / "bad.txt"
         _require_few(name, _listed(listing), images.count, max_bad, listing)
         say(f"{name}: {packed.bad:,} of {images.count:,} images can't be read and are left out. "
             f"They are listed in {listing}.")
-    _say_if_dark(name, packed.images[::len(packed) // 500 + 1])
+    brightest = packed.images[::len(packed) // 500 + 1].max()
+    if brightest < DARK:
+        say(f"{name}: the images are nearly black, no pixel is above {brightest} of 255. If their "
+            "files hold 12 bits in 16, scale them to the full range.")
     return packed
 
 
-def open_pack(images, folder, name, size, tell=True):
+def open_pack(images, folder, name, size):
     """The Packed in `folder`; None where there is none, it was made of other files or in another
-    size, or it is damaged, which is said if `tell`."""
+    size, or it is not what was written there."""
     meta = read_json(folder / "pack.json") or {}
     if (meta.get("fingerprint"), meta.get("size")) != (images.fingerprint, size):
         return None
     try:
-        _require_as_written(folder, meta["digests"])
-        pixels = np.load(folder / "images.npy", mmap_mode="c")
-        bad = [number for number, *_ in _listed(folder / "bad.txt")]
-        if len(pixels) + len(bad) != images.count:
-            raise ValueError("it holds another number of images")
-    except (ValueError, OSError, LookupError, TypeError) as error:
-        if tell:
-            say(f"{folder} is damaged ({first_line(error)}). It will be made again.")
+        if meta.get("digests") != _digests(folder):
+            return None
+    except UserError:       # a file is missing
         return None
+    pixels = np.load(folder / "images.npy", mmap_mode="c")
+    bad = [number for number, *_ in _listed(folder / "bad.txt")]
     kept = images.take(np.delete(np.arange(images.count), bad)) if bad else images
     return Packed(name, pixels, kept.labels, kept.classes, kept.files, kept.rows,
                   images.fingerprint, len(bad))
 
 
-def _require_as_written(folder, digests):
-    """Raises ValueError where a file of a pack is not what was written there. What was read through
-    once is not read again until it changes."""
-    now = dict(digests)
-    for name in digests:
-        status = os.stat(folder / name)
-        now[name] += f" {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-    if read_json(folder / ".checked") == now:
-        return
-    for name, written in digests.items():
-        if file_digest(folder / name) != written:
-            raise ValueError(f"{name} is not what was written there")
-    with contextlib.suppress(OSError):      # a folder that may only be read is read each time
-        write_json(folder / ".checked", now)
+def _digests(folder):
+    return {name: file_digest(folder / name) for name in ("images.npy", "bad.txt")}
 
 
 def _listed(path):
@@ -226,62 +253,40 @@ def _listed(path):
         return [(int(number), file, what) for file, what, number in fields]
 
 
-def _header(count, size):
-    """The head of a .npy file, as long for any count, since numpy leaves room for larger ones."""
-    head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        head, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)})
-    return head.getvalue()
-
-
-def _make(images, folder, name, size, max_bad):
+def _make(images, folder, name, size):
+    """What is being made is `<folder>.part`. pack.json comes last: without it there is no pack."""
+    if folder.exists():
+        say(f"{folder} is damaged, or its files have changed. It will be made again.")
     part = folder.with_name(f"{folder.name}.part")
-    bad = _fill(images, part, name, size)
-    write_text(part / "bad.txt", "".join(f"{file}\t{what}\t{i}\n" for i, file, what in bad))
-    _require_few(name, bad, images.count, max_bad, part / "bad.txt")
-    with open(part / "images.npy", "r+b") as pixels:
-        pixels.write(_header(images.count - len(bad), size))
-        pixels.flush()
-        os.fsync(pixels.fileno())
-    write_json(part / "pack.json", {
-        "images": images.count - len(bad), "bad": len(bad), "size": size,
-        "classes": images.classes, "fingerprint": images.fingerprint,
-        "digests": {each: file_digest(part / each) for each in ("images.npy", "bad.txt")}})
-    shutil.rmtree(folder, ignore_errors=True)       # a pack of files that have changed since
+    shutil.rmtree(part, ignore_errors=True)     # of an attempt that was killed
+    part.mkdir()
+    bad = _fill(part / "images.npy", images, name, size)
+    lines = [f"{file}\t{what}\t{i}\n" for i, file, what in bad]
+    (part / "bad.txt").write_text("".join(lines), "utf-8", "surrogateescape")
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-    (folder / "progress.json").unlink()
+    write_json(folder / "pack.json", {
+        "images": images.count - len(bad), "bad": len(bad), "size": size,
+        "classes": images.classes, "fingerprint": images.fingerprint, "digests": _digests(folder)})
 
 
-def _fill(images, part, name, size):
-    """Makes images.npy in `part`, from where an earlier attempt was cut off. Returns [(number,
-    file, what is wrong)] of the images that can't be read."""
-    head, step, each = _header(images.count, size), block_of(size), size * size * 3
-    found = read_json(part / "progress.json") or {}
-    done, bad = found.get("done", 0), found.get("bad", [])
-    kept, pixels = (done - len(bad)) * each, part / "images.npy"
-    if found.get("fingerprint") != images.fingerprint or not pixels.is_file() or (
-            pixels.stat().st_size < len(head) + kept):      # of other files, or not as it was left
-        shutil.rmtree(part, ignore_errors=True)
-        done, bad, kept = 0, [], 0
-    require_space(part.parent, (images.count - done) * each, f"packing {name}")
-    part.mkdir(exist_ok=True)
-    progress, saved = Progress(f"packing {name}", images.count, done=done), time.monotonic()
-    starts = range(done, images.count, step)
+def _fill(path, images, name, size):
+    """Writes the pixels as a .npy file. Returns [(number, file, what is wrong)] of the images that
+    can't be read."""
+    def write_header(count):        # as long for any count: numpy leaves room for larger ones
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)})
+
+    progress, bad, step = Progress(f"packing {name}", images.count), [], block_of(size)
+    starts = range(0, images.count, step)
     blocks = (range(i, min(i + step, images.count)) for i in starts)
-    with open(pixels, "r+b" if done else "wb") as file:
-        file.write(head)
-        file.seek(len(head) + kept)
-        file.truncate()
-        for block, good, failed in decoded(images, name, size, blocks, len(starts)):
+    with open(path, "wb") as file:
+        write_header(images.count)
+        for block, good, failed in decoded(images, size, blocks, len(starts)):
             file.write(block)
             bad += failed
-            done += len(good) + len(failed)
             progress.update(len(good) + len(failed))
-            if done == images.count or time.monotonic() - saved > SAVE_INTERVAL:
-                file.flush()
-                os.fsync(file.fileno())     # what is counted as done is on disk before it is
-                write_json(part / "progress.json", {
-                    "fingerprint": images.fingerprint, "done": done, "bad": bad})
-                saved = time.monotonic()
+        file.seek(0)
+        write_header(images.count - len(bad))
     progress.close()
     return bad

@@ -1,22 +1,27 @@
-"""Images that are not decoded yet, and folders of them. Shards and drawings are Images as well.
+"""Images that are not decoded yet, how one is decoded, folders and tar shards of them.
 
 One rule says what counts: no hidden name, and an image's suffix or, with any other, the first bytes
 of one. What is passed over is counted.
 """
+import contextlib
 import hashlib
+import io
 import os
 import re
+import struct
+import tarfile
 import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from kd.files import digest, listed, say
+from kd.files import UserError, digest, first_line, listed, say
 
 # What Pillow may read, whatever a file is called. AVIF comes with Pillow 11.3.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF",
@@ -26,6 +31,9 @@ SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .ppm .pgm .pbm .tif .tiff 
 COMPANIONS = set(".txt .json .csv .md .xml .html .cls .db .ini .log .npy .zip .tar .gz".split())
 BEGINNING = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}WEBP"
                        rb"|II\*\0|MM\0\*|P[1-6]\s|.{4}ftypavi[fs]", re.DOTALL)
+
+# What an EXIF that can't be read makes Pillow raise. It turns nothing, and the image is read.
+BAD_EXIF = (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, struct.error)
 
 
 class Names(Sequence):
@@ -100,6 +108,34 @@ def opened(file):
         return image
 
 
+def decode(image, size):
+    """A Pillow image as (size, size, 3) uint8: what torchvision's Resize((size, size)) makes of it
+    as RGB (bilinear, antialiased, aspect ratio not kept)."""
+    image = as_shown(image)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def as_shown(image):
+    """A Pillow image in RGB as a viewer shows it: turned as its EXIF says, of more than 8 bits the
+    upper eight, what is transparent on white. Raises ValueError where no range is stated."""
+    if image.mode == "RGB" and not image.info.keys() & {"exif", "transparency"}:
+        return image
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+        raise ValueError(f"{kind} pixels have no fixed range")
+    if "exif" in image.info:
+        with contextlib.suppress(*BAD_EXIF):
+            image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def state_of(root, paths):
     """A digest of the names, sizes and times of change of files below `root`."""
     state = hashlib.sha256()        # not of `root`: files that have moved are the same
@@ -172,10 +208,7 @@ class FileReader:
     files: Sequence
 
     def __call__(self, i):
-        path = os.path.join(self.root, self.files[i])
-        if not os.path.isfile(path):        # opening a pipe would wait for somebody to write there
-            raise ValueError("not a file, or a link to nowhere")
-        return opened(path)
+        return opened(os.path.join(self.root, self.files[i]))
 
 
 def read_files(root, files, labels=None, classes=None):
@@ -191,11 +224,11 @@ def say_passed(label, passed):
         say(f"{label}: passing over what is not an image ({listed(kinds, 5)}).")
 
 
-def list_images(root, label="", wanted=lambda path: True, visited=None):
+def list_images(root, label="", wanted=lambda path: True):
     """The Names of the images below `root`. label: of whom to say what is passed over; wanted:
-    whether a path counts; visited: as in `walk`."""
+    whether a path counts."""
     passed = Counter()
-    names = Names(filter(wanted, walk(root, passed, set() if visited is None else visited)))
+    names = Names(filter(wanted, walk(root, passed, set())))
     say_passed(label, passed)
     return names
 
@@ -208,12 +241,92 @@ def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
 
     files = list_images(root, label, lambda path: re.fullmatch(pattern, path) is not None
                         and class_of(path) not in exclude)
-    number = {}
-    labels = np.fromiter((number.setdefault(class_of(path), len(number)) for path in files), int)
-    classes = sorted(number)
-    empty = [entry.name for entry in os.scandir(root) if entry.is_dir()
-             and not is_hidden(entry.name) and class_of(entry.name) not in number]
-    if label and empty:
-        say(f"{label}: {listed(sorted(empty))} holds no image and is not taken for a class.")
-    in_order = np.array([classes.index(name) for name in number], int)
-    return read_files(root, files, in_order[labels], classes)
+    classes = sorted({class_of(path) for path in files})
+    number = {name: k for k, name in enumerate(classes)}
+    labels = np.fromiter((number[class_of(path)] for path in files), int)
+    return read_files(root, files, labels, classes)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tar shards (the WebDataset convention), never unpacked. Labels and captions are not read.
+# --------------------------------------------------------------------------------------------------
+
+def shard_paths(name, pattern):
+    """The shards that /data/{000..099}.tar or /data/*.tar stand for, in order. Raises UserError
+    where there is none, or one of a range is not there."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found:
+        first, last, width = int(found[1]), int(found[2]), len(found[1])
+        start, end = pattern[:found.start()], pattern[found.end():]
+        return [path for number in range(first, last + 1)
+                for path in shard_paths(name, f"{start}{number:0{width}}{end}")]
+    folder, file = os.path.split(pattern)
+    paths = sorted(map(str, Path(folder).glob(file.replace("[", "[[]"))))
+    if not paths:
+        raise UserError(f"{name}: there is no {pattern}. Shards are given as {name}=FOLDER/*.tar "
+                        f"or {name}=FOLDER/{{000..099}}.tar.")
+    return paths
+
+
+@dataclass(frozen=True)
+class ShardReader(Sequence):
+    """Called with i it reads the i-th image; as a sequence it is "SHARD.tar/MEMBER" of each.
+
+    shard, header: (N,), each image's shard, and the byte at which its header begins. All else is
+    read there: ten million names are not kept.
+    """
+
+    paths: list
+    shard: np.ndarray
+    header: np.ndarray
+
+    def __len__(self):
+        return len(self.shard)
+
+    def __call__(self, i):
+        return opened(io.BytesIO(self._member(i)[1]))
+
+    def __getitem__(self, i):
+        return self._member(i)[0]
+
+    def _member(self, i):
+        path = self.paths[self.shard[i]]
+        with open(path, "rb") as file:
+            file.seek(int(self.header[i]))
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                member = tar.next()
+                return f"{os.path.basename(path)}/{member.name}", tar.extractfile(member).read()
+
+
+def _members(path, passed):
+    """Yields the tarfile.TarInfo of each image. Raises UserError where the shard is damaged."""
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            def begin():
+                file.seek(member.offset_data)
+                return file.read(16)
+            while (member := tar.next()) is not None:
+                tar.members.clear()     # which it would keep, of millions
+                if any(is_hidden(part) for part in member.name.split("/") if part != "."):
+                    passed["hidden"] += 1
+                elif member.isreg() and not member.issparse() and (
+                        is_image(member.name, begin, passed)):
+                    yield member
+            file.seek(tar.offset)
+            if file.read(512).strip(b"\0"):     # a broken header ends the loop as the end does
+                raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or not an uncompressed tar archive "
+                        f"({first_line(error)}).") from None
+
+
+def open_shards(name, paths):
+    """The Images in these shards, whose headers are walked through once."""
+    shard, header, passed = array("i"), array("q"), Counter()
+    for number, path in enumerate(paths):
+        for member in _members(path, passed):
+            shard.append(number)
+            header.append(member.offset)
+    say_passed(name, passed)
+    reader = ShardReader(paths, np.asarray(shard), np.asarray(header))
+    return Images(len(shard), reader, state_of("/", map(os.path.abspath, paths)), files=reader)

@@ -48,11 +48,15 @@ def settings_of(data_dir, target="", sources=(), **more):
 
 
 def source(data_dir, spec, **more):
-    return data.load_source(settings_of(data_dir, sources=(spec,), **more), spec)
+    settings = settings_of(data_dir, sources=(spec,), **more)
+    data.obtain(settings)
+    return data.load_source(settings, spec)
 
 
 def target(data_dir, spec, **more):
-    return data.load_target(settings_of(data_dir, spec, **more))
+    settings = settings_of(data_dir, spec, **more)
+    data.obtain(settings)
+    return data.load_target(settings)
 
 
 def random_pixels(*shape, seed=0):
@@ -68,7 +72,7 @@ def save(root, *names, colour=None, size=(70, 90), kind=None):
 
 
 def names_in(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name not in (".locks", ".checked"))
+    return sorted(path.name for path in folder.iterdir() if path.name != ".locks")
 
 
 def _write_cifar(root, batches, names, fine, meta):

@@ -9,7 +9,7 @@ import zipfile
 
 import layout_files as made
 import pytest
-from layout_files import WRITERS, names_in, register, remote, settings_of, source, tar_of, zip_of
+from layout_files import WRITERS, names_in, register, remote, source, tar_of, zip_of
 
 import data
 from kd.archives import extract
@@ -34,35 +34,25 @@ def official(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "svhn"])
-@pytest.mark.parametrize("below", ["", "Caltech-256"])
-def test_an_archive_is_fetched_or_found_verified_extracted_and_read(
-        tmp_path, monkeypatch, server, small, name, below):
-    if below and name != "caltech256":
-        below = ""
+def test_an_archive_is_fetched_verified_extracted_and_read(
+        tmp_path, monkeypatch, server, small, name):
     content, file = official(tmp_path, name), data.DATA_SETS[name].files[0].name
     url = server.url(file, lambda handler: handler.answer(200, content))
     register(monkeypatch, name, files=(remote(content, url),))
-    if below:       # put there by hand, where torchvision has it
-        (tmp_path / "d" / below).mkdir(parents=True)
-        (tmp_path / "d" / below / file).write_bytes(content)
-    settings = settings_of(tmp_path / "d", sources=(name,))
-    data.obtain(settings)
-    assert len(server.asked) == (0 if below else 1)
-    assert len(data.load_source(settings, name)) == data.DATA_SETS[name].images["source"]
-    assert names_in(tmp_path / "d" / below) == sorted(
-        [data.DATA_SETS[name].layout, file, *([] if below else ["packed"])])
-    data.obtain(settings)
-    assert len(server.asked) == (0 if below else 1)
+    for _ in range(2):
+        found = source(tmp_path / "d", name)
+        assert len(found) == data.DATA_SETS[name].images["source"]
+    assert names_in(tmp_path / "d") == sorted([data.DATA_SETS[name].layout, file, "packed"])
+    assert len(server.asked) == 1
 
 
-def test_what_can_not_be_had_is_a_line_each(tmp_path, monkeypatch, server, small):
-    for name in ("cifar10", "svhn"):
-        url = server.url(f"{name}.tar.gz", lambda handler: handler.answer(404))
-        register(monkeypatch, name, files=(remote(b"x", url),))
-    with pytest.raises(UserError) as refusal:
-        data.obtain(settings_of(tmp_path, sources=("cifar10", "svhn", "noise")))
-    first, second = sorted(str(refusal.value).splitlines())
-    assert "cifar10.tar.gz answers 404" in first and "svhn.tar.gz answers 404" in second
+def test_an_archive_that_is_put_there_by_hand_is_used(tmp_path, monkeypatch, small):
+    content = official(tmp_path, "caltech256")
+    register(monkeypatch, "caltech256", files=(remote(content, "http://127.0.0.1:9/c.tar"),))
+    (tmp_path / "d" / "Caltech-256").mkdir(parents=True)       # where torchvision has it
+    (tmp_path / "d" / "Caltech-256" / "c.tar").write_bytes(content)
+    assert len(source(tmp_path / "d", "caltech256")) == 20
+    assert names_in(tmp_path / "d" / "Caltech-256") == ["256_ObjectCategories", "c.tar"]
 
 
 def test_an_archive_that_is_not_whole_is_refused_and_named(
@@ -112,7 +102,6 @@ def with_holes():
 
 
 ZEROS = gzip.compress(bytes(MEGABYTE)) * 60
-MANY = [(f"pictures/{i}.jpg", REGULAR, "", b"") for i in range(200)]
 CUT = tar_with(("pictures/a.jpg", REGULAR, "", os.urandom(100_000)))[:60_000]
 HOSTILE = {     # what it is: (suffix, content, what the line says)
     **{f"a tar with {name}": (".tar.gz", tar_with((name, REGULAR, "", b"evil")), "leads out of")
@@ -128,14 +117,10 @@ HOSTILE = {     # what it is: (suffix, content, what the line says)
     "zeros in a tar": (".tar.gz", header("pictures/0", REGULAR) + ZEROS, "several times"),
     "zeros in a zip": (".zip", zip_with(zeros=bytes(60 * MEGABYTE)), "several times"),
     "a large header": (".tar.gz", header("pictures/0", tarfile.XHDTYPE) + ZEROS, "several times"),
-    "many files in a tar": (".tar.gz", tar_with(*MANY), "several times"),
-    "many files in a zip": (".zip", zip_with(**{name: b"" for name, *_ in MANY}), "several times"),
     "a tar cut short": (".tar.gz", CUT, "can't be used"),
     "no tar": (".tar.gz", b"<html>not found</html>" * 100, "can't be used"),
     "an empty file": (".tar", b"", "can't be used"),
     "a zip cut short": (".zip", zip_with(a=os.urandom(100_000))[:60_000], "can't be used"),
-    "a damaged tar in a zip": (".zip", zip_with(**{"inner.tar.gz": CUT}), "can't be used"),
-    "a name with a zero byte": (".tar.gz", tar_with(("pictures/a\0b", REGULAR, "", b"")), ""),
     "another content": (".zip", zip_of({"drawings/a.jpg": b""}), "does not hold pictures/"),
 }
 
@@ -150,15 +135,14 @@ def test_a_hostile_or_damaged_archive_is_refused_and_leaves_nothing(
     archive.write_bytes(content)
     tracemalloc.start()
     try:
-        extract(archive, folder / "pictures", 10 * MEGABYTE, 100, lambda folder: None)
-        assert not said     # a name with a zero byte may end there
-    except UserError as refusal:
-        assert str(refusal).startswith(f"{archive} can't be used (") and "\n" not in str(refusal)
-        assert said in str(refusal) and names_in(folder) == [archive.name]
+        with pytest.raises(UserError) as refusal:
+            extract(archive, folder / "pictures", 10 * MEGABYTE, lambda folder: None)
+        assert tracemalloc.get_traced_memory()[1] < 30 * MEGABYTE
     finally:
-        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peak < 30 * MEGABYTE and names_in(tmp_path) == ["d"]
+    line = str(refusal.value)
+    assert line.startswith(f"{archive} can't be used (") and said in line and "\n" not in line
+    assert names_in(folder) == [archive.name] and names_in(tmp_path) == ["d"]
 
 
 def test_an_archive_is_extracted_with_plain_modes_and_what_was_begun_is_begun_again(tmp_path):
@@ -166,22 +150,13 @@ def test_an_archive_is_extracted_with_plain_modes_and_what_was_begun_is_begun_ag
     archive.write_bytes(tar_with(("pictures/deep/last.txt", REGULAR, "", b"2")))
     (tmp_path / ".pictures.part" / "pictures").mkdir(parents=True)
     (tmp_path / ".pictures.part" / "pictures" / "junk").write_text("")
-    extract(archive, place, MEGABYTE, 10, lambda folder: None)
+    extract(archive, place, MEGABYTE, lambda folder: None)
     assert names_in(place) == ["deep", "first.txt"] and names_in(tmp_path) == [
         "pictures", "pictures.tar.gz"]
     assert not stat.S_IMODE((place / "first.txt").stat().st_mode) & 0o111
     (place / "first.txt").write_text("mine")
-    extract(archive, place, MEGABYTE, 10, lambda folder: None)
+    extract(archive, place, MEGABYTE, lambda folder: None)
     assert (place / "first.txt").read_text() == "mine"
-
-
-def test_extraction_needs_no_filter_of_tarfile(tmp_path, monkeypatch):
-    monkeypatch.setattr("kd.archives.FILTER", {})       # as in Python 3.11.0 to 3.11.3
-    root = made.write_caltech101(tmp_path / "made")
-    archive = tmp_path / "a.tar"
-    archive.write_bytes(tar_of(root.parent, root.name, mode="w"))
-    extract(archive, tmp_path / root.name, MEGABYTE, 100, lambda folder: None)
-    assert len(list((tmp_path / root.name).rglob("*.jpg"))) == 18
 
 
 def test_a_zip_cannot_unpack_to_more_than_it_declares(tmp_path):
@@ -191,4 +166,4 @@ def test_a_zip_cannot_unpack_to_more_than_it_declares(tmp_path):
     (tmp_path / "pictures.zip").write_bytes(content)
     assert zipfile.is_zipfile(tmp_path / "pictures.zip")
     with pytest.raises(UserError, match="Bad CRC-32"):
-        extract(tmp_path / "pictures.zip", tmp_path / "pictures", 10 * MEGABYTE, 100, print)
+        extract(tmp_path / "pictures.zip", tmp_path / "pictures", 10 * MEGABYTE, print)

@@ -4,7 +4,6 @@ import hashlib
 import multiprocessing
 import random
 import re
-import socket
 import time
 
 import layout_files as made
@@ -12,7 +11,7 @@ import pytest
 from layout_files import names_in, remote
 
 from kd import download
-from kd.download import RemoteFile, fetch, fetch_all, reachable, remaining
+from kd.download import RemoteFile, fetch, fetch_all, remaining
 from kd.files import UserError
 
 server = made.server
@@ -65,13 +64,11 @@ def assert_whole(path):
 
 RECOVERS = {
     "a good server": [serve()],
-    "hangs up in the middle": [serve(until=CUT), serve()],
     "breaks off again and again": [*map(functools.partial(serve, BODY), (70_000, 140_000, 210_000)),
                                    serve()],
     "falls silent": [serve(until=CUT, after=1.5), serve()],
     "hangs up before it answers": [hang_up, hang_up, serve()],
-    "503, then fine": [status(503), status(503), serve()],
-    "429, then fine": [status(429), serve()],
+    "503, then fine": [status(503), status(429), serve()],
     "does not know ranges": [serve(until=CUT, ranges=False), serve(ranges=False)],
     "redirects": [status(302, Location="/b.tar")],
 }
@@ -87,14 +84,11 @@ def test_a_server_that_recovers_gives_the_file(server, path, script):
 NEXT = {
     "404": ([status(404)], "answers 404"),
     "always 503": ([status(503)], "answers 503"),
-    "always hangs up": ([hang_up], "can't be reached (ConnectionError)"),
-    "always breaks off": ([serve(until=1000)], "breaks off, 3 times"),
+    "always hangs up": ([hang_up], "can't be reached, or breaks off (ConnectionError)"),
+    "always breaks off": ([serve(until=1000)], "can't be reached, or breaks off (ProtocolError)"),
     "another file": ([serve(OTHER)], "sent a file that has the md5"),
     "a shorter file": ([serve(BODY[:-1])], "offers 299,999 bytes instead of 300,000"),
-    "a web page": ([status(200, b"\n<!DOCTYPE html>", Content_Length="300000")],
-                   "answers with a web page instead of the file"),
-    "a page of another size": ([status(200, b"<html>Sign in</html>")], "offers 20 bytes instead"),
-    "redirects for ever": ([status(302, Location="/a.tar")], "can't be reached (TooManyRedirects)"),
+    "a web page": ([status(200, b"<html>Sign in</html>")], "offers 20 bytes instead"),
 }
 
 
@@ -166,16 +160,6 @@ def test_a_file_that_is_there_is_verified_and_never_deleted(path):
         fetch(remote(BODY, *url), path)
     assert str(refusal.value).startswith(f"{path} has the md5 ") and path.read_bytes() == OTHER
     assert remote(BODY, *url).name == "a.tar"
-
-
-def test_whether_a_server_answers(server):
-    with socket.socket() as closed:     # bound, and nobody listens
-        closed.bind(("127.0.0.1", 0))
-        dead = f"http://127.0.0.1:{closed.getsockname()[1]}/a"
-        missing = server.url("missing", status(404))
-        assert reachable((dead, missing)) == (f"{dead} can't be reached (ConnectionError), "
-                                              f"{missing} answers 404")
-        assert reachable((dead, server.url("busy", status(503)))) is None
 
 
 def test_several_files_are_fetched_at_once_and_one_that_fails_stops_no_other(

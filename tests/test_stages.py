@@ -9,7 +9,7 @@ from PIL import Image
 from run_files import given, manifest, outcome, pool, ran, read, refused, taught
 from script_files import linked
 
-from kd.decoding import decode
+from kd.readers import decode
 from kd.thresholds import passes
 
 APPROACHES = ("supervised", "balanced", "random", "mms", "entropy")
