@@ -8,6 +8,7 @@ Out: Packed or Streamed (kd/packing.py), which answer with batches of uint8 pixe
     python data.py --all
 """
 import functools
+import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -109,9 +110,18 @@ def _folders_of(place, role):
     return {place.path.resolve()} if place.kind in ("folder", "extracted") else set()
 
 
-def _require_apart(spec, folders, others):
-    """Raises UserError where a source that is read from these real paths shares images with one of
-    the others, {what: its real paths}."""
+def _require_apart(settings, spec, folders):
+    """Raises UserError where a source that is read from these real paths holds images of the target
+    or of an earlier source, or is the data or the run folder."""
+    others = {"the data folder": {Path(settings.data_dir).resolve() / "packed"}}
+    if settings.run_dir:
+        others["the run folder"] = {Path(settings.run_dir).resolve()}
+    if _has_images(settings.target):
+        role = "test" if settings.data_free else "target"
+        others["the target"] = _folders_of(find(settings.target, settings.data_dir, role), role)
+    for other in itertools.takewhile(lambda other: other != spec, settings.sources):
+        place = find(other, settings.data_dir)
+        others[f"the source {name_of(other)}"] = _folders_of(place, "source")
     for what, theirs in others.items():
         above = {parent for path in theirs for parent in path.parents}
         for path in folders:
@@ -131,17 +141,15 @@ def obtain(settings, sources=True):
     wanted = [(spec, "source") for spec in settings.sources if sources]
     if _has_images(settings.target) or settings.target and not settings.data_free:
         wanted.insert(0, (settings.target, "test" if settings.data_free else "target"))
-    lines, taken, absent = [], {}, []
+    lines, absent = [], []
     for spec, role in wanted:
         try:
             place = find(spec, settings.data_dir, role)
-            folders = _folders_of(place, role)
             if role == "source":
-                _require_apart(spec, folders, taken)
+                _require_apart(settings, spec, _folders_of(place, role))
         except UserError as error:
             lines.append(str(error))
             continue
-        taken["the target" if role != "source" else f"the source {name_of(spec)}"] = folders
         if place.files and place.kind != "shards":
             absent.append((DATA_SETS[spec], place))
     require_none(lines)
@@ -190,7 +198,9 @@ def load_target(settings):
 def load_source(settings, spec, make=True):
     """The source `spec`, Packed or Streamed, without labels. make=False: raises UserError where it
     would have to be packed."""
-    images = _read(settings, spec, "source", "source")
+    visited = set()
+    images = _read(settings, spec, "source", "source", visited)
+    _require_apart(settings, spec, set(map(Path, visited)))     # links may lead anywhere
     images = replace(images, labels=None, classes=None).limited(settings.limit)
     name, size, max_bad = name_of(spec), settings.image_size, settings.max_bad
     is_large = images.count * size * size * 3 > PACKED_BELOW
@@ -223,8 +233,9 @@ def _in_order(images, names, spec):
                    fingerprint=images.fingerprint + digest("\n".join(names).encode()))
 
 
-def _read(settings, spec, role, split):
-    """The Images of a data set. Raises UserError where `obtain` has not fetched it."""
+def _read(settings, spec, role, split, visited=None):
+    """The Images of a data set. Raises UserError where `obtain` has not fetched it. visited: as in
+    kd.readers.walk."""
     name, record = name_of(spec), DATA_SETS.get(spec)
     place = find(spec, settings.data_dir, role)
     if record is not None and place.files:
@@ -237,7 +248,7 @@ def _read(settings, spec, role, split):
         images = readers.open_shards(name, list(place.files))
     elif role == "source":
         root = place.path / "train" if record and (place.path / "train").is_dir() else place.path
-        images = readers.read_files(root, readers.list_images(root, name))
+        images = readers.read_files(root, readers.list_images(root, name, visited=visited))
     else:
         images = readers.read_class_folders(_split_of(place.path, split), f"{name} {split}")
     if images.count == 0:

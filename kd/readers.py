@@ -125,15 +125,26 @@ def as_shown(image):
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
         kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
         raise ValueError(f"{kind} pixels have no fixed range")
+    tags = getattr(image, "tag_v2", {})     # of a TIFF
     if "exif" in image.info:
         with contextlib.suppress(*BAD_EXIF):
             image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8))
+        image = _of_eight_bits(image, tags)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _of_eight_bits(image, tags):
+    """A grey image of more than 8 bits. How many, and whether 0 is white, is what its file says."""
+    bits, clear = tags.get(258, (16,))[0], image.info.get("transparency")
+    pixels = np.asarray(image).astype(np.int32)
+    grey = ((1 << bits) - 1 - pixels if tags.get(262) == 0 else pixels) >> (bits - 8)
+    if isinstance(clear, int):
+        grey[pixels == clear] = 255
+    return Image.fromarray(grey.astype(np.uint8))
 
 
 def state_of(root, paths):
@@ -208,7 +219,10 @@ class FileReader:
     files: Sequence
 
     def __call__(self, i):
-        return opened(os.path.join(self.root, self.files[i]))
+        path = os.path.join(self.root, self.files[i])
+        if not os.path.isfile(path):        # opening a pipe would wait for somebody to write there
+            raise ValueError("not a file, or a link to nowhere")
+        return opened(path)
 
 
 def read_files(root, files, labels=None, classes=None):
@@ -224,11 +238,11 @@ def say_passed(label, passed):
         say(f"{label}: passing over what is not an image ({listed(kinds, 5)}).")
 
 
-def list_images(root, label="", wanted=lambda path: True):
+def list_images(root, label="", wanted=lambda path: True, visited=None):
     """The Names of the images below `root`. label: of whom to say what is passed over; wanted:
-    whether a path counts."""
+    whether a path counts; visited: as in `walk`."""
     passed = Counter()
-    names = Names(filter(wanted, walk(root, passed, set())))
+    names = Names(filter(wanted, walk(root, passed, set() if visited is None else visited)))
     say_passed(label, passed)
     return names
 
@@ -244,6 +258,10 @@ def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
     classes = sorted({class_of(path) for path in files})
     number = {name: k for k, name in enumerate(classes)}
     labels = np.fromiter((number[class_of(path)] for path in files), int)
+    empty = [entry.name for entry in os.scandir(root) if entry.is_dir()
+             and not is_hidden(entry.name) and class_of(entry.name) not in number]
+    if label and empty:
+        say(f"{label}: {listed(sorted(empty))} holds no image and is not taken for a class.")
     return read_files(root, files, labels, classes)
 
 

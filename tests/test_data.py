@@ -173,13 +173,14 @@ def pets(root, test="test", names=("ant", "bee")):
 
 
 @pytest.mark.quick
-def test_a_target_has_a_class_per_folder_hidden_ones_and_empty_ones_left_out(tmp_path):
+def test_a_target_has_a_class_per_folder_hidden_ones_and_empty_ones_left_out(tmp_path, capsys):
     spec = pets(tmp_path / "pets", test="val")      # which is taken for test, where there is none
     save(tmp_path / "pets" / "train", ".ipynb_checkpoints/a.png", "bee/deep/er/b.png")
     (tmp_path / "pets" / "train" / "cow").mkdir()
     found = target(tmp_path / "d", spec)
     assert found.classes == ["ant", "bee"]
     assert found.train.labels.tolist() == [0] * 3 + [1] * 4 and len(found.test) == 6
+    assert "pets train: cow holds no image and is not taken for a class." in capsys.readouterr().out
 
 
 def test_classes_are_the_same_however_their_accents_are_written(tmp_path):
@@ -222,6 +223,8 @@ REFUSED = {     # what it is: (target, sources, what the line says), in the work
     "no shards": ("pets={}/pets", "pool={}/{{000..002}}.tar", r"there is no .*000.tar.*\*.tar"),
     "the target": ("pets={}/pets", "pool={}/pets", "pool and the target are the same folder"),
     "a class of it": ("pets={}/pets", "pool={}/pets/train/ant", "pool and the target"),
+    "the data folder": ("pets={}/pets", "pool={}/d", "pool and the data folder"),
+    "the run folder": ("pets={}/pets", "pool={}/d/run", "pool and the run folder"),
     "a link to it": ("pets={}/pets", "pool={}/link", "pool and the target"),
     "what holds it": ("pets={}/pets", "pool={}", "the same folder"),
     "its named layout": ("cifar10", "pool={}/d/cifar-10-batches-py", "pool and the target"),
@@ -235,6 +238,7 @@ def test_what_can_not_be_used_is_one_line_before_any_work(tmp_path, given, sourc
     pets(tmp_path / "pets")
     made.write_cifar10(tmp_path / "d")
     save(tmp_path / "pool", "x/a.png")
+    (tmp_path / "d" / "run").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "pets" / "test")
     (tmp_path / "again").symlink_to(tmp_path / "pool")
     (tmp_path / "a.tar.gz").write_bytes(b"")
@@ -242,6 +246,17 @@ def test_what_can_not_be_used_is_one_line_before_any_work(tmp_path, given, sourc
     with pytest.raises(UserError, match=said) as refusal:
         data.obtain(settings_of(tmp_path / "d", given.format(tmp_path), sources))
     assert "\n" not in str(refusal.value)
+
+
+def test_links_below_a_source_lead_to_no_image_of_the_target_but_its_neighbours_are_free(tmp_path):
+    spec = pets(tmp_path / "pets")
+    save(tmp_path / "pets" / "unlabelled", "a.png")
+    settings = settings_of(tmp_path / "d", spec, (f"pool={tmp_path / 'pets' / 'unlabelled'}",))
+    data.obtain(settings)
+    assert len(data.load_source(settings, settings.sources[0])) == 1
+    (tmp_path / "pets" / "unlabelled" / "b").symlink_to(tmp_path / "pets" / "test" / "ant")
+    with pytest.raises(UserError, match="pool and the target"):
+        data.load_source(settings, settings.sources[0])
 
 
 def test_everything_that_is_wrong_is_said_at_once(tmp_path):

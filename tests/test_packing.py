@@ -44,14 +44,25 @@ def filled(colour, mode="RGB", kind="PNG", **options):
     return saved(Image.new(mode, (32, 32), colour), kind, **options)
 
 
-def png16(pixels, colour_type):
-    """A PNG of 16 bits per channel, written by hand."""
+def png16(pixels, colour_type, *chunks):
+    """A PNG of 16 bits per channel, written by hand. chunks: (kind, content) before the pixels."""
     head = struct.pack(">IIBBBBB", 32, 32, 16, colour_type, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = ((b"IHDR", head), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(content)) + kind + content
         + struct.pack(">I", zlib.crc32(kind + content)) for kind, content in chunks)
+
+
+def tiff12(pixels):
+    """A TIFF of 12 bits per pixel, written by hand: two pixels in three bytes."""
+    one, two = pixels.reshape(-1, 2).astype(int).T
+    content = np.stack([one >> 4, (one & 15) << 4 | two >> 8, two & 255], 1).astype(np.uint8)
+    tags = ((256, 32), (257, 32), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 32),
+            (279, content.size))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return (b"II*\0" + struct.pack("<I", 8 + content.size) + content.tobytes()
+            + struct.pack("<H", len(tags)) + entries + bytes(4))
 
 
 def grey(values):
@@ -74,6 +85,12 @@ READ = {
     "a broken EXIF": (filled(RED, kind="JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff bad"),
                       of(*RED), 4),
     "16 bits of grey": (png16(GREY, 0), grey(GREY >> 8), 0),
+    "16 bits of grey, one value transparent": (
+        png16(GREY, 0, (b"tRNS", struct.pack(">H", GREY[3, 3]))),
+        grey(np.where(GREY == GREY[3, 3], 255, GREY >> 8)), 0),
+    "16 bits in a TIFF, 0 is white": (saved(Image.fromarray(GREY), "TIFF", tiffinfo={262: 0}),
+                                      grey((65535 - GREY) >> 8), 0),
+    "12 bits in a TIFF that says so": (tiff12(GREY >> 4), grey(GREY >> 8), 0),
     "16 bits of each colour": (png16(WIDE, 2), (WIDE >> 8).astype(np.uint8), 0),
     "PGM of 16 bits": (b"P5 32 32 65535\n" + GREY.astype(">u2").tobytes(), grey(GREY >> 8), 0),
     "1 bit": (filled(1, "1"), of(255, 255, 255), 0),
@@ -115,15 +132,16 @@ def test_broken_images_are_left_out_and_listed_with_their_reason(tmp_path, capfd
     for number, (content, _) in enumerate(BROKEN.values()):
         (tmp_path / "odd" / f"{number:02}.jpg").write_bytes(content)
     (tmp_path / "odd" / "link.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(tmp_path / "odd" / "pipe.jpg")
     found = source(tmp_path / "d", f"odd={tmp_path / 'odd'}", max_bad=1.0)
-    assert list(found.files) == ["zz.png"] and found.rows.tolist() == [9]
+    assert list(found.files) == ["zz.png"] and found.rows.tolist() == [10]
     [listing] = tmp_path.glob("d/packed/*/bad.txt")
     lines = [line.split("\t") for line in listing.read_text().splitlines()]
     for (name, (_, reason)), line in zip(BROKEN.items(), lines, strict=False):
         assert line[1].startswith(reason), (name, line)
-    assert lines[-1] == ["link.jpg", "FileNotFoundError: No such file or directory", "8"]
+    assert [line[::2] for line in lines[-2:]] == [["link.jpg", "8"], ["pipe.jpg", "9"]]
     assert capfd.readouterr().out.startswith(
-        f"odd: 9 of 10 images can't be read and are left out. They are listed in {listing}.")
+        f"odd: 10 of 11 images can't be read and are left out. They are listed in {listing}.")
 
 
 def test_12_bits_in_16_are_not_packed_in_silence(tmp_path, capsys):
