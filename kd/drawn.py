@@ -1,8 +1,9 @@
 """Sources that are drawn here, from the seed, for the job without a download (`--target digits`).
 
-None of them holds a digit: `glyphs` are letters and signs of Pillow's font, `photos` crops of
-scikit-learn's photographs, `noise` is noise. Glyphs are made as scikit-learn's digits were: an ink
-drawing, black and white at 32x32, whose 4x4 blocks are counted: 8x8 pixels of 17 grey levels.
+None of them holds a digit, and most are as unlike one as what a crawl brings: `noise` is noise,
+`photos` are crops of scikit-learn's photographs, `glyphs` letters of five alphabets and signs, in
+the faces that come with matplotlib. Glyphs are made as scikit-learn's digits were: an ink drawing,
+black and white at 32x32, whose 4x4 blocks are counted: 8x8 pixels of 17 grey levels.
 """
 import functools
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from kd.files import digest
 from kd.readers import Images
 
-COUNTS = {"glyphs": 40_000, "photos": 6_000, "noise": 2_000}
-LETTERS_AND_SIGNS = ("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-                     "!#$%&()*+/<=>?@[\\]^_{|}~\u00a9\u00ab\u00b1\u00bb\u2122")
+COUNTS = {"noise": 16_000, "photos": 16_000, "glyphs": 16_000}
+FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Oblique", "DejaVuSerif",
+         "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralItalic")
+ALPHABETS = ((0x41, 0x5a), (0x61, 0x7a), (0x391, 0x3a1), (0x3a3, 0x3c9), (0x410, 0x44f),
+             (0x531, 0x556), (0x561, 0x586), (0x10d0, 0x10f0))      # Latin to Georgian
+SIGNS = "!#$%&()*+/<=>?@[\\]^_{|}~\u00a9\u00ab\u00b1\u00bb\u2122"
 IS_INK = [0] * 101 + [255] * 155
 CANVAS = 96     # pixels of the drawing before it is brought to 32x32
 
@@ -40,9 +44,21 @@ def reader(name):
 
 
 @functools.cache
-def _ink(character, stroke):
+def _face(number):
+    """(Pillow's font, the characters that it has)."""
+    import matplotlib
+    from matplotlib import font_manager
+    path = f"{matplotlib.get_data_path()}/fonts/ttf/{FACES[number]}.ttf"
+    there = font_manager.get_font(path).get_charmap()
+    letters = [chr(code) for first, last in ALPHABETS for code in range(first, last + 1)
+               if code in there]
+    return ImageFont.truetype(path, CANVAS), letters + list(SIGNS)
+
+
+@functools.lru_cache(4_096)
+def _ink(face, character, stroke):
     """The character in white on black, (CANVAS, CANVAS) Pillow image, its ink in the middle."""
-    font = ImageFont.load_default(CANVAS)
+    font, _ = _face(face)
     left, top, right, bottom = font.getbbox(character, stroke_width=stroke)
     image = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(image).text((-left, -top), character, fill=255, font=font, stroke_width=stroke)
@@ -58,7 +74,9 @@ def _drawing(rng):
     """One character, of random stroke, mirrored or turned, or two of which each gives a half."""
     stroke, parts = int(rng.integers(0, 7)), []
     for _ in range(2):
-        part = _ink(LETTERS_AND_SIGNS[rng.integers(len(LETTERS_AND_SIGNS))], stroke)
+        face = int(rng.integers(len(FACES)))
+        letters = _face(face)[1]
+        part = _ink(face, letters[rng.integers(len(letters))], stroke)
         if rng.random() < 0.3:
             part = part.transpose(Image.Transpose(int(rng.integers(0, 5))))     # mirrors and turns
         parts.append(part)

@@ -24,7 +24,7 @@ DRAWN_BY_WEIGHT = ("even", "weighted")      # every image, some more often than 
 EATS_SOURCES = ("svhn", "tinyimagenet")     # arXiv 2011.09113
 PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "caltech101",
                    "caltech256")
-BUILT_IN_SOURCES = ("glyphs", "photos", "noise")
+BUILT_IN_SOURCES = ("noise", "photos", "glyphs")
 STAGES = ("teacher", "scores", "transfer", "students")
 
 
@@ -73,7 +73,8 @@ class Settings:
     approaches: tuple = _everyday(
         None, (), values.list_of(values.approach, "approach"),
         f"rows of the table: {', '.join(APPROACHES)} (default: all of these; eats where "
-        f"{' or '.join(EATS_SOURCES)} is a source), {', '.join(MORE_APPROACHES)}, or a Python file "
+        f"{' or '.join(EATS_SOURCES)} is a source; for digits matched), "
+        f"{', '.join(MORE_APPROACHES)}, or a Python file "
         "with a criterion of your own (KEEP, score and threshold as in criteria/energy.py)",
         "A,B,...")
     recipe: str = _everyday(
@@ -274,7 +275,7 @@ def resolve(given):
         "teacher_weights": "none" if untrained else "imagenet",
         "approaches": tuple(each for each in APPROACHES if (
             each != "eats" or _has_eats(chosen["sources"])) and (
-            each != "supervised" or not data_free))} | chosen
+            each != "supervised" or not data_free)) + ("matched",) * built_in} | chosen
     recipe = dict(RECIPES[chosen["recipe"]])
     if chosen["teacher_weights"] != "none":
         recipe["teacher_lr"] *= FINE_TUNING_SCALE

@@ -36,7 +36,7 @@ def test_targets_bring_their_own_defaults():
                run_dir="runs/cifar100", sources=("cifar10", *PUBLISHED_ORDER[1:]))
     digits = settings_of("--target", "digits")
     assert has(digits, recipe="quick", teacher_weights="none")
-    assert digits.sources[0] == "glyphs" and "eats" not in digits.approaches
+    assert digits.sources[0] == "noise" and "eats" not in digits.approaches
     assert has(settings_of("--target", "pets=/data/pets", "--sources", "web=/w,svhn"),
                run_dir="runs/pets", recipe="reference", approaches=APPROACHES)
 
