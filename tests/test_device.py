@@ -130,6 +130,13 @@ def test_only_training_uses_tf32(cuda, tmp_path):
     assert (rough - found).abs().max() > 1e-5
 
 
+def test_networks_are_in_channels_last_but_on_mps(card):
+    classifier = small().to(card.device)
+    engine.predict(classifier, IMAGES, device=card.device)
+    weight = classifier.network[0].weight
+    assert weight.is_contiguous() == (card.device.type == "mps")
+
+
 def test_folded_folds_whatever_the_device_may(cuda):
     engine.allow_tf32(True)
     folded = models.folded(small()).to(cuda.device)
