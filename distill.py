@@ -186,7 +186,7 @@ def report_student(figures):
         f"{accuracy:.2%} on the test split, retention "
         + (f"{retention:.3f}" if retention is not None else "unknown")
         + f", agreement {figures['agreement']:.2%}")
-    start = ", from the teacher's weights" if figures["weights"] == "teacher" else ""
+    start = ", pruned from the teacher" if figures["weights"] == "teacher" else ""
     say(f"student: {figures['approach']}, {name_of_arch(figures['arch'])}{start}, {reached}, "
         f"{figures['seconds']:,.0f} s at {figures['images_per_second']:,.0f} img/s")
 

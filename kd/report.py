@@ -48,8 +48,7 @@ def notes(experiment):
     settings = record.settings
     unfinished = [name for name in approaches if any(name not in each.students for each in records)]
     absent = [name for name in EATS_SOURCES if name not in record.sources]
-    starts = ["random" if each == "none" else name_of_arch(each)
-              for each in (settings.supervised_weights, settings.student_weights)]
+    start = settings.supervised_weights
     found = [sentence for true, sentence in (
         (unfinished, f"Not finished: {listed(unfinished)}."),
         (settings.limit, f"A trial run with at most {settings.limit} images of each data set."),
@@ -62,7 +61,7 @@ def notes(experiment):
          "."),
         ("eats" in approaches and absent, f"eats does without {listed(absent)}."),
         ("supervised" in approaches, "The supervised student learns from labels and starts from "
-         f"{starts[0]} weights, the others from {starts[1]} weights.")) if true]
+         f"{'random' if start == 'none' else name_of_arch(start)} weights.")) if true]
     said = {}       # {sentence about @: approaches}: what is true of several is said once
     for each in records:
         seed = f" (seed {each.settings.seed})" * (len(records) > 1)
@@ -86,6 +85,9 @@ def _about_transfer_set(summary, student):
         where = "confidence set" if summary["calibrated_on"] == "target" else "sources"
         yield (f"Classes without a threshold in @: {listed(summary['no_threshold'])}. The teacher "
                f"never predicts them on the {where}.")
+    if student and student.get("weights") == "teacher":
+        yield ("The student of @ is pruned from the teacher: it starts with the teacher's layers, "
+               "which keep most of its accuracy on any images.")
     if student and not student["history"]:
         yield "There is no student of @: its transfer set is too small to learn from."
 

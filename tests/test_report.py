@@ -72,14 +72,15 @@ def test_what_is_unknown_is_a_dash(tmp_path):
     write_sealed(run / name, json.loads((run / name).read_text()) | {"history": []})
     assert "| 0 to 17 | - | - | - | - | - |" in table_of(run)
     assert "There is no student of mms: its transfer set is too small" in table_of(run)
+    write_sealed(run / name, json.loads((run / name).read_text()) | {"weights": "teacher"})
+    assert "The student of mms is pruned from the teacher" in table_of(run)
 
 
 @pytest.mark.quick
 def test_what_the_table_must_not_hide_is_said_in_plain_sentences(finished):
     assert report.collect(Experiment(finished))["notes"] == [
         "Selected with --threshold 0.9 --calibrate target --floor 0 --fill random.",
-        "The supervised student learns from labels and starts from random weights, the others from "
-        "random weights.",
+        "The supervised student learns from labels and starts from random weights.",
         "Images that can't be read are left out of random: photos (30).",
         "Classes with fewer than 18 images in mms: cat (17), dog (15), owl (0).",
         "Classes without a threshold in mms: owl. The teacher never predicts them on the "
