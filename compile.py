@@ -98,9 +98,9 @@ def prepare(settings, device, target):
     selecting = [approach for approach in approaches if approach != "supervised"]
     if selecting:
         scoring = Scoring(run, device, data, target)
-        report_pool(scoring)
         for name in (name for name in scoring.criteria if name in selecting):
             report_thresholds(name, scoring)
+        report_pool(scoring)
         target_size = len(target.train) if target.train else None
         for approach in selecting:
             report_transfer_set(approach, make_transfer_set(run, approach, scoring, target_size))

@@ -37,17 +37,27 @@ class Classifier(nn.Module):
         # (N, H, W, 3) in memory is (N, 3, H, W) in channels_last: the permutation moves nothing.
         pixels = images.permute(0, 3, 1, 2).to(self.scale.dtype)
         pixels = self.fitted(torch.addcmul(self.shift, pixels, self.scale))
-        if pixels.device.type != "mps" and not self.contiguous:
-            try:
-                return self.network(pixels)
-            except RuntimeError as error:       # x.view(len(x), -1), as every course has it
-                if "view size is not compatible" not in str(error):
-                    raise
-        if not self.contiguous:     # mps has had wrong results in channels_last
-            with torch.inference_mode(False):
-                as_torch_has_it(self.network)
-            self.contiguous = True
-        return self.network(pixels.contiguous())
+        if self.contiguous:
+            return self.network(pixels.contiguous())
+        try:
+            return self.network(pixels)
+        except RuntimeError as error:       # x.view(len(x), -1), as every course has it
+            if "view size is not compatible" not in str(error):
+                raise
+        with torch.inference_mode(False):
+            self.use_torchs_layout()
+        return self.forward(images)
+
+    def to(self, *args, **kwargs):
+        """As of any module. On mps, which has had wrong results in channels_last, without it."""
+        moved = super().to(*args, **kwargs)
+        if self.scale.device.type == "mps":
+            self.use_torchs_layout()
+        return moved
+
+    def use_torchs_layout(self):
+        as_torch_has_it(self.network)
+        self.contiguous = True
 
     def fitted(self, pixels):
         """Normalised pixels (N, 3, H, W) in the size and the colours that the network takes; grey

@@ -27,7 +27,8 @@ from kd.training import Checkpoint, Watch, cross_entropy, train
 
 LIVE = Recipe(3, 8, 0.05, 0.9, 1e-3, "onecycle", "crop,flip,mixup,cutmix", ema=0.8)
 # Where the host may wait for the device. None of them comes with every step.
-WAITS = {"training.py:_Keeper._require_finite", "training.py:_Keeper._require_finite_weights",
+WAITS = {"classifier.py:Classifier.to",
+         "training.py:_Keeper._require_finite", "training.py:_Keeper._require_finite_weights",
          "training.py:_Keeper.after_epoch", "training.py:train", "engine.py:resident",
          "training.py:cross_entropy", "training.py:train_one_epoch.<locals>.<genexpr>"}
 
@@ -44,9 +45,12 @@ def cuda(monkeypatch):
         yield card
 
 
-def learn(path, device, recipe, objective=None):
-    """(The classifier after its training, the losses of its epochs)."""
+def learn(path, device, recipe, objective=None, plain=False):
+    """(The classifier after its training, the losses of its epochs). plain: in torch's own memory
+    layout, as on mps, since dropout is drawn in the order of memory."""
     classifier = small()
+    if plain:
+        classifier.use_torchs_layout()
     objective = objective or cross_entropy(LABELS, device)
     state = train(classifier, IMAGES, np.arange(COUNT), objective, recipe, seed=5, device=device,
                   watch=Watch(Checkpoint(path, ""), "student mms"))
@@ -151,7 +155,8 @@ def test_no_step_waits_for_the_device(card, tmp_path, monkeypatch, room, teacher
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _=None: (0, 0))
         monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 0)
     of = live if teacher else lambda device: cross_entropy(LABELS, device)
-    _, expected = learn(tmp_path / "cpu.part", engine.CPU, LIVE, of(engine.CPU))
+    _, expected = learn(tmp_path / "cpu.part", engine.CPU, LIVE, of(engine.CPU),
+                        plain=card.device.type == "mps")
     objective = of(card.device)
     card.seen.clear()
     _, found = learn(tmp_path / "card.part", card.device, LIVE, objective)

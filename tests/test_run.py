@@ -112,7 +112,7 @@ def test_a_second_run_says_what_it_reuses_and_one_after_damage_ends_in_the_same_
      "--teacher-epochs 5, --seed 1"),
     ("--limit 50", "teacher.json", "teacher", "--limit unset", "--limit 50"),
     ("--fill best --threshold 0.5", "transfer/balanced/summary.json", "transfer",
-     "--threshold published, --fill first", "--threshold 0.5, --fill best"),
+     "--threshold published, --fill random", "--threshold 0.5, --fill best"),
     ("--temperature 2", "students/balanced.json", "students", "--temperature 4.0",
      "--temperature 2.0")])
 def test_a_setting_that_differs_is_named_with_both_values_and_what_helps(
