@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kd import checkpoints, engine
-from kd.files import UserError, say, write_atomically
+from kd.files import UserError, file_digest, say, write_atomically
 from kd.processes import on_all_ranks
 from kd.progress import Progress
 
@@ -76,12 +76,13 @@ def _blocks(scoring, classifier, shown, most=None):
 
 @on_all_ranks
 def statistics(scoring):
-    """v of all candidates in DIRECTIONS of about unit variance, (N, K) float16, memory-mapped;
-    made in one more pass of the teacher, and kept in scores/matched.npy. scoring: a
+    """v of all candidates in DIRECTIONS, as of `directions`, (N, K) float16, memory-mapped; made
+    in one more pass of the teacher, and kept in scores/matched.npy. scoring: a
     kd.scoring.Scoring."""
     run, path = scoring.run, scoring.run / "scores" / "matched.npy"
-    product = run.product("scores/matched.json", teacher=scoring.digest, images={
-        name: source.fingerprint for name, source in scoring.sources.items()})
+    product = run.product("scores/matched.json", remake=True, teacher=scoring.digest, images={
+        name: source.fingerprint for name, source in scoring.sources.items()},
+        code=file_digest(__file__))
     if product.done:
         return np.load(path, mmap_mode="r")
     classifier = checkpoints.load(run / "teacher.pt", run.settings.teacher_arch).to(scoring.device)
@@ -102,15 +103,16 @@ def statistics(scoring):
 
 
 def directions(sample):
-    """(D, K): the axes in which `sample` (n, D) varies most, scaled to unit variance. They pass
-    through the origin, which is where the target is: the pool's mean is kept."""
+    """(D, K): the axes in which `sample` (n, D) varies most, all in one unit, the deviation along
+    the first. They pass through the origin, which is where the target is: the pool's mean is kept.
+
+    A unit of its own for each, its deviation, would make the most of axes along which nothing
+    varies: no weights can move the pool's mean there, and those that try take odd images."""
     engine.seed_all(0)
     most = min(DIRECTIONS, *sample.shape)
     centered = sample - sample.mean(0)
     _, values, axes = torch.svd_lowrank(centered, min(most + 20, *sample.shape), niter=4)
-    deviations = values[:most] / len(sample) ** 0.5
-    kept = deviations > 1e-4 * deviations[0]
-    return axes[:, :most][:, kept] / deviations[kept]
+    return axes[:, :most] * (len(sample) ** 0.5 / values[0])
 
 
 def match(values, size):
@@ -166,7 +168,7 @@ def _dual(values, point, cap, ridge):
 
 def gap(values, weights=None):
     """How far the mean of `values` (N, K), under `weights` (N,), is from the target's, in standard
-    deviations of the pool over all directions."""
+    deviations of the pool along its first direction, over all of them."""
     total, done = np.zeros(values.shape[1]), 0
     for part in _parts(values):
         weight = np.ones(len(part)) if weights is None else weights[done:done + len(part)]
