@@ -12,6 +12,8 @@ from run_files import given, manifest, pool, ran, read, refused
 from run_files import taught as teach
 from script_files import linked
 
+from TeacherTrain import misreading
+
 NETWORKS = NET + """
 def three(num_classes):
     return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.Flatten(), nn.Linear(256, num_classes))
@@ -225,3 +227,13 @@ def test_without_training_images_of_the_target_thresholds_come_from_the_sources(
     for label, value in enumerate(thresholds["mms"]):
         members = np.sort(scores["mms"][scores["predicted"] == label])[::-1]
         assert value == members[-(-len(members) // 4) - 1]
+
+
+def test_a_teacher_whose_classes_stand_in_another_order_is_told_that_order():
+    classes, labels = [f"c{k}" for k in range(6)], np.repeat(np.arange(6), 20)
+    shift = (labels + 2) % 6
+    right, order = misreading(shift, labels, classes)
+    assert right == 0 and [order[k] for k in (2, 3)] == ["c0", "c1"]
+    assert misreading(labels, labels, classes) is None
+    chance = np.random.default_rng(0).integers(0, 6, 120)
+    assert misreading(chance, labels, classes)[1] is None
