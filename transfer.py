@@ -302,8 +302,8 @@ def report_pool(scoring):
     say(f"pool: {len(predicted):,} images, which the teacher spreads over {found:.1f} of {classes} "
         "classes")
     if found < FAR * classes and settings.recipe == "best":
-        say("  That is what a pool of another domain looks like: try --recipe far, with the "
-            "approach even (docs/results.md).")
+        say("  That is what a pool of another domain looks like: try the approach even, and, where "
+            "the target is photographs, --recipe far (docs/results.md).")
 
 
 def report_transfer_set(approach, summary):
