@@ -121,10 +121,12 @@ class Card(TorchDispatchMode):
     def note(self, what):
         frame = sys._getframe(1)
         while frame and (frame.f_code.co_filename == __file__ or
+                         "site-packages" in frame.f_code.co_filename or     # perhaps below ROOT
                          not frame.f_code.co_filename.startswith(str(ROOT))):
             frame = frame.f_back
         code = frame and frame.f_code
-        self.seen[what, f"{code.co_filename.rpartition('/')[2]}:{code.co_qualname} {frame.f_lineno}"
+        name = frame and code.co_qualname.removesuffix(".<locals>.<listcomp>")     # none since 3.12
+        self.seen[what, f"{code.co_filename.rpartition('/')[2]}:{name} {frame.f_lineno}"
                   if frame else "nowhere"] += 1
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -196,6 +196,7 @@ def test_a_damaged_pack_is_said_and_made_again(tmp_path, capsys, damage):
     whole = source(tmp_path / "d", spec, max_bad=0.1).images.tobytes()
     [folder] = tmp_path.glob("d/packed/pool-*")
     for name in ("images.npy", "bad.txt", "pack.json"):
+        time.sleep(0.02)        # a file system's clock may tick every few milliseconds
         damage(folder / name)
         capsys.readouterr()
         again = source(tmp_path / "d", spec, max_bad=0.1)
