@@ -37,7 +37,6 @@ os.environ["OMP_NUM_THREADS"] = "1"     # for the processes that tests start
 def pytest_addoption(parser):
     parser.addoption("--kill-runs", type=int, default=10,
                      help="how many runs the slow test in test_survival.py kills again and again")
-    parser.addoption("--kill-limit", help="with how many images of each data set it runs")
     parser.addoption("--kill-seed", type=int, default=1, help="which moments it kills them at")
     parser.addoption("--tries", type=int, default=60, help="how many inputs test_fuzz.py makes up")
 

@@ -71,8 +71,6 @@ def test_the_offline_job_killed_again_and_again_ends_in_the_same_bits(tmp_path, 
     rng = random.Random(pytestconfig.getoption("--kill-seed"))
     runs, killed, began = pytestconfig.getoption("--kill-runs"), 0, time.monotonic()
     flags = ["--target", "digits", "--device", "cpu", "--data-dir", str(tmp_path / "data")]
-    limit = pytestconfig.getoption("--kill-limit")
-    flags += ["--limit", limit] if limit else []
     expected = complete(flags, tmp_path / "undisturbed")
     duration = time.monotonic() - began
     print(f"undisturbed: {duration:.0f} s, {len(expected)} files to compare", flush=True)
