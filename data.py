@@ -24,7 +24,7 @@ from kd.download import fetch_all, remaining
 from kd.files import UserError, digest, listed, one_field, require_none, say
 from kd.flags import Parser, add_flags
 from kd.layouts import registry
-from kd.packing import Packed, Streamed, open_pack, pack
+from kd.packing import Packed, Streamed, pack
 from kd.settings import Settings
 from kd.values import data_set_spec, name_of
 
@@ -195,9 +195,8 @@ def load_target(settings):
     return Target(packs.get("train"), packs["test"], classes)
 
 
-def load_source(settings, spec, make=True):
-    """The source `spec`, Packed or Streamed, without labels. make=False: raises UserError where it
-    would have to be packed."""
+def load_source(settings, spec):
+    """The source `spec`, Packed or Streamed, without labels."""
     visited = set()
     images = _read(settings, spec, "source", "source", visited)
     _require_apart(settings, spec, set(map(Path, visited)))     # links may lead anywhere
@@ -206,13 +205,7 @@ def load_source(settings, spec, make=True):
     is_large = images.count * size * size * 3 > PACKED_BELOW
     if settings.pack == "never" or settings.pack == "auto" and is_large:
         return Streamed(name, images, size, max_bad)
-    folder = _pack_folder(settings, spec, "source")
-    if make:
-        return pack(images, folder, name, size, max_bad)
-    packed = open_pack(images, folder, name, size)
-    if packed is None:
-        raise UserError(f"{name} is not packed in {settings.data_dir}, or has changed since.")
-    return packed
+    return pack(images, _pack_folder(settings, spec, "source"), name, size, max_bad)
 
 
 def _in_order(images, names, spec):

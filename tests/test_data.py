@@ -136,17 +136,6 @@ def test_a_folder_with_a_data_sets_name_serves_as_it_and_may_hold_links(tmp_path
     assert list(source(tmp_path / "data", "cifar10").files) == ["a/1.png", "b/1.png"]
 
 
-def test_what_is_at_hand_is_opened_and_nothing_is_made(tmp_path):
-    save(tmp_path / "pool", "a.png")
-    spec = f"pool={tmp_path / 'pool'}"
-    for name in (spec, "cifar10"):
-        with pytest.raises(UserError, match="is not"):
-            data.load_source(settings_of(tmp_path / "d", sources=(name,)), name, make=False)
-    assert not (tmp_path / "d").exists()
-    source(tmp_path / "d", spec)
-    assert len(data.load_source(settings_of(tmp_path / "d", sources=(spec,)), spec, False)) == 1
-
-
 @pytest.mark.quick
 def test_what_counts_as_an_image_is_said_by_its_name_or_by_its_content(tmp_path, capsys):
     root, names = tmp_path / "pool", ["b/2.PNG", "b/10.png", "a.b/x.png", "a/1.gif", "a/y/z.jpeg"]

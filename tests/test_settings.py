@@ -96,7 +96,7 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--classes=1", "1 is not a number of classes"),
     ("--classes=no.txt", "'no.txt' is neither a number nor a file with one class per line"),
     ('--classes=["a"]', '["a"] names fewer than two classes'),
-    ("--recipe=slow", "invalid choice: 'slow' (choose from 'reference', 'best', 'far', 'quick')"),
+    ("--recipe=slow", "invalid choice: 'slow' (choose from 'reference', 'best', 'quick', 'far')"),
     ("--target=--", "expected one argument"),
     ("--tar=x", "unrecognized arguments: --tar=x. Did you mean --target?"),
     ("--approches=mms", "unrecognized arguments: --approches=mms. Did you mean --approaches?"),
