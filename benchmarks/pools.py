@@ -1,6 +1,7 @@
 """What a selection is worth, pool by pool, at equal size and equal steps.
 
-    python benchmarks/pools.py make /data /data/pools       # the photo-polluted pool, as links
+    python benchmarks/pools.py make /data /data/pools       # photo-polluted and related, as links
+    python benchmarks/pools.py copies /data/packed/cifar10-test-32* /data/packed/caltech101-*
     python compile.py --target cifar10=/data/cifar10 --sources crawl=/data/pools/photo-polluted ...
     python benchmarks/pools.py lines RUN...                 # one JSON line per row, for pools.jsonl
     python benchmarks/pools.py table                        # pools.jsonl as Markdown
@@ -8,7 +9,8 @@
 In the photo-polluted pool lie 60,000 photographs in random order: the 26 classes of TinyImageNet
 that show what CIFAR10 shows (6 %), its 174 others, and 30,000 images of twelve superclasses of
 CIFAR100 that show nothing of it. The labels serve to build it, and to say how much of a selection
-is related.
+is related. The related pool is all of CIFAR100, TinyImageNet and Caltech101 but for two copies of
+CIFAR10's test images, which `copies` shows.
 """
 import hashlib
 import json
@@ -17,6 +19,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,25 +41,51 @@ UNRELATED = """aquarium_fish flatfish ray shark trout orchid poppy rose sunflowe
     bed chair couch table wardrobe bee beetle butterfly caterpillar cockroach bridge castle house
     road skyscraper cloud forest mountain plain sea crab lobster snail spider worm baby boy girl man
     woman maple_tree oak_tree palm_tree pine_tree willow_tree""".split()
+COPIES = {"pickup_truck_s_000169.jpg", "emu/image_0006.jpg"}    # of the test images 9609 and 2290
 DRAWS = 10_000      # of the bootstrap
 
 
 def make(data, out):
-    """Links to the images of the photo-polluted pool, in folders of a thousand: random names put
-    them in random order, and say at their end which are related."""
-    related = {wnid for wnids in RELATED.values() for wnid in wnids.split()}
-    data, out, made = Path(data).resolve(), Path(out) / "photo-polluted", 0
-    files = [(path, path.parents[1].name in related) for path in
-             sorted(data.glob("tiny-imagenet-200/train/*/images/*.JPEG"))]
-    files += [(path, False) for name in UNRELATED for path in
-              sorted((data / "cifar100-source" / name).glob("*.jpg"))]
-    for path, good in files:
+    """Links to the images of the two pools, in folders of a hundred or so: random names put them in
+    random order, and say at their end which show one of CIFAR10's classes."""
+    wnids = {wnid for words in RELATED.values() for wnid in words.split()}
+    data, out = Path(data).resolve(), Path(out)
+    tiny = [(path, "-related" if path.parents[1].name in wnids else "-other") for path in
+            sorted(data.glob("tiny-imagenet-200/train/*/images/*.JPEG"))]
+    unrelated = [(path, "-other") for name in UNRELATED for path in
+                 sorted((data / "cifar100-source" / name).glob("*.jpg"))]
+    _link(out / "photo-polluted", tiny + unrelated)
+    others = [path for folder in ("cifar100-source", "101_ObjectCategories")
+              for path in sorted((data / folder).glob("*/*.jpg"))]
+    _link(out / "related", [(path, "") for path in [each for each, _ in tiny] + others
+                            if not str(path).endswith(tuple(COPIES))])
+
+
+def _link(folder, files):
+    """files: [(path, what its link's name ends in)]."""
+    for path, end in files:
         name = hashlib.sha256(f"{path.parent.name}/{path.name}".encode()).hexdigest()[:12]
-        link = out / name[:2] / f"{name}-{'related' if good else 'other'}{path.suffix}"
+        link = folder / name[:2] / f"{name}{end}{path.suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
         os.symlink(path, link)
-        made += good
-    print(f"{len(files):,} images, {made:,} of them related, in {out}")
+    print(f"{len(files):,} images in {folder}")
+
+
+def copies(target, *sources, most=5):
+    """Prints the images of packed sources that correlate most with one of the target's: a copy
+    stands out by more than 0.99, or, of another size, above skies and walls, by eye."""
+    def unit(pixels):
+        rows = torch.from_numpy(np.array(pixels)).flatten(1).float()
+        rows -= rows.mean(1, keepdim=True)
+        return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    theirs = unit(np.load(Path(target) / "images.npy"))
+    for source in sources:
+        images, found = np.load(Path(source) / "images.npy", mmap_mode="r"), []
+        for start in range(0, len(images), 1000):
+            best, which = (unit(images[start:start + 1000]) @ theirs.T).max(1)
+            found += zip(best.tolist(), range(start, len(images)), which.tolist(), strict=False)
+        for value, row, which in sorted(found, reverse=True)[:most]:
+            print(f"{Path(source).name} {row} and {which}: {value:.3f}")
 
 
 def lines(folders):
@@ -130,5 +159,5 @@ def table():
 
 if __name__ == "__main__":
     command, *given = sys.argv[1:]
-    {"make": make, "table": table, "lines": lambda *folders: lines(folders),
+    {"make": make, "copies": copies, "table": table, "lines": lambda *folders: lines(folders),
      "better": lambda *each: print(*better(*each))}[command](*given)
