@@ -23,10 +23,11 @@ from kd.command import command
 from kd.download import fetch_all, remaining
 from kd.files import UserError, digest, listed, one_field, require_none, say
 from kd.flags import Parser, add_flags
+from kd.huggingface import open_rows
 from kd.layouts import registry
 from kd.packing import Packed, Streamed, pack
 from kd.settings import Settings
-from kd.values import data_set_spec, name_of
+from kd.values import HF, data_set_spec, name_of
 
 PACKED_BELOW = 8e9      # bytes of a pack; larger sources are decoded as they are read
 DATA_SETS = registry()
@@ -35,8 +36,8 @@ NO_CLASSES = ("places365", *drawn.COUNTS)
 
 @dataclass(frozen=True)
 class Place:
-    """kind: built-in, extracted, folder, shards, archive or absent; files: {path: RemoteFile} of
-    what a data set has still to be made of, there or not."""
+    """kind: built-in, extracted, folder, shards, rows, archive or absent; files: {path: RemoteFile}
+    of what a data set has still to be made of, there or not; the files of shards and rows."""
 
     kind: str
     path: Path
@@ -79,8 +80,11 @@ def _find_path(spec, role):
     """The Place of NAME=PATH or NAME=SHARDS. Raises UserError where it is not what `role` needs."""
     name, _, path = spec.partition("=")
     root = Path(path)
-    if not root.is_dir() and role == "source" and path.endswith(".tar"):
-        return Place("shards", root, dict.fromkeys(readers.shard_paths(name, path)))
+    if path.startswith(HF) and role == "source":
+        return Place("rows", root)
+    if not root.is_dir() and role == "source" and path.endswith((".tar", ".parquet")):
+        kind = "shards" if path.endswith(".tar") else "rows"
+        return Place(kind, root, dict.fromkeys(readers.shard_paths(name, path)))
     lacking = [f"{path}/{split}" for split in _lacking(root, role)] if root.is_dir() else [path]
     if lacking:
         raise UserError(f"{spec}: there is no folder {listed(lacking)}." + (
@@ -102,7 +106,7 @@ def _lacking(root, role):
 
 def _folders_of(place, role):
     """The real paths that a data set is read from."""
-    if place.kind == "shards":
+    if place.kind in ("shards", "rows"):
         return {Path(shard).resolve() for shard in place.files}
     if place.kind == "folder" and role != "source":
         splits = [_split_of(place.path, split) for split in ("train", "test")]
@@ -150,7 +154,7 @@ def obtain(settings, sources=True):
         except UserError as error:
             lines.append(str(error))
             continue
-        if place.files and place.kind != "shards":
+        if place.files and place.kind not in ("shards", "rows"):
             absent.append((DATA_SETS[spec], place))
     require_none(lines)
     files = {path: file for _, place in absent for path, file in place.files.items()}
@@ -239,6 +243,8 @@ def _read(settings, spec, role, split, visited=None):
         return _read_layout(record, place.path, split)
     if place.kind == "shards":
         images = readers.open_shards(name, list(place.files))
+    elif place.kind == "rows":
+        images = open_rows(spec.partition("=")[2], list(place.files))
     elif role == "source":
         root = place.path / "train" if record and (place.path / "train").is_dir() else place.path
         images = readers.read_files(root, readers.list_images(root, name, visited=visited))
@@ -269,7 +275,8 @@ def _pack_folder(settings, spec, split):
     name, _, path = spec.partition("=")
     parts = [name, split, str(settings.image_size)]
     if path:
-        parts.append(digest(str(Path(path).resolve()).encode("utf-8", "surrogateescape"))[:8])
+        real = path if path.startswith(HF) else str(Path(path).resolve())
+        parts.append(digest(real.encode("utf-8", "surrogateescape"))[:8])
     if spec in drawn.COUNTS:
         parts.append(f"seed{settings.seed}")
     if settings.limit is not None:

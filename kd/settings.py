@@ -67,7 +67,8 @@ class Settings:
     sources: tuple = _everyday(
         "transfer", (), values.list_of(values.data_set_spec, "source"),
         "unlabelled data sets for the students, in the order in which they fill the transfer set; "
-        "B=PATH is a folder of images at any depth, B=SHARDS{000..099}.tar tar shards (default: "
+        "B=PATH is a folder of images at any depth, B=SHARDS{000..099}.tar tar shards, "
+        "B=hf:REPOSITORY or B=FILES*.parquet a Hugging Face data set (default: "
         f"{', '.join(PUBLISHED_ORDER)} without the target, cifar10 first for cifar100; for digits "
         f"{', '.join(BUILT_IN_SOURCES)})", "A,B=PATH,...")
     approaches: tuple = _everyday(

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-HUB = "hub:"
+HUB, HF = "hub:", "hf:"
 LARGEST = 4_096             # pixels of an edge
 # Steps of a recipe of views (kd/augment.py) and their usual strengths.
 AUGMENTATIONS = {"crop": 1 / 8, "flip": 0.5, "rrc": 0.25, "rotate": 15.0, "colour": 0.5,
@@ -79,11 +79,14 @@ def path(text):
 
 
 def data_set_spec(text):
-    """NAME, or NAME=PATH with the path made absolute."""
+    """NAME; NAME=PATH with the path made absolute; NAME=hf:REPOSITORY, of which hf:REPOSITORY is
+    short."""
+    text = f"{text.rpartition('/')[2]}={text}" if text.startswith(HF) and "/" in text else text
     name, equals, where = text.partition("=")
     if not plain(name) or (equals and not where):
         raise ValueError(f"'{text}' is neither NAME nor NAME=PATH (a comma separates data sets)")
-    return f"{name}={path(where)}" if equals else name
+    where = where if where.startswith(HF) else equals and path(where)
+    return f"{name}{equals}{where}"
 
 
 def list_of(item, what):

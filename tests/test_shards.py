@@ -10,6 +10,7 @@ from layout_files import random_pixels, save, source
 from PIL import Image
 
 from kd.files import UserError
+from kd.values import data_set_spec
 
 webdataset = pytest.importorskip("webdataset", reason="pip install webdataset")
 
@@ -42,6 +43,26 @@ def test_shards_answer_as_the_same_images_in_a_folder_do(tmp_path, how):
         [(pixels, index, files)] = shards.batches(rows=np.array([3, 24, 25, 59]))
         np.testing.assert_array_equal(pixels, folder.images[[3, 24, 25, 59]])
         assert list(files)[2:] == ["001.tar/0025.png", "002.tar/0059.png"]
+
+
+@pytest.mark.parametrize("spec", ["rows={}/data/*.parquet", "rows=hf:{}", "hf:{}"])
+def test_rows_of_hugging_face_data_sets_answer_as_the_same_images_in_a_folder_do(tmp_path, spec):
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    save(tmp_path / "pool", *(f"{i}.png" for i in range(9)), size=(40, 36))
+    folder, repository = source(tmp_path / "d", f"p={tmp_path / 'pool'}"), tmp_path / "hub" / "rows"
+    rows = datasets.Dataset.from_dict(
+        {"label": list(range(9)), "img": [f"{tmp_path}/pool/{i}.png" for i in range(9)]},
+        features=datasets.Features({"label": datasets.Value("int64"), "img": datasets.Image()}))
+    (repository / "data").mkdir(parents=True)
+    rows.to_parquet(repository / "data" / "train-00000-of-00001.parquet")
+    for pack in ("always", "never", "always"):
+        found = source(tmp_path / "d", data_set_spec(spec.format(repository)), pack=pack)
+        [(pixels, index, files)] = found.batches(rows=np.arange(9))
+        np.testing.assert_array_equal(pixels, folder.images)
+        assert found.name == "rows" and list(files) == [f"{i}.png" for i in range(9)]
+    rows.remove_columns("img").to_parquet(repository / "data" / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="has no column of images, but label"):
+        source(tmp_path / "d", data_set_spec(spec.format(repository)))
 
 
 @pytest.mark.quick
