@@ -1,47 +1,80 @@
-"""How a training goes and what the network is shown, on TensorBoard.
+"""How a training goes and what the network is shown, on TensorBoard or Weights & Biases.
 
-Another board is a writer with add_scalar(name, value, step), add_image(name, pixels (3, H, W),
-step) and close(), made in open_board.
+A board is written through a writer with add_scalar(name, value, step), add_image(name, pixels (3,
+H, W), step) and close(), made in WRITERS.
 """
+from pathlib import Path
+
 import torch
 from torchvision.utils import make_grid
 
-from kd.files import is_first
+from kd.files import digest, is_first
 
 
-def open_board(kind, folder, step=0):
-    """A Board below `folder`; of kind None it writes nothing. step: where the training resumes;
-    what an interrupted one wrote from there on is not shown."""
-    if kind is None or not is_first():
-        return Board(None)
+def _tensorboard(folder, step):
     from torch.utils.tensorboard import SummaryWriter
-    return Board(SummaryWriter(folder, purge_step=step or None))
+    return SummaryWriter(folder, purge_step=step or None)
+
+
+class _WandbWriter:
+    """A run of wandb; the project is WANDB_PROJECT, the mode WANDB_MODE. A training that goes on
+    after an interruption goes on in the same run."""
+
+    def __init__(self, folder, step):
+        import wandb
+        folder = Path(folder).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.image = wandb.Image
+        self.run = wandb.init(dir=folder, name=f"{folder.parents[1].name} {folder.name}",
+                              id=digest(str(folder).encode()), resume="allow")
+
+    def add_scalar(self, name, value, step):
+        self.run.log({name: value}, step=step)
+
+    def add_image(self, name, pixels, step):
+        self.run.log({name: self.image(pixels.permute(1, 2, 0).numpy())}, step=step)
+
+    def close(self):
+        self.run.finish()
+
+
+WRITERS = {"tensorboard": _tensorboard, "wandb": _WandbWriter}
+
+
+def open_board(folders, step=0):
+    """A Board of {kind: folder}; without any it writes nothing. step: where the training resumes;
+    what an interrupted one wrote from there on is not shown."""
+    return Board([WRITERS[kind](folder, step) for kind, folder in folders.items() if is_first()])
 
 
 class Board:
     """Without a writer nothing is written, and nothing waits for the device."""
 
-    def __init__(self, writer):
-        self.writer = writer
+    def __init__(self, writers):
+        self.writers = writers
 
     def losses(self, last, losses):
         """Of the steps up to `last`, [scalar tensors]."""
-        values = torch.stack(losses).tolist() if self.writer else ()
+        values = torch.stack(losses).tolist() if self.writers else ()
         for step, loss in enumerate(values, last + 1 - len(losses)):
-            self.writer.add_scalar("loss", loss, step)
+            self._scalar("loss", loss, step)
 
     def epoch(self, step, **figures):
         """Figures after an epoch, whose last step is `step`; None is not written."""
         for name, value in figures.items():
-            if self.writer and value is not None:
-                self.writer.add_scalar(name, value, step)
+            if value is not None:
+                self._scalar(name, value, step)
 
     def views(self, step, pixels):
         """What the network was shown. pixels: (N, H, W, 3) uint8."""
-        if self.writer:
+        for writer in self.writers:
             grid = make_grid(pixels[:64].permute(0, 3, 1, 2).cpu(), padding=1)
-            self.writer.add_image("views", grid, step)
+            writer.add_image("views", grid, step)
 
     def close(self):
-        if self.writer:
-            self.writer.close()
+        for writer in self.writers:
+            writer.close()
+
+    def _scalar(self, name, value, step):
+        for writer in self.writers:
+            writer.add_scalar(name, value, step)

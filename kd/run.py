@@ -39,6 +39,7 @@ MADE_BY = {
         "pt", "npz", "json", "part", "onnx", "pth", "safetensors")), "tensorboard/student-*",
         "results.json", "results.md", "figures/*.png", "report.html"),
 }
+BOARDS = ("tensorboard", "wandb")       # settings, packages and folders of these names
 CHECKED = ("teacher.json", "transfer/*/summary.json", "students/*.json")
 
 
@@ -104,8 +105,8 @@ class Run:
         return self.path / name
 
     def board(self, name):
-        """Where --tensorboard has a training written; None without it."""
-        return self.path / "tensorboard" / name if self.settings.tensorboard else None
+        """{kind: folder} of the boards on which a training is written."""
+        return {kind: self.path / kind / name for kind in BOARDS if getattr(self.settings, kind)}
 
     def product(self, name, remake=False, **inputs):
         """The Product `name`, a path below the folder: made from the settings of its stage and from
@@ -151,8 +152,9 @@ class Run:
     def check(self):
         """Raises UserError, before any long work, where a setting differs from the one with which a
         product of this run was made, or the folder can't be used."""
-        if self.settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise UserError("--tensorboard needs a package: pip install tensorboard")
+        for kind in self.board(""):
+            if importlib.util.find_spec(kind) is None:
+                raise UserError(f"--{kind} needs a package: pip install {kind}")
         if (self / "config.json").exists() and not self.settings.restart:
             _config_of(self / "config.json")
         there = nearest_existing(self.path)

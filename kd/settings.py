@@ -204,6 +204,8 @@ class Settings:
         "CUDA, once five minutes or more are left)")
     tensorboard: bool = _running(
         None, False, bool, "write losses, accuracies and views into the run folder's tensorboard/")
+    wandb: bool = _running(
+        None, False, bool, "send the same to Weights & Biases, as its WANDB_ variables say")
     restart: bool = _running(None, False, bool, "delete what the run folder holds and begin again")
     restart_from: str | None = _running(
         None, None, STAGES, "delete what STAGE and those after it have made, and make it again: "

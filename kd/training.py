@@ -139,13 +139,13 @@ class Watch:
     """What hangs on a training and is not learning.
 
     checkpoint: a Checkpoint; label: of its progress; evaluate(network): an accuracy to note after
-    each epoch, or None; board: the folder of kd.board, or None; remedy: for a loss that is not
+    each epoch, or None; board: {kind: folder} of kd.board; remedy: for a loss that is not
     finite."""
 
     checkpoint: object
     label: str
     evaluate: object = None
-    board: object = None
+    board: dict = field(default_factory=dict)
     remedy: str = "a smaller --lr, with --restart-from students"
 
 
@@ -285,7 +285,7 @@ class _Keeper:
         self.epochs = -(-state.steps // state.per_epoch)
         done = state.epoch * state.per_epoch + state.step
         self.progress = Progress(watch.label, state.steps * batch_size, done=done * batch_size)
-        self.board = open_board("tensorboard" if watch.board else None, watch.board, done)
+        self.board = open_board(watch.board, done)
         self.losses, self.rates = [], []      # of the steps since they were last seen to be finite
         self.began = self.saved = time.monotonic()
 

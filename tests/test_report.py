@@ -10,6 +10,7 @@ from base64 import b64decode
 
 import numpy as np
 import pytest
+import torch
 from conftest import run_script
 from PIL import Image
 from report_files import APPROACHES, MMS, PREDICTED, pixels_of, write_run
@@ -295,18 +296,31 @@ def test_hostile_names_cannot_become_a_part_of_the_page(tmp_path, browser):
     shown.close()
 
 
+def write_board(folders):
+    shown = board.open_board(folders)
+    shown.views(2, torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
+    shown.losses(3, [torch.tensor(0.5), torch.tensor(0.25)])
+    shown.epoch(3, epoch_loss=0.375, confidence_accuracy=None)
+    shown.close()
+
+
 def test_the_board_shows_losses_figures_and_views(tmp_path):
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    import torch
-    for kind in (None, "tensorboard"):
-        shown = board.open_board(kind, tmp_path)
-        shown.losses(3, [torch.tensor(0.5), torch.tensor(0.25)])
-        shown.epoch(3, epoch_loss=0.375, confidence_accuracy=None)
-        shown.views(2, torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
-        shown.close()
-        assert bool(list(tmp_path.iterdir())) == (kind is not None)
+    for folders in ({}, {"tensorboard": tmp_path}):
+        write_board(folders)
+        assert bool(list(tmp_path.iterdir())) == bool(folders)
     events = loader.EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 0.5), (3, 0.25)]
     assert [event.step for event in events.Images("views")] == [2]
     assert set(events.Tags()["scalars"]) == {"loss", "epoch_loss"}
+
+
+def test_wandb_gets_the_same(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write_board({"wandb": tmp_path / "run" / "wandb" / "student-mms"})
+    [file] = tmp_path.rglob("run-*.wandb")
+    sent, images = file.read_bytes(), list(tmp_path.rglob("*.png"))
+    assert all(word in sent for word in (b"run student-mms", b"epoch_loss", b"0.375", b"0.25"))
+    assert b"confidence_accuracy" not in sent and len(images) == 1

@@ -228,8 +228,8 @@ def test_a_board_is_written_where_it_is_asked_for(tmp_path, stopping):
     recipe, path = RECIPES["everything"], tmp_path / "a.part"
     learn(path, recipe, **WATCHED)
     assert list(tmp_path.iterdir()) == []
-    half_done(path, stopping, board=tmp_path / "board", **WATCHED)
-    _, state = learn(path, recipe, board=tmp_path / "board", **WATCHED)
+    half_done(path, stopping, board={"tensorboard": tmp_path / "board"}, **WATCHED)
+    _, state = learn(path, recipe, board={"tensorboard": tmp_path / "board"}, **WATCHED)
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()
     steps = {name: [event.step for event in board.Scalars(name)]
