@@ -138,7 +138,7 @@ def _receive(answer, part, start, size, slowest, progress):
     offered = start + int(answer.headers.get("Content-Length", (size or start) - start))
     if size is not None and offered != size:        # a web page, mostly
         return f"offers {offered:,} bytes instead of {size:,}"
-    progress.update(start - progress.done)
+    progress.update(start - progress.n)
     began, received = time.monotonic(), 0
     with open(part, "r+b" if start else "wb", buffering=0) as content:
         content.seek(start)
