@@ -168,21 +168,15 @@ def _acquire(lock, folder, timeout):
 
 
 @contextlib.contextmanager
-def holding(path, what, stop=None):
-    """Keeps every other process from making `path` meanwhile; waits while another one does.
-
-    The operating system releases the lock when the process ends, however it ends. stop: a
-    threading.Event that ends the waiting with InterruptedError.
-    """
+def holding(path, what):
+    """Keeps every other process from making `path` meanwhile; waits while another one does. The
+    operating system releases the lock when the process ends, however it ends."""
     folder = Path(path).parent / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
-    lock, waited = FileLock(folder / f"{Path(path).name}.lock"), False
-    while _acquire(lock, folder, 0.5) is False:
-        if not waited:
-            say(f"{what}: waiting for another process that is doing this.")
-            waited = True
-        if stop is not None and stop.is_set():
-            raise InterruptedError
+    lock = FileLock(folder / f"{Path(path).name}.lock")
+    if _acquire(lock, folder, 0.5) is False:
+        say(f"{what}: waiting for another process that is doing this.")
+        _acquire(lock, folder, -1)
     try:
         yield
     finally:
