@@ -207,11 +207,8 @@ def pack(images, folder, name, size, max_bad):
     """
     packed = open_pack(images, folder, name, size)
     if packed is None:
-        with holding(folder, f"packing {name}"):
-            packed = open_pack(images, folder, name, size)      # made while we waited
-            if packed is None:
-                _make(images, folder, name, size)
-                packed = open_pack(images, folder, name, size)
+        with holding(folder, f"packing {name}"):        # another process may make it meanwhile
+            packed = open_pack(images, folder, name, size) or _make(images, folder, name, size)
     if packed.bad:
         listing = folder / "bad.txt"
         _require_few(name, _listed(listing), images.count, max_bad, listing)
@@ -268,6 +265,7 @@ def _make(images, folder, name, size):
     write_json(folder / "pack.json", {
         "images": images.count - len(bad), "bad": len(bad), "size": size,
         "classes": images.classes, "fingerprint": images.fingerprint, "digests": _digests(folder)})
+    return open_pack(images, folder, name, size)
 
 
 def _fill(path, images, name, size):
