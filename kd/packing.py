@@ -28,7 +28,7 @@ from kd.progress import Progress
 from kd.readers import Chosen, Images, decode
 
 FORKS = sys.platform == "linux"
-BLOCK = 1 << 19             # bytes, about, that a worker decodes at a time
+BLOCK = 1 << 19             # bytes, about, that a worker packs at a time
 UNRELEASED = 1 << 24        # bytes read from a memory map before they are given back
 DARK = 64                   # of 255: images without a brighter pixel are misread
 
@@ -58,18 +58,12 @@ class _Blocks:
         return pixels[:len(good)], good, bad
 
 
-def block_of(size):
-    """How many images a worker decodes at a time."""
-    return max(16, BLOCK // (size * size * 3))
-
-
-def decoded(images, size, blocks, count):
-    """What _Blocks makes of each of `blocks`, an iterable of `count` lists of image numbers, in
-    order."""
+def decoded(images, size, blocks):
+    """What _Blocks makes of each of `blocks`, lists of image numbers, in order."""
     import torch
 
     from kd.processes import working_here
-    workers = min(-(-cores() // working_here()), count) if count > 2 else 0
+    workers = min(-(-cores() // working_here()), len(blocks)) if len(blocks) > 2 else 0
     return iter(torch.utils.data.DataLoader(
         _Blocks(images, size), batch_size=None, sampler=blocks, num_workers=workers,
         collate_fn=tuple, multiprocessing_context="fork" if workers and FORKS else None,
@@ -165,20 +159,12 @@ class Streamed(Source):
     def _pixels(self, wanted, everything):
         """What can't be read is missing in its batch. Raises UserError where that is too much, or
         was asked for by its number."""
-        step, self.unreadable = block_of(self.size), []
-        count = sum(-(-len(at) // step) for at in wanted)
-        blocks = (at[i:i + step] for at in wanted for i in range(0, len(at), step))
-        made = decoded(self.source, self.size, blocks, count)
-        for at in wanted:
-            pixels, good = np.empty((len(at), self.size, self.size, 3), np.uint8), []
-            for _ in range(0, len(at), step):
-                block, numbers, bad = next(made)
-                pixels[len(good):len(good) + len(numbers)] = block
-                good += numbers
-                self.unreadable += bad
+        self.unreadable = []
+        for pixels, good, bad in decoded(self.source, self.size, wanted):
+            self.unreadable += bad
             _require_few(self.name, self.unreadable, len(self), self.max_bad * everything)
             if good:
-                yield pixels[:len(good)], np.array(good, np.int64)
+                yield pixels, np.array(good, np.int64)
 
 
 def release_pages(images):
@@ -275,12 +261,12 @@ def _fill(path, images, name, size):
         np.lib.format.write_array_header_1_0(
             file, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)})
 
-    progress, bad, step = Progress(f"packing {name}", images.count), [], block_of(size)
-    starts = range(0, images.count, step)
-    blocks = (range(i, min(i + step, images.count)) for i in starts)
+    progress, bad = Progress(f"packing {name}", images.count), []
+    step = max(16, BLOCK // (size * size * 3))
+    blocks = [range(images.count)[i:i + step] for i in range(0, images.count, step)]
     with open(path, "wb") as file:
         write_header(images.count)
-        for block, good, failed in decoded(images, size, blocks, len(starts)):
+        for block, good, failed in decoded(images, size, blocks):
             file.write(block)
             bad += failed
             progress.update(len(good) + len(failed))
