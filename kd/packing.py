@@ -29,7 +29,6 @@ from kd.readers import Chosen, Images, decode
 
 FORKS = sys.platform == "linux"
 BLOCK = 1 << 19             # bytes, about, that a worker packs at a time
-UNRELEASED = 1 << 24        # bytes read from a memory map before they are given back
 DARK = 64                   # of 255: images without a brighter pixel are misread
 
 
@@ -124,14 +123,9 @@ class Packed(Source):
         return self.images.shape[1]
 
     def _pixels(self, wanted, everything):
-        unreleased = 0
         for at in map(np.asarray, wanted):
-            pixels = self.images[at]
-            unreleased += pixels.nbytes
-            if unreleased > UNRELEASED:
-                release_pages(self.images)
-                unreleased = 0
-            yield pixels, at
+            yield self.images[at], at
+            release_pages(self.images)
 
 
 @dataclass
