@@ -8,7 +8,6 @@ import hashlib
 import io
 import os
 import re
-import struct
 import tarfile
 import unicodedata
 from array import array
@@ -31,9 +30,6 @@ SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .ppm .pgm .pbm .tif .tiff 
 COMPANIONS = set(".txt .json .csv .md .xml .html .cls .db .ini .log .npy .zip .tar .gz".split())
 BEGINNING = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}WEBP"
                        rb"|II\*\0|MM\0\*|P[1-6]\s|.{4}ftypavi[fs]", re.DOTALL)
-
-# What an EXIF that can't be read makes Pillow raise. It turns nothing, and the image is read.
-BAD_EXIF = (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, struct.error)
 
 
 class Names(Sequence):
@@ -127,7 +123,7 @@ def as_shown(image):
         raise ValueError(f"{kind} pixels have no fixed range")
     tags = getattr(image, "tag_v2", {})     # of a TIFF
     if "exif" in image.info:
-        with contextlib.suppress(*BAD_EXIF):
+        with contextlib.suppress(Exception):    # of one that can't be read, which turns nothing
             image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = _of_eight_bits(image, tags)
