@@ -254,10 +254,6 @@ def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
     classes = sorted({class_of(path) for path in files})
     number = {name: k for k, name in enumerate(classes)}
     labels = np.fromiter((number[class_of(path)] for path in files), int)
-    empty = [entry.name for entry in os.scandir(root) if entry.is_dir()
-             and not is_hidden(entry.name) and class_of(entry.name) not in number]
-    if label and empty:
-        say(f"{label}: {listed(sorted(empty))} holds no image and is not taken for a class.")
     return read_files(root, files, labels, classes)
 
 
