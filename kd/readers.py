@@ -251,10 +251,8 @@ def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
 
     files = list_images(root, label, lambda path: re.fullmatch(pattern, path) is not None
                         and class_of(path) not in exclude)
-    classes = sorted({class_of(path) for path in files})
-    number = {name: k for k, name in enumerate(classes)}
-    labels = np.fromiter((number[class_of(path)] for path in files), int)
-    return read_files(root, files, labels, classes)
+    classes, labels = np.unique([class_of(path) for path in files], return_inverse=True)
+    return read_files(root, files, labels, classes.tolist())
 
 
 # --------------------------------------------------------------------------------------------------
