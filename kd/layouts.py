@@ -1,5 +1,6 @@
 """The data sets that have a name, and a reader of each one's official layout: read(root, split) ->
 Images; split: train, test or source."""
+import functools
 import pickle
 import re
 import tomllib
@@ -16,23 +17,13 @@ from kd.files import digest
 from kd.readers import Images, list_images, read_class_folders, read_files, state_of
 
 
-@dataclass(frozen=True)
-class ArrayReader:
-    """Reads the i-th of arrays of (n, H, W, 3) or (n, H, W) uint8, one after the other."""
-
-    arrays: list
-
-    def __call__(self, i):
-        for pixels in self.arrays:
-            if i < len(pixels):
-                return Image.fromarray(np.ascontiguousarray(pixels[i]))
-            i -= len(pixels)
-        raise IndexError
+def _picture(pixels, i):
+    return Image.fromarray(np.ascontiguousarray(pixels[i]))
 
 
-def read_arrays(root, files, arrays, labels=None, classes=None):
-    """Arrays that `files` below `root` hold."""
-    return Images(sum(map(len, arrays)), ArrayReader(arrays), state_of(root, files), labels,
+def read_arrays(root, files, pixels, labels=None, classes=None):
+    """(n, H, W, 3) uint8 that `files` below `root` hold."""
+    return Images(len(pixels), functools.partial(_picture, pixels), state_of(root, files), labels,
                   classes)
 
 
@@ -53,10 +44,10 @@ def _read_cifar(root, batches, meta, fine):
         with open(root / name, "rb") as file:
             found.append(_Unpickler(file, encoding="latin1").load())
     names = list(found.pop()[f"{fine}label_names"])
-    arrays = [np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-              for batch in found]
+    pixels = np.concatenate([np.asarray(batch["data"], np.uint8) for batch in found])
     labels = np.concatenate([np.asarray(batch[f"{fine}labels"], int) for batch in found])
-    return read_arrays(root, batches, arrays, labels, names)
+    return read_arrays(root, batches, pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels,
+                       names)
 
 
 def read_cifar10(root, split):
@@ -72,35 +63,31 @@ def read_svhn(root, split):
     """root: the split's file. X is height x width x channel x image; label 10 means the digit 0."""
     from scipy.io import loadmat
     content = loadmat(root)
-    return read_arrays(root.parent, [root.name], [content["X"].transpose(3, 0, 1, 2)],
+    return read_arrays(root.parent, [root.name], content["X"].transpose(3, 0, 1, 2),
                        content["y"].ravel().astype(int) % 10, list("0123456789"))
 
 
-@dataclass(frozen=True)
-class _Stl10:
-    """STL10's images in a binary file, read one by one: the unlabelled part alone has 2.8 GB."""
-
-    path: object
-
-    def __len__(self):
-        return self.path.stat().st_size // (3 * 96 * 96)
-
-    def __getitem__(self, i):
-        """(96, 96, 3) uint8; the file has planes of colour, each in column-major order."""
-        each = 3 * 96 * 96
-        pixels = np.fromfile(self.path, np.uint8, each, offset=int(i) * each)
-        return pixels.reshape(3, 96, 96).transpose(2, 1, 0)
+def _stl10_picture(paths, i):
+    """The files, 2.8 GB the unlabelled one, are mapped anew: workers that are not forked share no
+    map. They have planes of colour, each in column-major order."""
+    for path in paths:
+        planes = np.memmap(path, np.uint8, "r").reshape(-1, 3, 96, 96)
+        if i < len(planes):
+            return _picture(planes.transpose(0, 3, 2, 1), i)
+        i -= len(planes)
 
 
 def read_stl10(root, split):
     """As a source: the labelled and the unlabelled part."""
-    if split == "source":
-        names = ["train_X.bin", "unlabeled_X.bin"]
-        return read_arrays(root, names, [_Stl10(root / name) for name in names])
-    names = [f"{split}_X.bin", f"{split}_y.bin"]
-    labels = np.fromfile(root / names[1], np.uint8).astype(int) - 1
-    classes = (root / "class_names.txt").read_text().split()
-    return read_arrays(root, names, [_Stl10(root / names[0])], labels, classes)
+    names, labels, classes = ["train_X.bin", "unlabeled_X.bin"], None, None
+    if split != "source":
+        names = [f"{split}_X.bin", f"{split}_y.bin"]
+        labels = np.fromfile(root / names[1], np.uint8).astype(int) - 1
+        classes = (root / "class_names.txt").read_text().split()
+    paths = [root / name for name in names if name.endswith("_X.bin")]
+    count = sum(path.stat().st_size for path in paths) // (3 * 96 * 96)
+    return Images(count, functools.partial(_stl10_picture, paths), state_of(root, names), labels,
+                  classes)
 
 
 def read_tinyimagenet(root, split):
@@ -139,7 +126,7 @@ def read_digits(seed, split):
     from sklearn.datasets import load_digits
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-    whole = Images(len(pixels), ArrayReader([pixels]), digest(pixels.tobytes()),
+    whole = Images(len(pixels), functools.partial(_picture, pixels), digest(pixels.tobytes()),
                    digits.target.astype(np.int64), list("0123456789"))
     order, test = np.random.default_rng(0).permutation(len(pixels)), len(pixels) // 5
     return whole.take(np.sort(order[:test] if split == "test" else order[test:]))
