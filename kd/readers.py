@@ -4,6 +4,7 @@ One rule says what counts: no hidden name, and an image's suffix or, with any ot
 of one. What is passed over is counted.
 """
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -207,24 +208,17 @@ def walk(root, passed, visited, below=""):
             yield below + name
 
 
-@dataclass(frozen=True)
-class FileReader:
-    """Reads the i-th of `files`, paths below `root`."""
-
-    root: str
-    files: Sequence
-
-    def __call__(self, i):
-        path = os.path.join(self.root, self.files[i])
-        if not os.path.isfile(path):        # opening a pipe would wait for somebody to write there
-            raise ValueError("not a file, or a link to nowhere")
-        return opened(path)
+def _read_file(root, files, i):
+    path = os.path.join(root, files[i])
+    if not os.path.isfile(path):        # opening a pipe would wait for somebody to write there
+        raise ValueError("not a file, or a link to nowhere")
+    return opened(path)
 
 
 def read_files(root, files, labels=None, classes=None):
     """Image files below `root`; files: a sequence of relative paths."""
-    return Images(len(files), FileReader(os.fspath(root), files), state_of(root, files),
-                  labels, classes, files)
+    return Images(len(files), functools.partial(_read_file, os.fspath(root), files),
+                  state_of(root, files), labels, classes, files)
 
 
 def say_passed(label, passed):
