@@ -18,11 +18,10 @@ from kd.progress import Progress
 
 TIMEOUT = (10, 60)          # seconds to connect, and between two pieces of an answer
 PIECE = 1 << 16             # bytes at most that a read asks for
-ATTEMPTS = 3                # that fail one after the other, before the next mirror is tried
-BACKOFF = 1.0               # seconds to wait after a failure, twice as many after the next
+ROUNDS = 3                  # in which each mirror is asked
+BACKOFF = 3.0               # seconds to wait before the second round, and twice before the third
 CRAWL, PATIENCE = 100_000, 30.0     # a mirror that is slower crawls: bytes a second, over seconds
 AT_ONCE = 4                 # files fetched at the same time
-BUSY = (429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,12 @@ def fetch(file, path):
 
 
 def _from_mirrors(file, path, part):
-    """Twice around: a part may hold another mirror's wrong bytes, and who crawls is better than
-    nobody."""
+    """Several times around: a part may hold another mirror's wrong bytes, a busy server may answer
+    later, and who crawls is better than nobody."""
     progress, tried = Progress(f"fetching {path.name}", file.size, "B", done=_length(part)), []
-    for number, url in enumerate(file.urls * 2):
+    for number, url in enumerate(file.urls * ROUNDS):
+        if number % len(file.urls) == 0:
+            time.sleep(BACKOFF * number / len(file.urls))
         slowest = CRAWL if number < len(file.urls) - 1 else 0
         reason = _fill(part, url, file.size, slowest, progress)
         if reason is None:
@@ -103,25 +104,18 @@ def _from_mirrors(file, path, part):
 
 
 def _fill(part, url, size, slowest, progress):
-    """Fills the part from one mirror, in as many attempts as it takes while each brings something.
-    Returns why that can't be done, or None. slowest: bytes a second."""
-    failures, reason = 0, None
-    while failures < ATTEMPTS:
-        time.sleep(BACKOFF * failures)
+    """Fills the part from one mirror, asked again where it breaks off as long as it brings
+    something. Returns why that can't be done, or None. slowest: bytes a second."""
+    while size is None or _length(part) < size:
         start = _length(part)
-        if size is not None and start >= size:
-            return None
         headers = {"Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={start}-"} if start else {}
         try:
             with requests.get(url, stream=True, timeout=TIMEOUT, headers=headers) as answer:
-                reason = _receive(answer, part, start, size, slowest, progress)
-            if answer.status_code not in BUSY and (reason or size is None):
-                return reason
+                return _receive(answer, part, start, size, slowest, progress)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            reason = f"can't be reached, or breaks off ({type(error).__name__})"
-        failures = 0 if _length(part) >= start + PIECE else failures + 1
-    return reason or "breaks off"
+            if _length(part) < start + PIECE:
+                return f"can't be reached, or breaks off ({type(error).__name__})"
 
 
 def _receive(answer, part, start, size, slowest, progress):
