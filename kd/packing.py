@@ -9,7 +9,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -130,14 +130,13 @@ class Packed(Source):
 
 @dataclass
 class Streamed(Source):
-    """Not decoded yet. unreadable: [(number, file, what is wrong)] of the images that this process
-    could not read in its last pass."""
+    """Not decoded yet. bad: how many images this process could not read in its last pass."""
 
     name: str
     source: Images
     size: int
     max_bad: float
-    unreadable: list = field(default_factory=list)
+    bad: int = 0
 
     def __post_init__(self):
         self.files, self.numbers = self.source.files, self.source.rows
@@ -146,17 +145,14 @@ class Streamed(Source):
     def __len__(self):
         return self.source.count
 
-    @property
-    def bad(self):
-        return len(self.unreadable)
-
     def _pixels(self, wanted, everything):
         """What can't be read is missing in its batch. Raises UserError where that is too much, or
         was asked for by its number."""
-        self.unreadable = []
+        unreadable, self.bad = [], 0
         for pixels, good, bad in decoded(self.source, self.size, wanted):
-            self.unreadable += bad
-            _require_few(self.name, self.unreadable, len(self), self.max_bad * everything)
+            unreadable += bad
+            self.bad = len(unreadable)
+            _require_few(self.name, unreadable, len(self), self.max_bad * everything)
             if good:
                 yield pixels, np.array(good, np.int64)
 
