@@ -90,14 +90,13 @@ class Source:
         rows: (n,) int64, ascending, which images, as `index` numbers them; None for all. part:
         (rank, world size), for that process's contiguous share of a single process's batches.
         """
-        where = range(len(self)) if rows is None else rows
-        if rows is not None and self.numbers is not None:
-            where = np.searchsorted(self.numbers, rows)
+        index = self.rows
+        where = range(len(self)) if rows is None else np.searchsorted(index, rows)
         total, (rank, processes) = -(-len(where) // batch_size), part
         numbers = range(rank * total // processes, (rank + 1) * total // processes)
         wanted = [where[k * batch_size:(k + 1) * batch_size] for k in numbers]
         for pixels, at in self._pixels(wanted, rows is None):
-            yield pixels, at if self.numbers is None else self.numbers[at], (
+            yield pixels, index[at], (
                 [""] * len(at) if self.files is None else Chosen(self.files, at))
 
 

@@ -117,8 +117,6 @@ def decode(image, size):
 def as_shown(image):
     """A Pillow image in RGB as a viewer shows it: turned as its EXIF says, of more than 8 bits the
     upper eight, what is transparent on white. Raises ValueError where no range is stated."""
-    if image.mode == "RGB" and not image.info.keys() & {"exif", "transparency"}:
-        return image
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
         kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
         raise ValueError(f"{kind} pixels have no fixed range")
@@ -131,7 +129,7 @@ def as_shown(image):
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _of_eight_bits(image, tags):
