@@ -8,9 +8,8 @@ import pytest
 import torch
 from conftest import NET, run_script
 from PIL import Image
-from run_files import given, manifest, pool, ran, read, refused
-from run_files import taught as teach
-from script_files import linked
+from script_files import given, linked, manifest, pool, ran, read, refused
+from script_files import taught as teach
 
 from TeacherTrain import misreading
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, small_run
-from run_files import read
+from script_files import read
 from test_training import learn, same, small
 from torch import nn
 

@@ -4,26 +4,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, small_run
+from conftest import run_script
 from PIL import Image
-from run_files import given, manifest, outcome, pool, ran, read, refused, taught
-from script_files import linked
+from script_files import given, linked, manifest, outcome, pool, ran, read, refused, taught
 
 from kd.readers import decode
 from kd.thresholds import passes
 
 APPROACHES = ("supervised", "balanced", "random", "mms", "entropy")
-
-
-@pytest.fixture
-def run(tmp_path):
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def flags(painted, run):
-    """Those of finished_run, for a run folder of this test's own."""
-    return [*small_run(painted), "--run-dir", str(run)]
 
 
 def test_every_stage_by_hand_gives_what_compile_gave(flags, finished_run, run):
