@@ -13,7 +13,7 @@ import pytest
 from conftest import run_script
 from PIL import Image
 
-from kd import board, figures, page, report
+from kd import figures, page, report
 from kd.files import file_digest, write_sealed
 from kd.record import Experiment
 
@@ -138,7 +138,9 @@ def test_the_table_has_means_and_deviations_over_the_seeds(tmp_path):
     assert "| supervised | resnet18 | digits | 1,200 | 400 | 65.00 ± 7.07 | 0.722 |" in table
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"target", "classes", "recipe", "seeds", "teacher", "rows", "notes"}
-    assert {"approach", "student", "accuracy_std", "agreement"} < set(results["rows"][0])
+    assert set(results["rows"][0]) >= {
+        "approach", "student", "sources", "transfer_size", "per_class", "accuracy", "accuracy_std",
+        "retention", "agreement", "seconds", "images_per_second"}
 
 
 @pytest.mark.quick
@@ -166,15 +168,6 @@ def test_what_the_table_must_not_hide_is_said_in_plain_sentences(finished):
         "Classes without a threshold in mms: owl. The teacher never predicts them on the "
         "confidence set.",
         "Classes with fewer than 18 images in entropy: cat (15), dog (14), owl (13)."]
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("flags, said", [
-    ("--calibrate=sources --threshold=0.5 --floor=0.1 --fill=best --no-balance",
-     "Selected with --threshold 0.5 --calibrate sources --floor 0.1 --fill best --no-balance.\n"),
-    ("--limit=300", "A trial run with at most 300 images of each data set.\n")])
-def test_settings_behind_the_table_are_said(tmp_path, flags, said):
-    assert said in table_of(write_run(tmp_path / "run", flags.split()))
 
 
 LATER = ["students", "transfer", "scores", "thresholds.json", "teacher.json"]
@@ -373,20 +366,3 @@ def test_hostile_names_cannot_become_a_part_of_the_page(tmp_path, browser):
     shown, complaints = opened(browser, run / "report.html")
     assert all(name in shown.inner_text("main ul") for name in HOSTILE) and complaints == []
     shown.close()
-
-
-def test_the_board_shows_losses_figures_and_views(tmp_path):
-    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    import torch
-    for kind in (None, "tensorboard"):
-        shown = board.open_board(kind, tmp_path)
-        shown.losses(3, [torch.tensor(0.5), torch.tensor(0.25)])
-        shown.epoch(3, epoch_loss=0.375, confidence_accuracy=None)
-        shown.views(2, torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
-        shown.close()
-        assert bool(list(tmp_path.iterdir())) == (kind is not None)
-    events = loader.EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 0.5), (3, 0.25)]
-    assert [event.step for event in events.Images("views")] == [2]
-    assert set(events.Tags()["scalars"]) == {"loss", "epoch_loss"}

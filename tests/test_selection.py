@@ -25,13 +25,13 @@ def rules(bucket, classes=6, **more):
 
 def select_slowly(scores, approach, threshold, rules):
     """One group after the other, one image after the other. Returns positions in the pool."""
-    groups, position = {}, 0
+    groups, position, high = {}, 0, rules.keeps_high
     for source, columns in scores.items():
         for index, label in enumerate(columns["predicted"].tolist()):
-            score = columns[approach][index] if approach in HIGH else 0.0
-            badness = -score if HIGH.get(approach) else score
-            limit = threshold[approach][label] if approach in HIGH else 0.0
-            passing = badness <= (-limit if HIGH.get(approach) else limit)
+            score = columns[approach][index] if approach in high else 0.0
+            badness = -score if high.get(approach) else score
+            limit = threshold[approach][label] if approach in high else 0.0
+            passing = badness <= (-limit if high.get(approach) else limit)
             if approach == "eats":
                 passing = source in ("svhn", "tinyimagenet")
             groups.setdefault(label if rules.balance else 0, []).append(
@@ -40,10 +40,10 @@ def select_slowly(scores, approach, threshold, rules):
     chosen, room = [], rules.bucket * (1 if rules.balance else rules.classes)
     for members in groups.values():
         passing, least = [m for m in members if m[2]], math.ceil(rules.floor * room)
-        if approach in HIGH and len(passing) < least:
+        if approach in high and len(passing) < least:
             best = sorted(members, key=lambda m: (m[1], m[0]))[:least]
             passing = sorted(set(passing) | set(best))
-        if rules.fill == "best" and approach in HIGH:
+        if rules.fill == "best" and approach in high:
             passing = sorted(passing, key=lambda m: (m[1], m[0]))
         chosen += [m[0] for m in passing[:room]]
     return sorted(chosen)

@@ -27,24 +27,6 @@ def write_shards(tmp_path, count=60, per_shard=25):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("how", ["always", "never"])
-def test_shards_answer_as_the_same_images_in_a_folder_do(tmp_path, how):
-    pattern = write_shards(tmp_path)
-    folder = source(tmp_path / "d", f"pool={tmp_path / 'pool'}", pack="always")
-    for spec in (f"s={pattern}", f"s={tmp_path}/shards/*.tar"):
-        shards = source(tmp_path / "d", spec, pack=how)
-        assert len(shards) == 60
-        pixels, index, files = zip(*shards.batches(batch_size=16), strict=True)
-        np.testing.assert_array_equal(np.concatenate(pixels), folder.images)
-        assert np.concatenate(index).tolist() == list(range(60))
-        names = [name for batch in files for name in batch]
-        assert names == [f"{i // 25:03}.tar/{i:04}.png" for i in range(60)]
-        [(pixels, index, files)] = shards.batches(rows=np.array([3, 24, 25, 59]))
-        np.testing.assert_array_equal(pixels, folder.images[[3, 24, 25, 59]])
-        assert list(files)[2:] == ["001.tar/0025.png", "002.tar/0059.png"]
-
-
-@pytest.mark.quick
 def test_a_limit_takes_images_evenly_from_all_shards(tmp_path):
     found = source(tmp_path / "d", f"s={write_shards(tmp_path)}", limit=7)
     assert found.rows.tolist() == np.linspace(0, 59, 7).round().astype(int).tolist()

@@ -1,15 +1,18 @@
 """The stages by hand and through compile.py, on small folders of images."""
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_script
 from PIL import Image
-from script_files import given, linked, manifest, outcome, pool, ran, read, refused, taught
+from script_files import given, linked, manifest, outcome, ran, read, refused, taught
+from test_selection import select_slowly
 
 from kd.readers import decode
 from kd.thresholds import passes
+from transfer import Rules
 
 APPROACHES = ("supervised", "balanced", "random", "mms", "entropy")
 
@@ -51,19 +54,15 @@ def test_another_approach_by_hand_costs_no_second_look_at_the_sources(flags, fin
     assert "students/entropy, students/confidence" in said and "scores: " not in said
 
 
-@pytest.mark.parametrize("form, suffix, needs", [
-    ("state_dict", "pth", "torch"), ("safetensors", "safetensors", "safetensors"),
-    ("onnx", "onnx", "onnxscript")])
-def test_a_student_is_exported(flags, finished_run, run, form, suffix, needs):
-    pytest.importorskip(needs, reason=f"pip install {needs}")
-    linked(finished_run, run)
-    said = ran("distill.py", flags, "--approach", "mms", "--export", form)
-    assert f"export: {run}/students/mms.{suffix}, " in said
+def test_a_student_is_exported(flags, finished_run, run):
+    said = ran("distill.py", [*flags[:-1], linked(finished_run, run)], "--approach", "mms",
+               "--export", "state_dict")
+    assert f"export: {run}/students/mms.pth, " in said
     assert "On 30 images it gives the student's class for 30" in said
-    assert (run / f"students/mms.{suffix}").stat().st_size > 1000
+    assert (run / "students/mms.pth").stat().st_size > 1000
 
 
-def test_the_run_folder_and_the_table_are_as_documented(finished_run):
+def test_the_run_folder_is_as_documented(finished_run):
     names = ["config.json", "split.npz", "teacher.pt", "teacher.json", "thresholds.json",
              "results.json", "results.md", "report.html", "figures/accuracy.png",
              *(f"scores/{name}.npz" for name in ("pool", "more", "confidence")),
@@ -72,18 +71,10 @@ def test_the_run_folder_and_the_table_are_as_documented(finished_run):
              *(f"students/{name}.{suffix}" for name in APPROACHES for suffix in ("pt", "json"))]
     assert [name for name in names if not (finished_run / name).is_file()] == []
     assert not list(finished_run.rglob("*.part"))
-    results = read(finished_run, "results.json")
     accuracy = read(finished_run, "teacher.json")["accuracy"]
-    assert [results[name] for name in ("target", "recipe", "seeds", "teacher")] == [
-        "colours", "quick", [0], {"arch": "net.py:make", "accuracy": accuracy}]
-    assert tuple(row["approach"] for row in results["rows"]) == APPROACHES
-    for row in results["rows"]:
-        assert set(row) >= {
-            "approach", "student", "sources", "transfer_size", "per_class", "accuracy",
-            "accuracy_std", "retention", "seconds", "images_per_second"}
+    for row in read(finished_run, "results.json")["rows"]:
         assert sum(row["per_class"]) == row["transfer_size"]
         assert row["retention"] == pytest.approx(row["accuracy"] / accuracy)
-        assert f"| {100 * row['accuracy']:.2f} |" in (finished_run / "results.md").read_text()
 
 
 def test_a_row_of_a_manifest_is_the_image_of_that_row(finished_run, painted):
@@ -116,49 +107,40 @@ def test_the_teacher_learns_from_its_part_of_the_training_split_alone(flags, pai
 
 
 def taken(run, approach):
-    """(N,) bool, which of pool(run) a transfer set has."""
-    first = len(np.load(run / "scores/pool.npz")["index"])
-    rows = [int(row["index"]) + first * (row["source"] == "more")
-            for row in manifest(run, approach)]
-    return np.isin(np.arange(len(pool(run)["index"])), rows)
+    """Which images of all sources, numbered in their order, a transfer set has."""
+    return [int(row["index"]) + 120 * (row["source"] == "more") for row in manifest(run, approach)]
 
 
-def test_threshold_and_floor_reach_the_transfer_sets_and_the_notes(painted, run):
-    criteria, below = {"confidence": True, "energy": True, "cross_entropy": False}, 0
-    ran("compile.py", taught(painted, run), "--run-dir", run, "--threshold", "0.9",
-        "--floor", "0.5", "--approaches", ",".join(("all", *criteria)))
-    scores, confidence = pool(run), np.load(run / "scores/confidence.npz")
-    for name, high in criteria.items():
-        thresholds, chosen = np.array(read(run, "thresholds.json")[name]), taken(run, name)
-        summary = read(run, f"transfer/{name}/summary.json")
-        eligible = passes(scores[name], scores["predicted"], thresholds, high)
-        assert summary["bucket"] == 40 and summary["size"] == chosen.sum()
-        for label, colour in enumerate(summary["classes"]):
-            sure = confidence[name][confidence["predicted"] == label]
-            passed = passes(sure, np.full(len(sure), label), thresholds, high).sum()
-            assert passed == np.ceil(0.9 * len(sure))
-            of = scores["predicted"] == label
-            wanted = max(min(40, (eligible & of).sum()), min(20, of.sum()))
-            assert (chosen & of).sum() == summary["per_class"][label] == wanted
-            assert (chosen & of & ~eligible).sum() == summary["below_threshold"].get(colour, 0)
-        below += sum(summary["below_threshold"].values())
-    assert below and taken(run, "all").all()
+CRITERIA = {"mms": True, "entropy": False, "confidence": True, "energy": True,
+            "cross_entropy": False}
+
+
+@pytest.mark.parametrize("share, words, said, given", [
+    (0.9, "--floor 0.5 --fill first", "Images below the threshold that --floor let in for ",
+     {"bucket": 40, "floor": 0.5}),
+    (1.0, "--fill best --no-balance --transfer-size 30", "--fill best --no-balance.",
+     {"bucket": 10, "fill": "best", "balance": False})])
+def test_a_run_selects_what_the_slow_selection_selects(painted, run, share, words, said, given):
+    ran("compile.py", taught(painted, run), "--run-dir", run, "--threshold", share, *words.split(),
+        "--approaches", ",".join(("all", "balanced", *CRITERIA)))
+    scores = {name: np.load(run / f"scores/{name}.npz") for name in ("pool", "more")}
+    confidence, rules = np.load(run / "scores/confidence.npz"), Rules(
+        classes=3, keeps_high=CRITERIA, **given)
+    thresholds = {name: np.array(read(run, "thresholds.json")[name], float) for name in CRITERIA}
+    for approach in ("balanced", *CRITERIA):
+        chosen = select_slowly(scores, approach, thresholds, rules)
+        strict = select_slowly(scores, approach, thresholds, replace(rules, floor=0.0))
+        summary = read(run, f"transfer/{approach}/summary.json")
+        assert taken(run, approach) == chosen and summary["size"] == len(chosen) > 5
+        assert sum(summary["below_threshold"].values()) == len(set(chosen) - set(strict))
+    for name, high in CRITERIA.items():
+        sure = passes(confidence[name], confidence["predicted"], thresholds[name], high)
+        for label in range(3):
+            of = confidence["predicted"] == label
+            assert sure[of].sum() == np.ceil(share * of.sum())
+    assert taken(run, "all") == list(range(180))
     notes = " ".join(read(run, "results.json")["notes"])
-    assert "--threshold 0.9 --calibrate target --floor 0.5" in notes
-    assert "Images below the threshold that --floor let in for " in notes
-
-
-def test_the_best_are_taken_and_one_bucket_may_hold_all_classes(painted, run):
-    ran("compile.py", taught(painted, run), "--run-dir", run, "--approaches", "balanced,mms",
-        "--fill", "best", "--no-balance", "--transfer-size", "30", "--threshold", "1")
-    scores, chosen = pool(run), taken(run, "mms")
-    eligible = passes(scores["mms"], scores["predicted"],
-                      np.array(read(run, "thresholds.json")["mms"]), True)
-    assert chosen.sum() == min(30, eligible.sum()) and not (chosen & ~eligible).any()
-    assert (scores["mms"][eligible & ~chosen] <= scores["mms"][chosen].min()).all()
-    summary = read(run, "transfer/balanced/summary.json")
-    assert summary["size"] == 30 and max(summary["per_class"]) > 10 and not summary["shortfall"]
-    assert "--fill best --no-balance." in " ".join(read(run, "results.json")["notes"])
+    assert f"--threshold {share} --calibrate target --floor " in notes and said in notes
 
 
 def test_a_trial_run_uses_few_images_of_everything(flags, run):
@@ -171,13 +153,9 @@ def test_a_trial_run_uses_few_images_of_everything(flags, run):
         "A trial run with at most 24 images of each data set.")
 
 
-def test_several_seeds_are_repeated_and_averaged(flags, finished_run, run):
+def test_several_seeds_have_a_run_each_and_one_table(flags, finished_run, run):
     ran("compile.py", flags, "--approaches", "balanced", "--seeds", "0,1")
     assert (run / "seed-0/students/balanced.pt").read_bytes() == (
         finished_run / "students/balanced.pt").read_bytes()
     splits = [np.load(run / f"seed-{seed}/split.npz")["confidence"] for seed in (0, 1)]
     assert not np.array_equal(*splits) and read(run, "results.json")["seeds"] == [0, 1]
-    each = [read(run, f"seed-{seed}/students/balanced.json")["accuracy"] for seed in (0, 1)]
-    [row] = read(run, "results.json")["rows"]
-    assert row["accuracy"] == pytest.approx(np.mean(each))
-    assert row["accuracy_std"] == pytest.approx(np.std(each, ddof=1))
