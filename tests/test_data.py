@@ -4,6 +4,7 @@ All files are generated, small, in the official layouts; torchvision's own class
 """
 import os
 import shutil
+import tarfile
 import unicodedata
 
 import layout_files as made
@@ -136,22 +137,34 @@ def test_a_folder_with_a_data_sets_name_serves_as_it_and_may_hold_links(tmp_path
 
 
 @pytest.mark.quick
-def test_what_counts_as_an_image_is_said_by_its_name_or_by_its_content(tmp_path, capsys):
+@pytest.mark.parametrize("form", ["folder", "shard"])
+def test_what_counts_as_an_image_is_said_by_its_name_or_by_its_content(tmp_path, capsys, form):
     root, names = tmp_path / "pool", ["b/2.PNG", "b/10.png", "a.b/x.png", "a/1.gif", "a/y/z.jpeg"]
+    names.append("x/" * 90 + "long.png")        # whose header in a shard is several
     save(root, *names, ".hidden.png", ".cache/a.png", "__MACOSX/a.png", "a/._1.png")
     for name, kind in (("c.jfif", "JPEG"), ("d", "PNG"), ("e.orig", "WEBP"), ("f.avif", "AVIF")):
         save(root, name, kind=kind)
-    for name in ("notes.txt", "labels.json", "a/page", "b/c.heic"):
+        names.append(name)
+    for name in ("notes.txt", "labels.json", "a/page", "b/c.heic", "broken.jpg"):
         (root / name).write_text("no image")
+    (root / "empty.png").write_bytes(b"")
     (tmp_path / "elsewhere").mkdir()
     (root / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "loop").symlink_to(root)
     save(tmp_path / "elsewhere", "a.png")
-    found = source(tmp_path / "d", f"pool={root}", max_bad=1.0)
-    assert list(found.files) == sorted([*names, "c.jfif", "d", "e.orig", "f.avif", "link/a.png"])
+    spec = f"pool={root}"
+    if form == "shard":
+        spec = f"pool={tmp_path}/000.tar"
+        with tarfile.open(tmp_path / "000.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+            for path in sorted(root.rglob("*")):
+                if path.is_symlink() or path.is_file():
+                    tar.add(path, f"./{path.relative_to(root)}")
+    found = source(tmp_path / "d", spec, max_bad=1.0)
+    assert sorted(name.removeprefix("000.tar/./") for name in found.files) == sorted(
+        [*names, "link/a.png"] if form == "folder" else names)
     said = capsys.readouterr().out
     assert "pool: passing over what is not an image (4 hidden" in said and "1 .heic" in said
-    assert found.bad == 0
+    assert found.bad == 2
 
 
 def pets(root, test="test", names=("ant", "bee")):
