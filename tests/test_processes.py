@@ -152,11 +152,6 @@ def test_each_process_has_a_card_of_its_own_or_says_so(monkeypatch, cards, here,
         assert engine.pick_device("cuda") == torch.device("cuda", found) and chosen == [found]
 
 
-def test_processes_share_the_cores_of_a_machine_that_decode(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert processes.working_here() == 8 and processes.first_alone(processes.working_here) == 1
-
-
 def test_a_process_is_not_left_with_a_few_images_of_a_batch(monkeypatch):
     monkeypatch.setattr(training, "world_size", lambda: 4)
     with pytest.raises(UserError, match="^--batch-size: a batch needs 32 images or more, 8 for "

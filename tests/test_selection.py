@@ -64,28 +64,12 @@ def test_selection_equals_the_slow_one(approach, fill, floor, balance, seed):
     assert chosen.tolist() == select_slowly(scores, approach, thresholds, given)
 
 
-def test_what_the_floor_lets_in_is_told():
-    scores = {"a": {"predicted": np.zeros(4, int), "index": np.arange(4),
-                    "mms": np.array([1, 5, 2, 3], np.float32)}}
-    chosen, below = select("mms", join(scores), {"mms": np.array([4.0])}, rules(4, 1, floor=0.5))
-    assert chosen.tolist() == [1, 3] and below.tolist() == [False, True]
-
-
 def test_an_image_without_a_score_is_never_taken():
     scores = {"a": {"predicted": np.zeros(3, int), "index": np.arange(3),
                     "mms": np.array([np.nan, 1.0, 3.0], np.float32)}}
     for floor in (0.0, 1.0):
         chosen, _ = select("mms", join(scores), {"mms": np.array([2.0])}, rules(3, floor=floor))
         assert 0 not in chosen
-
-
-def test_a_class_without_a_threshold_gets_its_best_images_from_the_floor_alone():
-    scores = {"a": {"predicted": np.zeros(3, int), "index": np.arange(3),
-                    "mms": np.array([1.0, 3.0, 2.0], np.float32)}}
-    for floor, expected in ((0.0, []), (0.5, [1, 2])):
-        chosen, _ = select("mms", join(scores), {"mms": np.array([np.nan])},
-                           rules(3, floor=floor))
-        assert chosen.tolist() == expected
 
 
 def test_random_takes_as_many_as_mms_without_threshold_or_balance():
@@ -117,16 +101,6 @@ def test_even_weights_give_predicted_classes_equal_shares_up_to_a_limit():
     weights = even_weights(predicted)
     assert weights[0] * 60 == pytest.approx(91 / 3) and weights[60] * 30 == pytest.approx(91 / 3)
     assert weights[90] == 8
-
-
-def test_the_first_source_fills_the_bucket_before_the_second():
-    scores = {name: {"predicted": np.zeros(3, int), "index": np.arange(3),
-                     "mms": np.full(3, value, np.float32)}
-              for name, value in (("a", 1.0), ("b", 2.0))}
-    thresholds = {"mms": np.array([0.0])}
-    for fill, expected in (("first", [0, 1, 2, 3]), ("best", [0, 3, 4, 5])):
-        chosen, _ = select("mms", join(scores), thresholds, rules(4, 1, fill=fill))
-        assert chosen.tolist() == expected
 
 
 def test_chance_fills_a_class_from_all_sources_alike_and_from_what_passes_alone():

@@ -255,11 +255,6 @@ def test_an_answer_does_not_depend_on_the_batch_it_is_in(monkeypatch, size):
         assert engine.accuracy(classifier, images, labels, rows) == right.mean()
 
 
-@pytest.mark.parametrize("size, images", [(32, 512), (96, 512), (299, 53), (4096, 16)])
-def test_a_batch_of_larger_images_has_fewer_of_them(size, images):
-    assert engine.evaluation_batch(Classifier(nn.Flatten(), "any", "ab", size)) == images
-
-
 def test_bfloat16_is_for_training_alone(tmp_path):
     full, half = (learn(tmp_path / f"{amp}.part", Recipe(2, 8, 0.05, amp=amp))[0]
                   for amp in (None, True))
