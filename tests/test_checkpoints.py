@@ -45,17 +45,23 @@ def same(classifier, network):
 # --------------------------------------------------------------------------------------------------
 
 @pytest.mark.quick
-def test_a_checkpoint_gives_the_same_logits_and_is_plain(tmp_path):
-    classifier = models.build("resnet18", CLASSES, mean=(0.1, 0.2, 0.3)).eval()
+def test_a_checkpoint_gives_the_logits_of_torchvisions_own_network_and_is_plain(tmp_path):
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    classifier = models.build("resnet18", CLASSES, input_size=40, mean=mean, std=std).eval()
     checkpoints.save(tmp_path / "student.pt", classifier, accuracy=0.5)
     images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     loaded = checkpoints.load(tmp_path / "student.pt")
     assert torch.equal(classifier(images), loaded(images)) and not loaded.training
     content = torch.load(tmp_path / "student.pt", weights_only=True)
     assert {key: content[key] for key in content if key != "state_dict"} == {
-        "arch": "resnet18", "classes": CLASSES, "input_size": 32, "mean": [0.1, 0.2, 0.3],
-        "std": [0.5] * 3, "accuracy": 0.5}
-    torchvision.models.resnet18(num_classes=3).load_state_dict(content["state_dict"])
+        "arch": "resnet18", "classes": CLASSES, "input_size": 40, "mean": mean, "std": std,
+        "accuracy": 0.5}
+    plain = torchvision.models.resnet18(num_classes=3).eval()
+    plain.load_state_dict(content["state_dict"])
+    pixels = torchvision.transforms.functional.normalize(
+        images.permute(0, 3, 1, 2) / 255, mean, std)
+    pixels = nn.functional.interpolate(pixels, (40, 40), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(loaded(images), plain(pixels), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.quick

@@ -110,24 +110,20 @@ def test_where_no_mirror_will_do_one_line_says_what_was_tried(server, path):
     assert not path.exists()
 
 
-def test_what_an_earlier_attempt_has_left_is_continued(server, path):
-    path.parent.mkdir()
-    path.with_name("a.tar.part").write_bytes(BODY[:200_000])
-    file = remote(BODY, server.url("a.tar", serve()))
-    assert remaining(path, file) == 100_000
-    fetch(file, path)
-    assert_whole(path)
-    assert [headers.get("Range") for _, headers in server.asked] == ["bytes=200000-"]
-    fetch(file, path)
-    assert len(server.asked) == 1 and remaining(path, file) == 0
-
-
-@pytest.mark.parametrize("left", [OTHER[:200_000], BODY + b"more"], ids=["other", "longer"])
-def test_a_part_that_is_wrong_is_begun_again_from_the_same_mirror(server, path, left):
+@pytest.mark.parametrize("left, continued", [
+    (BODY[:200_000], True), (OTHER[:200_000], True), (BODY + b"more", False)],
+    ids=["a part", "a part of another file", "more than there is"])
+def test_what_an_earlier_attempt_has_left_is_continued_and_where_it_is_wrong_begun_again(
+        server, path, left, continued):
     path.parent.mkdir()
     path.with_name("a.tar.part").write_bytes(left)
-    fetch(remote(BODY, server.url("a.tar", serve())), path)
+    file = remote(BODY, server.url("a.tar", serve()))
+    fetch(file, path)
     assert_whole(path)
+    assert (server.asked[0][1].get("Range") == "bytes=200000-") == continued
+    asked = len(server.asked)
+    fetch(file, path)
+    assert len(server.asked) == asked and remaining(path, file) == 0
 
 
 def test_a_mirror_that_crawls_is_followed_by_the_next_or_better_than_none(

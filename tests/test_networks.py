@@ -130,19 +130,6 @@ def test_small_inputs_are_convolved_as_torch_does(size, options):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.quick
-def test_a_classifier_gives_the_logits_of_torchvisions_own_network_on_normalised_pixels():
-    torch.manual_seed(0)
-    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    classifier = models.build("resnet18", CLASSES, input_size=40, mean=mean, std=std).eval()
-    plain = torchvision.models.resnet18(num_classes=3).eval()
-    plain.load_state_dict(classifier.network.state_dict())
-    pixels = torchvision.transforms.functional.normalize(
-        random_images(4).permute(0, 3, 1, 2) / 255, mean, std)
-    pixels = nn.functional.interpolate(pixels, (40, 40), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(classifier(random_images(4)), plain(pixels), rtol=1e-4, atol=1e-4)
-
-
 def test_a_network_of_one_channel_gets_the_grey_images_that_torchvision_makes(nets):
     classifier = models.require_logits(models.build(f"{nets}:grey", CLASSES).eval())
     pixels = random_images(4).permute(0, 3, 1, 2) / 255 * 2 - 1

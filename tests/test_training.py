@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,7 +15,6 @@ from kd import engine, training
 from kd.augment import shuffled_batches, step_generator
 from kd.classifier import Classifier
 from kd.command import Interrupted
-from kd.files import UserError
 from kd.settings import Recipe
 from kd.training import Checkpoint, Watch, cross_entropy, train
 
@@ -123,10 +123,9 @@ def spoilt(at, make):
 def test_a_loss_that_is_not_finite_is_one_sentence(tmp_path, stopping, value):
     path, recipe = tmp_path / "student.part", RECIPES["constant rate"]
     saved = half_done(path, stopping, recipe)
-    with pytest.raises(UserError) as raised:
-        learn(path, recipe, spoilt(1, lambda loss: loss + float(value)), remedy="a smaller --lr")
-    assert str(raised.value) == (f"student mms: the loss is {value} at a learning rate of 0.05 in "
-                                 "step 3 of epoch 2. Use a smaller --lr.")
+    refusal(f"^student mms: the loss is {value} at a learning rate of 0.05 in step 3 of epoch 2. "
+            "Use a smaller --lr.$", learn, path, recipe,
+            spoilt(1, lambda loss: loss + float(value)), remedy="a smaller --lr")
     assert path.read_bytes() == saved       # of the nine steps before
     expected, _ = learn(tmp_path / "undisturbed.part", recipe)
     assert same(learn(path, recipe)[0], expected)
@@ -135,9 +134,9 @@ def test_a_loss_that_is_not_finite_is_one_sentence(tmp_path, stopping, value):
 @pytest.mark.parametrize("step", [9, 21])
 def test_weights_that_are_not_finite_are_never_a_result(tmp_path, step):
     """A loss may be finite whose gradient is not; 21 is the last step of all."""
-    with pytest.raises(UserError, match=r"student mms: the (weights are|loss is) .* epoch [23]"):
-        learn(tmp_path / "student.part", RECIPES["constant rate"],
-              spoilt(step, lambda loss: (loss - loss).sqrt()))
+    refusal("student mms: the (weights are|loss is) .* epoch [23]", learn,
+            tmp_path / "student.part", RECIPES["constant rate"],
+            spoilt(step, lambda loss: (loss - loss).sqrt()))
     assert not (tmp_path / "student.part").exists()
 
 
@@ -152,11 +151,9 @@ def test_memory_that_does_not_suffice_is_one_sentence(tmp_path, error):
         def forward(self, pixels):
             raise error
     network = small(nn.Conv2d(3, 4, 3), Greedy())
-    with pytest.raises(UserError, match=r"^student mms: the memory does not suffice\. Use a "
-                                        r"smaller --batch-size \(--teacher-batch-size\), or .*$"):
-        learn(tmp_path / "student.part", RECIPES["constant rate"], classifier=network)
-    with pytest.raises(UserError, match=r"^evaluating: the memory does not suffice\. .*$"):
-        engine.predict(network, IMAGES)
+    refusal(r"^student mms: the memory does not suffice\. Use a smaller --batch-size .*, or .*$",
+            learn, tmp_path / "student.part", RECIPES["constant rate"], classifier=network)
+    refusal(r"^evaluating: the memory does not suffice\. .*$", engine.predict, network, IMAGES)
 
 
 def test_the_history_has_the_rate_of_each_epochs_last_step(tmp_path):
