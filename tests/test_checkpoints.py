@@ -40,10 +40,6 @@ def same(classifier, network):
                for name, value in classifier.network.state_dict().items())
 
 
-# --------------------------------------------------------------------------------------------------
-# Of this project
-# --------------------------------------------------------------------------------------------------
-
 @pytest.mark.quick
 def test_a_checkpoint_gives_the_logits_of_torchvisions_own_network_and_is_plain(tmp_path):
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
@@ -89,10 +85,6 @@ def test_code_that_only_a_checkpoint_names_does_not_run(net):
     assert set(checkpoints.files_of("net.py:make", "ours.pt", "none", None, "IMAGENET1K_V1")) == {
         "net.py", "ours.pt"}
 
-
-# --------------------------------------------------------------------------------------------------
-# Whatever lies around the weights
-# --------------------------------------------------------------------------------------------------
 
 class Attributes(dict):
     """As EasyDict, CfgNode, ... are."""
@@ -232,10 +224,6 @@ def test_torchvisions_weights_are_read_with_older_keys_and_without_auxiliary_hea
     assert same(checkpoints.load_teacher(tmp_path / "w.pth.tar", arch, CLASSES, size), network)
 
 
-# --------------------------------------------------------------------------------------------------
-# What is assumed
-# --------------------------------------------------------------------------------------------------
-
 def test_what_is_assumed_of_the_pixels_is_said(net, capsys):
     torch.save(net.state_dict(), "w.pth")
     checkpoints.load_teacher("w.pth", "net.py:make", CLASSES)
@@ -287,10 +275,6 @@ def test_a_start_may_be_a_state_dict_or_a_checkpoint_that_knows_other_classes(ne
     assert started.classes == classes and len(started.network.head.weight) == len(classes)
     assert torch.equal(started.network.head.weight[:3], net.head.weight) == (len(classes) == 3)
 
-
-# --------------------------------------------------------------------------------------------------
-# What is refused
-# --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, said", [
     (lambda state: state.pop("head.weight"), "it lacks head.weight"),

@@ -289,10 +289,3 @@ def test_folders_are_packed_by_their_path(tmp_path):
                       cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.endswith("mine: 19 images packed, 1 left out\n")
     assert len(made.names_in(tmp_path / "d" / "packed")) == 2
-
-
-def test_an_archive_put_there_by_hand_that_is_wrong_is_one_line_and_stays(tmp_path):
-    archive = tmp_path / "cifar-10-python.tar.gz"
-    archive.write_bytes(b"<html>quota exceeded</html>" * 150)
-    refusal(f"{archive} has 4,050 bytes instead of 170,498,071", source, tmp_path, "cifar10")
-    assert archive.exists()

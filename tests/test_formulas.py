@@ -117,12 +117,3 @@ def test_kd_loss_averages_over_images_and_not_over_classes():
     assert kd_loss(student, teacher, 10.0).item() == pytest.approx(sum(each) / 3, rel=1e-5)
     p, q = torch.softmax(teacher / 10, 1), torch.softmax(student / 10, 1)
     assert sum(each) / 3 == pytest.approx(100 * (p * (p / q).log()).sum().item() / 3, rel=1e-4)
-
-
-def test_kd_loss_is_the_divergence_from_the_teacher_to_the_student():
-    sharp, flat = torch.tensor([[10.0, 0.0]]), torch.zeros(1, 2)
-    p = torch.softmax(sharp[0], 0)
-    from_sharp = (p * (p / 0.5).log()).sum().item()
-    assert kd_loss(flat, sharp, 1.0).item() == pytest.approx(from_sharp, rel=1e-5)
-    assert kd_loss(sharp, flat, 1.0).item() != pytest.approx(from_sharp, rel=1e-1)
-    assert kd_loss(sharp, sharp, 1.0).item() == pytest.approx(0, abs=1e-7)

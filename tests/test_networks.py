@@ -105,10 +105,6 @@ def with_statistics(classifier, count=16):
     return classifier.eval()
 
 
-# --------------------------------------------------------------------------------------------------
-# What a network is given
-# --------------------------------------------------------------------------------------------------
-
 @pytest.mark.quick
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("options", [
@@ -150,10 +146,6 @@ def test_a_network_that_views_its_maps_runs_as_it_does_in_pytorch(nets, mode):
     classifier.train()(random_images(4)).sum().backward()
 
 
-# --------------------------------------------------------------------------------------------------
-# Heads
-# --------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("arch, head", [
     ("resnet18", "fc"), ("resnet18_cifar", "fc"), ("densenet121", "classifier"),
     ("mobilenet_v3_small", "classifier.3"), ("squeezenet1_1", "classifier.1"), ("googlenet", "fc"),
@@ -189,8 +181,8 @@ def test_inception_has_its_auxiliary_head_from_299_pixels_on_and_both_are_replac
 
 
 @pytest.mark.parametrize("factory, found", [
-    ("make", True), ("log_softmax", True), ("weight_norm", True), ("lazy", True),
-    ("scaled", False), ("in_place", False)])
+    ("make", True), ("positional", True), ("three", True), ("log_softmax", True),
+    ("weight_norm", True), ("lazy", True), ("scaled", False), ("in_place", False)])
 def test_only_a_layer_that_makes_the_logits_is_taken_for_the_head(nets, factory, found):
     classifier = models.build(f"{nets}:{factory}", CLASSES)
     assert (models.head_weight(classifier) is not None) == found
@@ -225,10 +217,6 @@ def test_a_student_of_the_same_family_inherits_what_its_teacher_has():
     refusal("mobilenet_v2 can't start from its teacher's weights", models.require_heir,
             "mobilenet_v2", "resnet18")
 
-
-# --------------------------------------------------------------------------------------------------
-# Architectures and weights
-# --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arch, size, said", [
     ("alexnet", 32, "alexnet can't answer for images of 32x32 pixels.*Use another network or size"),
@@ -280,15 +268,6 @@ def test_timms_weights_bring_their_mean_and_deviation(tmp_path):
     assert models.build(arch, CLASSES).mean == [0.5] * 3      # random weights state nothing
 
 
-# --------------------------------------------------------------------------------------------------
-# Files of the user's
-# --------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("factory", ["make", "positional", "three"])
-def test_a_factory_is_given_the_number_of_classes_where_it_asks_for_it(nets, factory):
-    assert models.build(f"{nets}:{factory}", CLASSES)(random_images(2)).shape == (2, 3)
-
-
 def test_what_a_network_of_the_users_raises_is_shown_with_what_it_was_given(nets):
     with pytest.raises(RuntimeError, match="no such layer"):
         models.build(f"{nets}:broken", CLASSES)
@@ -328,10 +307,6 @@ def make(num_classes):
     assert sys.modules["data"] is data and "repository" not in transfer.__file__
     sys.path[:] = before
 
-
-# --------------------------------------------------------------------------------------------------
-# What a network must do
-# --------------------------------------------------------------------------------------------------
 
 @pytest.mark.quick
 @pytest.mark.parametrize("factory, said", [
