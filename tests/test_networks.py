@@ -327,14 +327,6 @@ def test_what_can_not_be_a_teacher_or_learn_is_named_before_any_work(nets, facto
     refusal(f"nets.py:{factory} .*{said}", question)
 
 
-def test_a_look_at_how_a_network_trains_leaves_it_and_the_random_numbers_as_they_were():
-    network = models.build("googlenet", CLASSES).eval()
-    before, numbers = copy.deepcopy(network.state_dict()), torch.random.get_rng_state()
-    models.require_trainable(models.require_logits(network))
-    assert not network.training and torch.equal(torch.random.get_rng_state(), numbers)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-
-
 @pytest.mark.quick
 def test_what_else_is_odd_about_a_teacher_is_said(nets, capsys):
     models.question_teacher(models.build(f"{nets}:make", CLASSES), random_images(40).numpy())

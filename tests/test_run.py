@@ -6,8 +6,6 @@ import pytest
 from conftest import ROOT, small_run
 from script_files import by_hand, contents, linked, outcome, put, run_here
 
-from kd.files import write_atomically
-
 STAGES = ("TeacherTrain.py", "mms_threshold.py", "entropy.py", "transfer.py", "distill.py")
 MADE_AGAIN = {      # {the script that reads a file and makes it again: such files}
     "transfer.py --approach mms": [
@@ -159,20 +157,6 @@ def test_of_two_commands_in_one_folder_the_second_says_who_holds_it(run, painted
     assert f"{run} is in use by process {holder.pid} on " in done.stderr
     assert done.stderr.endswith(". Wait for it, or choose another --run-dir.\n")
     assert run_here("distill.py", *argv).returncode == 0
-
-
-@pytest.mark.quick
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "below" / "file"
-    write_atomically(path, lambda file: file.write(b"first"))
-
-    def break_off(file):
-        file.write(b"sec")
-        assert path.read_bytes() == b"first"
-        raise RuntimeError
-    with pytest.raises(RuntimeError):
-        write_atomically(path, break_off)
-    assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below", "/proc/x"])
