@@ -16,10 +16,10 @@ pytestmark = pytest.mark.quick
 
 
 def random_scores(rng, counts, classes, levels):
-    """Scores of a few levels only, so that ties abound, some of them missing; the last class is
+    """Scores of a few levels only, so that ties abound, half of them missing; the last class is
     never predicted."""
     def drawn(count):
-        return np.where(rng.random(count) < 0.1, np.nan, rng.integers(0, levels, count))
+        return np.where(rng.random(count) < 0.5, np.nan, rng.integers(0, levels, count))
     return {name: {"predicted": rng.integers(0, classes - 1, count), "index": np.arange(count),
                    "mms": drawn(count), "entropy": drawn(count)}
             for name, count in zip(("cifar100", "svhn", "tinyimagenet", "noise"), counts,
