@@ -233,18 +233,16 @@ def test_figures_say_what_the_files_say_in_plain_numbers(finished):
 def test_the_strip_ranks_what_was_kept_and_what_was_rejected(finished):
     """random took every image, so that each is at hand."""
     record = Experiment(finished).first
-    for criterion, sign in (("mms", 1), ("entropy", -1)):
-        pool, kept = record.pools[criterion], set(record.selected[criterion].key.tolist())
+    for criterion, sign in (("mms", -1), ("entropy", 1)):
+        pool, selected = record.pools[criterion], record.selected[criterion]
         for label, kinds in figures.ranked(record, criterion).items():
-            every = sorted(((sign * float(pool.score[row]), int(pool.key[row]))
-                            for row in np.flatnonzero(pool.predicted == label)), reverse=True)
-            ours, lost = ([score for score, key in every if (key in kept) == true]
-                          for true in (True, False))
+            of_class = np.flatnonzero(pool.predicted == label)
+            kept = np.isin(pool.key[of_class], selected.key)
+            ours, lost = (sorted(sign * pool.score[of_class[which]]) for which in (kept, ~kept))
             assert [[sign * pool.score[row] for row in kind] for kind in kinds] == [
                 ours[:4], ours[4:][-4:], lost[:4], lost[4:][-4:]]
     # 8 of the cats and dogs that were kept, 3 cats, 5 dogs and 8 owls that were not.
-    drawn = figures.strip(record, "mms").drawn
-    assert len(drawn.axes[0].images) == 32
+    assert len(figures.strip(record, "mms").drawn.axes[0].images) == 32
 
 
 def test_letters_that_no_font_has_are_one_line(tmp_path, capsys, caplog):
