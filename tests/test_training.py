@@ -235,8 +235,10 @@ def test_a_board_is_written_where_it_is_asked_for(tmp_path, stopping):
     assert board.Tags()["images"] == ["views"] and steps == {
         "loss": list(range(28)), "epoch_loss": ends, "learning_rate": ends,
         "confidence_accuracy": ends}
-    assert [event.value for event in board.Scalars("epoch_loss")] == pytest.approx(
-        [entry["loss"] for entry in state.history], rel=1e-5)
+    losses = [entry["loss"] for entry in state.history]
+    assert [event.value for event in board.Scalars("epoch_loss")] == pytest.approx(losses, rel=1e-5)
+    each = np.array([event.value for event in board.Scalars("loss")]).reshape(4, 7)
+    assert each.mean(1) == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [16, 17, 100])
