@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from conftest import ROOT, small_run
+from conftest import ROOT
 
 from kd import command
 from kd.flags import flags_of
@@ -80,13 +80,6 @@ def refused(script, flags, *more):
     done = run_here(script, *given(script, flags), *more)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     return done.stderr
-
-
-def taught(painted, folder):
-    """The flags of a run whose teacher, which is made here, knows all three colours."""
-    flags = [*small_run(painted), "--teacher-batch-size", "16", "--teacher-epochs", "8"]
-    ran("TeacherTrain.py", flags, "--run-dir", folder)
-    return flags
 
 
 def read(run, name):

@@ -1,16 +1,19 @@
-"""What users bring: networks, criteria, teachers, folders and shards, and no target at all."""
+"""A teacher at work: what it selects, and from what users bring: networks, criteria, shards."""
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import NET, run_script
+from conftest import NET, run_script, small_run
 from PIL import Image
 from script_files import given, linked, manifest, pool, ran, read, refused
-from script_files import taught as teach
+from test_selection import select_slowly
 
+from kd.thresholds import passes
 from TeacherTrain import misreading
+from transfer import Rules
 
 NETWORKS = NET + """
 def three(num_classes):
@@ -31,9 +34,11 @@ def contrast(num_classes):
 
 @pytest.fixture(scope="module")
 def taught(painted, tmp_path_factory):
-    """(A run folder with teacher, scores and the transfer set of mms; its flags.)"""
+    """(A run folder with a teacher that knows all three colours, scores and the transfer set of
+    mms; its flags.)"""
     folder = tmp_path_factory.mktemp("taught") / "run"
-    flags = teach(painted, folder)
+    flags = [*small_run(painted), "--teacher-batch-size", "16", "--teacher-epochs", "8"]
+    ran("TeacherTrain.py", flags, "--run-dir", folder)
     ran("transfer.py", flags, "--run-dir", folder, "--approach", "mms")
     (painted / "networks.py").write_text(NETWORKS)
     content = torch.load(folder / "teacher.pt", weights_only=True)
@@ -206,3 +211,40 @@ def test_a_teacher_whose_classes_stand_in_another_order_is_told_that_order():
     assert misreading(labels, labels, classes) is None
     chance = np.random.default_rng(0).integers(0, 6, 120)
     assert misreading(chance, labels, classes)[1] is None
+
+
+def taken(run, approach):
+    """Which images of all sources, numbered in their order, a transfer set has."""
+    return [int(row["index"]) + 120 * (row["source"] == "more") for row in manifest(run, approach)]
+
+
+CRITERIA = {"mms": True, "entropy": False, "confidence": True, "energy": True,
+            "cross_entropy": False}
+
+
+@pytest.mark.parametrize("share, words, said, given", [
+    (0.9, "--floor 0.5 --fill first", "Images below the threshold that --floor let in for ",
+     {"bucket": 40, "floor": 0.5}),
+    (1.0, "--fill best --no-balance --transfer-size 30", "--fill best --no-balance.",
+     {"bucket": 10, "fill": "best", "balance": False})])
+def test_a_run_selects_what_the_slow_selection_selects(flags, run, share, words, said, given):
+    ran("compile.py", flags, "--restart-from", "transfer", "--threshold", share, *words.split(),
+        "--approaches", ",".join(("all", "balanced", *CRITERIA)))
+    scores = {name: np.load(run / f"scores/{name}.npz") for name in ("pool", "more")}
+    confidence, rules = np.load(run / "scores/confidence.npz"), Rules(
+        classes=3, keeps_high=CRITERIA, **given)
+    thresholds = {name: np.array(read(run, "thresholds.json")[name], float) for name in CRITERIA}
+    for approach in ("balanced", *CRITERIA):
+        chosen = select_slowly(scores, approach, thresholds, rules)
+        strict = select_slowly(scores, approach, thresholds, replace(rules, floor=0.0))
+        summary = read(run, f"transfer/{approach}/summary.json")
+        assert taken(run, approach) == chosen and summary["size"] == len(chosen) > 5
+        assert sum(summary["below_threshold"].values()) == len(set(chosen) - set(strict))
+    for name, high in CRITERIA.items():
+        sure = passes(confidence[name], confidence["predicted"], thresholds[name], high)
+        for label in range(3):
+            of = confidence["predicted"] == label
+            assert sure[of].sum() == np.ceil(share * of.sum())
+    assert taken(run, "all") == list(range(180))
+    notes = " ".join(read(run, "results.json")["notes"])
+    assert f"--threshold {share} --calibrate target --floor " in notes and said in notes

@@ -1,18 +1,14 @@
 """The stages by hand and through compile.py, on small folders of images."""
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_script
 from PIL import Image
-from script_files import given, linked, manifest, outcome, ran, read, refused, taught
-from test_selection import select_slowly
+from script_files import given, linked, manifest, outcome, ran, read, refused
 
 from kd.readers import decode
-from kd.thresholds import passes
-from transfer import Rules
 
 APPROACHES = ("supervised", "balanced", "random", "mms", "entropy")
 
@@ -104,43 +100,6 @@ def test_the_teacher_learns_from_its_part_of_the_training_split_alone(flags, pai
     one, other = (torch.load(run.parent / name / "teacher.pt", weights_only=True)["state_dict"]
                   for name in ("run", "other"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def taken(run, approach):
-    """Which images of all sources, numbered in their order, a transfer set has."""
-    return [int(row["index"]) + 120 * (row["source"] == "more") for row in manifest(run, approach)]
-
-
-CRITERIA = {"mms": True, "entropy": False, "confidence": True, "energy": True,
-            "cross_entropy": False}
-
-
-@pytest.mark.parametrize("share, words, said, given", [
-    (0.9, "--floor 0.5 --fill first", "Images below the threshold that --floor let in for ",
-     {"bucket": 40, "floor": 0.5}),
-    (1.0, "--fill best --no-balance --transfer-size 30", "--fill best --no-balance.",
-     {"bucket": 10, "fill": "best", "balance": False})])
-def test_a_run_selects_what_the_slow_selection_selects(painted, run, share, words, said, given):
-    ran("compile.py", taught(painted, run), "--run-dir", run, "--threshold", share, *words.split(),
-        "--approaches", ",".join(("all", "balanced", *CRITERIA)))
-    scores = {name: np.load(run / f"scores/{name}.npz") for name in ("pool", "more")}
-    confidence, rules = np.load(run / "scores/confidence.npz"), Rules(
-        classes=3, keeps_high=CRITERIA, **given)
-    thresholds = {name: np.array(read(run, "thresholds.json")[name], float) for name in CRITERIA}
-    for approach in ("balanced", *CRITERIA):
-        chosen = select_slowly(scores, approach, thresholds, rules)
-        strict = select_slowly(scores, approach, thresholds, replace(rules, floor=0.0))
-        summary = read(run, f"transfer/{approach}/summary.json")
-        assert taken(run, approach) == chosen and summary["size"] == len(chosen) > 5
-        assert sum(summary["below_threshold"].values()) == len(set(chosen) - set(strict))
-    for name, high in CRITERIA.items():
-        sure = passes(confidence[name], confidence["predicted"], thresholds[name], high)
-        for label in range(3):
-            of = confidence["predicted"] == label
-            assert sure[of].sum() == np.ceil(share * of.sum())
-    assert taken(run, "all") == list(range(180))
-    notes = " ".join(read(run, "results.json")["notes"])
-    assert f"--threshold {share} --calibrate target --floor " in notes and said in notes
 
 
 def test_a_trial_run_uses_few_images_of_everything(flags, run):
