@@ -98,14 +98,3 @@ def finished_run(painted, tmp_path_factory):
     done = run_script("compile.py", *small_run(painted), "--run-dir", folder)
     assert done.returncode == 0, done.stderr
     return folder
-
-
-@pytest.fixture
-def run(tmp_path):
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def flags(painted, run):
-    """Those of finished_run, for a run folder of a test's own."""
-    return [*small_run(painted), "--run-dir", str(run)]

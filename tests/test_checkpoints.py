@@ -24,6 +24,8 @@ from kd.export import export, require_packages
 from kd.files import UserError
 
 CLASSES = ["ant, small", "bee", "cow é"]
+
+
 @pytest.fixture
 def net(tmp_path, monkeypatch):
     """A network as its file makes it, in the folder of this test: net.py:make."""

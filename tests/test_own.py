@@ -52,9 +52,9 @@ def flags(taught, tmp_path):
 
 
 @pytest.fixture
-def run(taught, run):
+def run(taught, tmp_path):
     """That run folder, for one test."""
-    return linked(taught[0], run)
+    return linked(taught[0], tmp_path / "run")
 
 
 def test_a_teacher_and_a_student_of_ones_own_run_from_data_to_table(
