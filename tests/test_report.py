@@ -44,24 +44,23 @@ def write_product(folder, name, content, *files, **arrays):
 
 
 def write_transfer_set(folder, approach, chosen, classes):
-    """chosen: [(source, row of its scores)]."""
-    place, per_class = folder / f"transfer/{approach}", [0, 0, 0]
+    """chosen: [(source, row of its scores)]. Returns how many of them each class has."""
+    place = folder / f"transfer/{approach}"
     place.mkdir(parents=True)
+    score_of = {"entropy": lambda mms: 1 / (1 + mms)}.get(approach, float)
     with open(place / "manifest.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("source", "index", "file", "predicted", "score"))
-        for source, i in chosen:
-            score = MMS[source][i] if approach != "entropy" else 1 / (1 + MMS[source][i])
-            table.writerow((source, INDEX[i], f"<b>{i}.png", PREDICTED[i], score))
-            per_class[PREDICTED[i]] += 1
+        csv.writer(file).writerows([("source", "index", "file", "predicted", "score"), *(
+            (source, INDEX[i], f"<b>{i}.png", PREDICTED[i], score_of(MMS[source][i]))
+            for source, i in chosen)])
     np.save(place / "images.npy",
             np.concatenate([pixels_of(source, INDEX[[i]]) for source, i in chosen]))
+    per_class = np.bincount(PREDICTED[[i for _, i in chosen]], minlength=3).tolist()
     write_product(folder, f"transfer/{approach}/summary.json", {
         "size": len(chosen), "bucket": 18, "per_class": per_class, "classes": classes,
         "unreadable": {"photos": 30} if approach == "random" else {}, "below_threshold": {},
-        "shortfall": {name: 18 - count for name, count in zip(classes, per_class, strict=True)
-                      if approach != "random"}, "calibrated_on": "target",
-        "no_threshold": list(classes[2:]) * (approach == "mms")},
+        "shortfall": {} if approach == "random" else {
+            name: 18 - count for name, count in zip(classes, per_class, strict=True)},
+        "no_threshold": list(classes[2:]) * (approach == "mms"), "calibrated_on": "target"},
         place / "images.npy", place / "manifest.csv")
     return per_class
 

@@ -254,7 +254,7 @@ def test_an_answer_does_not_depend_on_the_batch_it_is_in(monkeypatch, size):
         assert engine.accuracy(classifier, images, labels, rows) == right.mean()
 
 
-def test_bfloat16_is_for_training_alone(tmp_path):
+def test_bfloat16_is_for_training_alone_and_a_live_teacher_is_cast_once(tmp_path):
     full, half = (learn(tmp_path / f"{amp}.part", Recipe(2, 8, 0.05, amp=amp))[0]
                   for amp in (None, True))
     assert not same(full, half)
@@ -262,14 +262,10 @@ def test_bfloat16_is_for_training_alone(tmp_path):
     assert engine.predict(half, IMAGES).dtype == torch.float32
     full.load_state_dict(half.state_dict())
     assert torch.equal(engine.predict(full, IMAGES), engine.predict(half, IMAGES))
-
-
-def test_a_live_teacher_is_cast_once():
-    teacher, views = small().eval(), torch.from_numpy(IMAGES)
     with torch.no_grad(), engine.autocast(CPU, True):
-        expected = teacher(views)
-        assert torch.equal(engine.cast_once(teacher)(views), expected)
-    assert teacher.network[0].weight.dtype == torch.bfloat16
+        expected = full(torch.from_numpy(IMAGES))
+        assert torch.equal(engine.cast_once(full)(torch.from_numpy(IMAGES)), expected)
+    assert full.network[0].weight.dtype == torch.bfloat16
 
 
 def test_images_with_weights_come_as_often_as_those_say():
