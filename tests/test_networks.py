@@ -327,6 +327,13 @@ def test_what_can_not_be_a_teacher_or_learn_is_named_before_any_work(nets, facto
     refusal(f"nets.py:{factory} .*{said}", question)
 
 
+def test_a_look_at_how_a_network_trains_leaves_it_as_it_was():
+    network = models.build("googlenet", CLASSES).eval()
+    before = copy.deepcopy(network.state_dict())
+    models.require_trainable(models.require_logits(network))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 @pytest.mark.quick
 def test_what_else_is_odd_about_a_teacher_is_said(nets, capsys):
     models.question_teacher(models.build(f"{nets}:make", CLASSES), random_images(40).numpy())

@@ -11,6 +11,7 @@ from conftest import ROOT, run_script, small_run
 from PIL import Image
 from script_files import by_hand, contents, linked, outcome, put, ran, read, run_here
 
+from kd.files import write_atomically
 from kd.readers import decode
 
 APPROACHES = ("supervised", "balanced", "random", "mms", "entropy")
@@ -178,6 +179,20 @@ def test_of_two_commands_in_one_folder_the_second_says_who_holds_it(run, painted
     assert f"{run} is in use by process {holder.pid} on " in done.stderr
     assert done.stderr.endswith(". Wait for it, or choose another --run-dir.\n")
     assert run_here("distill.py", *argv).returncode == 0
+
+
+@pytest.mark.quick
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "below" / "file"
+    write_atomically(path, lambda file: file.write(b"first"))
+
+    def break_off(file):
+        file.write(b"sec")
+        assert path.read_bytes() == b"first"
+        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        write_atomically(path, break_off)
+    assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below", "/proc/x"])
