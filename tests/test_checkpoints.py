@@ -126,8 +126,9 @@ SAVED = {
     "halved": lambda net: {key: value.half() for key, value in net.half().state_dict().items()},
     "a key of its own": lambda net: {"weights_of_mine": net.state_dict(), "args": {"lr": 0.1}},
     "two keys": lambda net: {"epoch": 3, "model": {"net": under("module.", net.state_dict())}},
-    "a student beside": lambda net: {"teacher": net.state_dict(), "model": {
-        key: torch.randn_like(value.float()) for key, value in net.state_dict().items()}},
+    "a student beside": lambda net: {
+        "model": {key: torch.ones_like(value) for key, value in net.state_dict().items()},
+        "teacher": net.state_dict()},
     "criterion beside": lambda net: net.state_dict() | {"criterion.weight": torch.ones(3)},
     "things beside": lambda net: {
         "state_dict": net.state_dict(), "best": np.float64(0.9), "array": np.zeros(3),

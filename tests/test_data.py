@@ -150,6 +150,7 @@ def test_what_counts_as_an_image_is_said_by_its_name_or_by_its_content(tmp_path,
     (root / "empty.png").write_bytes(b"")
     (tmp_path / "elsewhere").mkdir()
     (root / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "link.png").symlink_to("b/2.PNG")
     (tmp_path / "elsewhere" / "loop").symlink_to(root)
     save(tmp_path / "elsewhere", "a.png")
     spec = f"pool={root}"
@@ -161,7 +162,7 @@ def test_what_counts_as_an_image_is_said_by_its_name_or_by_its_content(tmp_path,
                     tar.add(path, f"./{path.relative_to(root)}")
     found = source(tmp_path / "d", spec, max_bad=1.0)
     assert sorted(name.removeprefix("000.tar/./") for name in found.files) == sorted(
-        [*names, "link/a.png"] if form == "folder" else names)
+        [*names, "link.png", "link/a.png"] if form == "folder" else names)
     said = capsys.readouterr().out
     assert "pool: passing over what is not an image (4 hidden" in said and "1 .heic" in said
     assert found.bad == 2
