@@ -9,12 +9,12 @@ PLAIN = "  {desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}%s{postfix}"
 
 
 class Progress(tqdm):
-    """total: None where it is not known. unit: "img", or "B" for bytes. done: what an earlier
+    """total: None where it is not known. unit: " img", or "B" for bytes. done: what an earlier
     sitting did, which has no part in the speed."""
 
     monitor_interval = 0        # no thread of its own: update() looks at the clock
 
-    def __init__(self, label, total, unit="img", done=0):
+    def __init__(self, label, total, unit=" img", done=0):
         self.is_plain, self.figures = not sys.stderr.isatty(), None
         layout = PLAIN % (", {remaining} left" if total else "") if self.is_plain else None
         interval, delay = (30, 30) if self.is_plain else (1, 0)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from kd.files import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 NET = """
@@ -46,6 +48,14 @@ def run_script(script, *arguments, cwd=None, env=None, timeout=300):
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd,
                           env=os.environ | (env or {}), capture_output=True, text=True,
                           errors="replace", timeout=timeout, check=False)
+
+
+def refusal(said, call, *arguments, **options):
+    """The one line with which a call is refused, which says so."""
+    with pytest.raises(UserError, match=said) as raised:
+        call(*arguments, **options)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 def paint(path, colour, rng):

@@ -1,20 +1,29 @@
-"""Downloads: from a server that misbehaves, a file that is right or one clear line."""
+"""From a server that misbehaves a file that is right, or one clear line; archives verified,
+extracted and read, and hostile and damaged ones refused."""
 import functools
+import gzip
 import hashlib
+import io
 import multiprocessing
+import os
 import random
 import re
+import stat
+import tarfile
 import time
+import tracemalloc
 
 import layout_files as made
 import pytest
-from layout_files import names_in, remote
+from conftest import refusal
+from layout_files import WRITERS, names_in, register, remote, source, tar_of, zip_of
 
+import data
 from kd import download
+from kd.archives import extract
 from kd.download import RemoteFile, fetch, fetch_all, remaining
-from kd.files import UserError
 
-server = made.server
+small, server = made.small, made.server
 BODY, OTHER = random.Random(0).randbytes(300_000), random.Random(1).randbytes(300_000)
 CUT = 100_000
 
@@ -62,26 +71,15 @@ def assert_whole(path):
     assert path.read_bytes() == BODY and names_in(path.parent) == [path.name]
 
 
-RECOVERS = {
-    "a good server": [serve()],
-    "breaks off again and again": [*map(functools.partial(serve, BODY), (70_000, 140_000, 210_000)),
-                                   serve()],
-    "falls silent": [serve(until=CUT, after=1.5), serve()],
-    "hangs up before it answers": [hang_up, hang_up, serve()],
-    "503, then fine": [status(503), status(429), serve()],
-    "does not know ranges": [serve(until=CUT, ranges=False), serve(ranges=False)],
-    "redirects": [status(302, Location="/b.tar")],
-}
-
-
-@pytest.mark.parametrize("script", RECOVERS.values(), ids=RECOVERS)
-def test_a_server_that_recovers_gives_the_file(server, path, script):
-    server.url("b.tar", serve())
-    fetch(remote(BODY, server.url("a.tar", *script)), path)
-    assert_whole(path)
-
-
-NEXT = {
+SERVERS = {     # how it behaves: (its answers, why another mirror is asked then; "": none is)
+    "a good server": ([serve()], ""),
+    "breaks off again and again": (
+        [*map(functools.partial(serve, BODY), (70_000, 140_000, 210_000)), serve()], ""),
+    "falls silent": ([serve(until=CUT, after=1.5), serve()], ""),
+    "hangs up before it answers": ([hang_up, hang_up, serve()], ""),
+    "503, then fine": ([status(503), status(429), serve()], ""),
+    "does not know ranges": ([serve(until=CUT, ranges=False), serve(ranges=False)], ""),
+    "redirects": ([status(302, Location="/b.tar")], ""),
     "404": ([status(404)], "answers 404"),
     "always 503": ([status(503)], "answers 503"),
     "always hangs up": ([hang_up], "can't be reached, or breaks off (ConnectionError)"),
@@ -93,43 +91,38 @@ NEXT = {
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("script, reason", NEXT.values(), ids=NEXT)
-def test_a_mirror_that_will_not_do_is_followed_by_the_next(server, path, capsys,
-                                                           script, reason):
-    bad = server.url("a.tar", *script)
-    fetch(remote(BODY, bad, server.url("b.tar", serve())), path)
+@pytest.mark.parametrize("script, reason", SERVERS.values(), ids=SERVERS)
+def test_a_server_that_recovers_gives_the_file_and_one_that_does_not_is_followed_by_the_next(
+        server, path, capsys, script, reason):
+    url, good = server.url("a.tar", *script), server.url("b.tar", serve())
+    fetch(remote(BODY, url, *([good] if reason else [])), path)
     assert_whole(path)
-    assert f"a.tar: {bad} {reason}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"a.tar: {url} {reason}" in said if reason else "a.tar: " not in said
 
 
 @pytest.mark.quick
 def test_where_no_mirror_will_do_one_line_says_what_was_tried(server, path):
     bad, worse = server.url("a.tar", serve(OTHER)), server.url("b.tar", status(404))
-    with pytest.raises(UserError) as refusal:
-        fetch(remote(BODY, bad, worse), path)
-    assert re.fullmatch(rf"a.tar can't be fetched: {bad} sent a file that .*; {worse} answers 404. "
-                        rf"Put it at {path} by hand: it is verified and used.", str(refusal.value))
+    refusal(rf"^a.tar can't be fetched: {bad} sent a file that .*; {worse} answers 404. Put it at "
+            rf"{path} by hand: it is verified and used.$", fetch, remote(BODY, bad, worse), path)
     assert not path.exists()
 
 
-def test_what_an_earlier_attempt_has_left_is_continued(server, path):
-    path.parent.mkdir()
-    path.with_name("a.tar.part").write_bytes(BODY[:200_000])
-    file = remote(BODY, server.url("a.tar", serve()))
-    assert remaining(path, file) == 100_000
-    fetch(file, path)
-    assert_whole(path)
-    assert [headers.get("Range") for _, headers in server.asked] == ["bytes=200000-"]
-    fetch(file, path)
-    assert len(server.asked) == 1 and remaining(path, file) == 0
-
-
-@pytest.mark.parametrize("left", [OTHER[:200_000], BODY + b"more"], ids=["other", "longer"])
-def test_a_part_that_is_wrong_is_begun_again_from_the_same_mirror(server, path, left):
+@pytest.mark.parametrize("left, continued", [
+    (BODY[:200_000], True), (OTHER[:200_000], True), (BODY + b"more", False)],
+    ids=["a part", "a part of another file", "more than there is"])
+def test_what_an_earlier_attempt_has_left_is_continued_and_where_it_is_wrong_begun_again(
+        server, path, left, continued):
     path.parent.mkdir()
     path.with_name("a.tar.part").write_bytes(left)
-    fetch(remote(BODY, server.url("a.tar", serve())), path)
+    file = remote(BODY, server.url("a.tar", serve()))
+    fetch(file, path)
     assert_whole(path)
+    assert (server.asked[0][1].get("Range") == "bytes=200000-") == continued
+    asked = len(server.asked)
+    fetch(file, path)
+    assert len(server.asked) == asked and remaining(path, file) == 0
 
 
 def test_a_mirror_that_crawls_is_followed_by_the_next_or_better_than_none(
@@ -156,10 +149,8 @@ def test_a_file_that_is_there_is_verified_and_never_deleted(path):
     for file in (remote(BODY, *url), RemoteFile(url), RemoteFile(url, sha256=sha256[:8])):
         fetch(file, path)
     path.write_bytes(OTHER)
-    with pytest.raises(UserError) as refusal:
-        fetch(remote(BODY, *url), path)
-    assert str(refusal.value).startswith(f"{path} has the md5 ") and path.read_bytes() == OTHER
-    assert remote(BODY, *url).name == "a.tar"
+    refusal(f"^{path} has the md5 ", fetch, remote(BODY, *url), path)
+    assert path.read_bytes() == OTHER
 
 
 def test_several_files_are_fetched_at_once_and_one_that_fails_stops_no_other(
@@ -185,3 +176,153 @@ def test_two_processes_that_want_a_file_fetch_it_once(server, path):
         process.join()
     assert [process.exitcode for process in both] == [0, 0] and len(server.asked) == 1
     assert_whole(path)
+
+
+MEGABYTE = 1 << 20
+REGULAR = tarfile.REGTYPE
+
+
+def official(tmp_path, name):
+    """A small archive as the official one is made."""
+    root = WRITERS[name](tmp_path / "made")
+    if name == "caltech101":
+        return zip_of({"caltech-101/101_ObjectCategories.tar.gz": tar_of(root.parent, root.name),
+                       "caltech-101/Annotations.tar": b"", "__MACOSX/._101.tar.gz": b"junk"})
+    if name == "tinyimagenet":
+        return zip_of({str(path.relative_to(root.parent)): path.read_bytes()
+                       for path in root.rglob("*") if path.is_file()})
+    file = data.DATA_SETS[name].files[0].name
+    return tar_of(root.parent, root.name, mode="w:gz" if file.endswith("gz") else "w")
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "svhn"])
+def test_an_archive_is_fetched_verified_extracted_and_read(
+        tmp_path, monkeypatch, server, small, name):
+    content, file = official(tmp_path, name), data.DATA_SETS[name].files[0].name
+    url = server.url(file, lambda handler: handler.answer(200, content))
+    register(monkeypatch, name, files=(remote(content, url),))
+    for _ in range(2):
+        found = source(tmp_path / "d", name)
+        assert len(found) == data.DATA_SETS[name].images["source"]
+    assert names_in(tmp_path / "d") == sorted([data.DATA_SETS[name].layout, file, "packed"])
+    assert len(server.asked) == 1
+
+
+def test_an_archive_that_is_put_there_by_hand_is_used(tmp_path, monkeypatch, small):
+    content = official(tmp_path, "caltech256")
+    register(monkeypatch, "caltech256", files=(remote(content, "http://127.0.0.1:9/c.tar"),))
+    (tmp_path / "d" / "Caltech-256").mkdir(parents=True)       # where torchvision has it
+    (tmp_path / "d" / "Caltech-256" / "c.tar").write_bytes(content)
+    assert len(source(tmp_path / "d", "caltech256")) == 20
+    assert names_in(tmp_path / "d" / "Caltech-256") == ["256_ObjectCategories", "c.tar"]
+
+
+def test_an_archive_that_is_not_whole_is_refused_and_named(
+        tmp_path, monkeypatch, small):
+    root = made.write_cifar10(tmp_path / "made")
+    (root / "data_batch_4").unlink()
+    content = tar_of(root.parent, root.name)
+    (tmp_path / "d").mkdir()
+    archive = tmp_path / "d" / "cifar-10-python.tar.gz"
+    archive.write_bytes(content)
+    url = "http://127.0.0.1:9/cifar-10-python.tar.gz"
+    register(monkeypatch, "cifar10", files=(remote(content, url),))
+    refusal(rf"^{archive} is incomplete or damaged .*data_batch_4", source, tmp_path / "d",
+            "cifar10")
+    assert names_in(tmp_path / "d") == [archive.name]
+
+
+def tar_with(*members):
+    """A .tar.gz of pictures/first.txt and these members: (name, type, a link's target, content)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, kind, target, content in (("pictures/first.txt", REGULAR, "", b"1"), *members):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, target, len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zip_with(**files):
+    return zip_of({"pictures/first.txt": b"1", **files})
+
+
+def header(name, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, 60 * MEGABYTE
+    return gzip.compress(member.tobuf(tarfile.GNU_FORMAT))
+
+
+def with_holes():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("pictures/a.jpg")
+        member.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": "1000000000000",
+                              "GNU.sparse.numblocks": "1"}
+        archive.addfile(member)
+    return buffer.getvalue()
+
+
+def lying_zip():
+    """One that declares a thousand bytes, and unpacks to sixty million."""
+    content = bytearray(zip_with(zeros=bytes(60 * MEGABYTE)))
+    for position in (content.rfind(b"PK\3\4") + 22, content.rfind(b"PK\1\2") + 24):
+        content[position:position + 4] = (1000).to_bytes(4, "little")
+    return bytes(content)
+
+
+ZEROS = gzip.compress(bytes(MEGABYTE)) * 60
+CUT = tar_with(("pictures/a.jpg", REGULAR, "", os.urandom(100_000)))[:60_000]
+HOSTILE = {     # what it is: (suffix, content, what the line says)
+    **{f"a tar with {name}": (".tar.gz", tar_with((name, REGULAR, "", b"evil")), "leads out of")
+       for name in ("/tmp/evil", "../evil", "a/../../evil", "..", "a\\..\\..\\evil", "C:\\evil")},
+    **{f"a zip with {name}": (".zip", zip_with(**{name: b"evil"}), "leads out of")
+       for name in ("/tmp/evil", "../evil", "a/../../evil")},
+    **{f"a tar with a {what}": (".tar.gz", tar_with(("pictures/x", kind, "../../x", b"")), "a link")
+       for what, kind in (("link", tarfile.SYMTYPE), ("hard link", tarfile.LNKTYPE),
+                          ("device", tarfile.CHRTYPE), ("pipe", tarfile.FIFOTYPE))},
+    "a file with holes": (".tar.gz", with_holes(), "with holes"),
+    "a tar in a zip that climbs": (".zip", zip_with(**{"inner.tar.gz": tar_with(
+        ("../../evil", REGULAR, "", b"evil"))}), "leads out of"),
+    "zeros in a tar": (".tar.gz", header("pictures/0", REGULAR) + ZEROS, "several times"),
+    "zeros in a zip": (".zip", zip_with(zeros=bytes(60 * MEGABYTE)), "several times"),
+    "zeros in a zip that says less": (".zip", lying_zip(), "Bad CRC-32"),
+    "a large header": (".tar.gz", header("pictures/0", tarfile.XHDTYPE) + ZEROS, "several times"),
+    "a tar cut short": (".tar.gz", CUT, "can't be used"),
+    "no tar": (".tar.gz", b"<html>not found</html>" * 100, "can't be used"),
+    "an empty file": (".tar", b"", "can't be used"),
+    "a zip cut short": (".zip", zip_with(a=os.urandom(100_000))[:60_000], "can't be used"),
+    "another content": (".zip", zip_of({"drawings/a.jpg": b""}), "does not hold pictures/"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("suffix, content, said", HOSTILE.values(), ids=map(ascii, HOSTILE))
+def test_a_hostile_or_damaged_archive_is_refused_and_leaves_nothing(
+        tmp_path, suffix, content, said):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    archive = folder / f"pictures{suffix}"
+    archive.write_bytes(content)
+    tracemalloc.start()
+    try:
+        line = refusal(said, extract, archive, folder / "pictures", 10 * MEGABYTE, lambda _: None)
+        assert tracemalloc.get_traced_memory()[1] < 30 * MEGABYTE
+    finally:
+        tracemalloc.stop()
+    assert line.startswith(f"{archive} can't be used (")
+    assert names_in(folder) == [archive.name] and names_in(tmp_path) == ["d"]
+
+
+def test_an_archive_is_extracted_with_plain_modes_and_what_was_begun_is_begun_again(tmp_path):
+    archive, place = tmp_path / "pictures.tar.gz", tmp_path / "pictures"
+    archive.write_bytes(tar_with(("pictures/deep/last.txt", REGULAR, "", b"2")))
+    (tmp_path / ".pictures.part" / "pictures").mkdir(parents=True)
+    (tmp_path / ".pictures.part" / "pictures" / "junk").write_text("")
+    extract(archive, place, MEGABYTE, lambda folder: None)
+    assert names_in(place) == ["deep", "first.txt"] and names_in(tmp_path) == [
+        "pictures", "pictures.tar.gz"]
+    assert not stat.S_IMODE((place / "first.txt").stat().st_mode) & 0o111
+    (place / "first.txt").write_text("mine")
+    extract(archive, place, MEGABYTE, lambda folder: None)
+    assert (place / "first.txt").read_text() == "mine"

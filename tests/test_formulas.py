@@ -13,12 +13,19 @@ from kd.thresholds import passes, share_threshold
 pytestmark = pytest.mark.quick
 
 
-def test_mms_is_the_margin_over_the_distance_of_the_two_weight_rows():
-    weight = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
-    logits = torch.tensor([[7.0, 2.0, 1.0],      # a=0, b=1: (7-2)/||(3,-4)|| = 5/5
-                           [6.0, 0.0, 9.0],      # a=2, b=0: (9-6)/||(-3,0)|| = 3/3
-                           [0.0, 8.0, 6.0]])     # a=1, b=2: (8-6)/||(0,4)|| = 2/4
-    assert mms_threshold.score(logits, weight).tolist() == [1.0, 1.0, 0.5]
+ROWS = [[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("weight, logits, expected", [
+    (ROWS, [7.0, 2.0, 1.0], 1.0),       # a=0, b=1: (7-2)/||(3,-4)|| = 5/5
+    (ROWS, [6.0, 0.0, 9.0], 1.0),       # a=2, b=0: (9-6)/||(-3,0)|| = 3/3
+    (ROWS, [0.0, 8.0, 6.0], 0.5),       # a=1, b=2: (8-6)/||(0,4)|| = 2/4
+    ([[1.0, 1.0]] * 3, [2.0, 2.0, 0.0], 0.0),       # a tie, even between equal rows
+    # Between equal rows: to the nearest other class, (9-4)/||(3,-4)|| = 1 or (9-0)/3 = 3.
+    ([ROWS[0], *ROWS], [9.0, 8.0, 4.0, 0.0], 1.0)])
+def test_mms_is_the_margin_over_the_distance_of_the_two_weight_rows(weight, logits, expected):
+    found = mms_threshold.score(torch.tensor([logits]), torch.tensor(weight))
+    assert found.tolist() == [expected]
 
 
 def test_mms_is_the_distance_to_the_decision_boundary_in_feature_space():
@@ -35,24 +42,6 @@ def test_mms_is_the_distance_to_the_decision_boundary_in_feature_space():
         assert at_boundary[a].item() == pytest.approx(at_boundary[b].item(), abs=1e-4)
 
 
-def test_mms_of_a_tie_is_zero_even_between_identical_rows():
-    weight = torch.ones(3, 4)
-    assert mms_threshold.score(torch.tensor([[2.0, 2.0, 0.0]]), weight).tolist() == [0.0]
-
-
-def test_mms_between_equal_rows_is_the_distance_to_the_nearest_other_class():
-    weight = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
-    logits = torch.tensor([[9.0, 8.0, 4.0, 0.0]])       # (9-4)/||(3,-4)|| = 1, (9-0)/3 = 3
-    assert mms_threshold.score(logits, weight).tolist() == [1.0]
-
-
-def test_mms_threshold_is_the_mean_of_each_predicted_class():
-    scores = np.array([1.0, 3.0, 10.0, 2.0], np.float32)
-    predicted = np.array([0, 0, 2, 2])
-    thresholds = mms_threshold.threshold(scores, predicted, 3)
-    assert thresholds[[0, 2]].tolist() == [2.0, 6.0]
-
-
 @pytest.mark.parametrize("criterion", [mms_threshold, entropy])
 def test_threshold_ignores_classes_the_teacher_never_predicts(criterion):
     with np.errstate(all="raise"):
@@ -62,42 +51,31 @@ def test_threshold_ignores_classes_the_teacher_never_predicts(criterion):
     assert not passes(scores, predicted, thresholds, criterion.KEEP == ">=").any()
 
 
-def test_entropy_of_uniform_logits_is_log_of_the_number_of_classes():
-    assert entropy.score(torch.zeros(1, 10)).item() == pytest.approx(math.log(10), rel=1e-6)
-
-
-def test_entropy_of_a_worked_distribution():
-    p = torch.tensor([[0.5, 0.25, 0.25]])
-    expected = 0.5 * math.log(2) + 0.5 * math.log(4)
-    assert entropy.score(p.log()).item() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("logits", [[1000.0, 0.0, 0.0], [0.0, -math.inf, -math.inf]])
-def test_entropy_of_a_one_hot_output_is_zero_and_passes(logits):
+@pytest.mark.parametrize("logits, expected", [
+    ([0.0] * 10, math.log(10)), ([math.log(2), 0.0, 0.0], 1.5 * math.log(2)),   # p = 1/2, 1/4, 1/4
+    ([1000.0, 0.0, 0.0], 0.0), ([0.0, -math.inf, -math.inf], 0.0)])
+def test_entropy_of_worked_distributions(logits, expected):
     value = entropy.score(torch.tensor([logits])).numpy()
-    assert value.tolist() == [0.0]
-    thresholds = entropy.threshold(value, np.array([0]), 3)
+    assert value == pytest.approx([expected], rel=1e-6) and (value == 0) == (expected == 0)
+    thresholds = entropy.threshold(value, np.array([0]), 3)     # its own, which it reaches
     assert passes(value, np.array([0]), thresholds, entropy.KEEP == ">=").all()
 
 
-def test_entropy_threshold_is_the_mean_over_the_lowest_tenth():
-    scores = np.arange(20, dtype=np.float32)[::-1]      # the lowest two are 0 and 1
-    assert entropy.threshold(scores, np.zeros(20, int), 1).tolist() == [0.5]
+@pytest.mark.parametrize("criterion, scores, predicted, expected", [
+    (mms_threshold, [1, 3, 10, 2], [0, 0, 2, 2], {0: 2.0, 2: 6.0}),     # the mean
+    (entropy, range(19, -1, -1), [0] * 20, {0: 0.5}),       # that of the lowest tenth, 0 and 1
+    (entropy, [3, 2, 5], [0, 0, 0], {0: 2.0})])             # of fewer than ten the lowest
+def test_a_published_threshold_is_that_of_the_images_of_its_class(
+        criterion, scores, predicted, expected):
+    found = criterion.threshold(np.array(scores, np.float32), np.array(predicted), 3)
+    assert {label: found[label] for label in expected} == expected
 
 
-def test_entropy_threshold_of_fewer_than_ten_images_is_the_lowest():
-    scores = np.array([3.0, 2.0, 5.0], np.float32)
-    assert entropy.threshold(scores, np.zeros(3, int), 1).tolist() == [2.0]
-
-
-def test_high_margins_are_kept():
-    scores, high = np.array([1.0, 3.0]), mms_threshold.KEEP == ">="
-    assert passes(scores, np.zeros(2, int), np.array([2.0]), high).tolist() == [False, True]
-
-
-def test_low_entropies_are_kept():
-    scores, high = np.array([1.0, 3.0]), entropy.KEEP == ">="
-    assert passes(scores, np.zeros(2, int), np.array([2.0]), high).tolist() == [True, False]
+@pytest.mark.parametrize("criterion, kept", [
+    (mms_threshold, [False, True]), (entropy, [True, False])])
+def test_high_margins_and_low_entropies_are_kept(criterion, kept):
+    scores, high = np.array([1.0, 3.0]), criterion.KEEP == ">="
+    assert passes(scores, np.zeros(2, int), np.array([2.0]), high).tolist() == kept
 
 
 @pytest.mark.parametrize("criterion", [mms_threshold, entropy])
@@ -139,12 +117,3 @@ def test_kd_loss_averages_over_images_and_not_over_classes():
     assert kd_loss(student, teacher, 10.0).item() == pytest.approx(sum(each) / 3, rel=1e-5)
     p, q = torch.softmax(teacher / 10, 1), torch.softmax(student / 10, 1)
     assert sum(each) / 3 == pytest.approx(100 * (p * (p / q).log()).sum().item() / 3, rel=1e-4)
-
-
-def test_kd_loss_is_the_divergence_from_the_teacher_to_the_student():
-    sharp, flat = torch.tensor([[10.0, 0.0]]), torch.zeros(1, 2)
-    p = torch.softmax(sharp[0], 0)
-    from_sharp = (p * (p / 0.5).log()).sum().item()
-    assert kd_loss(flat, sharp, 1.0).item() == pytest.approx(from_sharp, rel=1e-5)
-    assert kd_loss(sharp, flat, 1.0).item() != pytest.approx(from_sharp, rel=1e-1)
-    assert kd_loss(sharp, sharp, 1.0).item() == pytest.approx(0, abs=1e-7)

@@ -1,18 +1,19 @@
-"""What users bring: networks, criteria, teachers, folders and shards, and no target at all."""
+"""A teacher at work: what it selects, and from what users bring: networks, criteria, shards."""
 import os
 import shutil
-import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import NET, run_script
+from conftest import NET, run_script, small_run
 from PIL import Image
-from run_files import given, manifest, pool, ran, read, refused
-from run_files import taught as teach
-from script_files import linked
+from script_files import given, linked, manifest, pool, ran, read, refused
+from test_selection import select_slowly
 
+from kd.thresholds import passes
 from TeacherTrain import misreading
+from transfer import Rules
 
 NETWORKS = NET + """
 def three(num_classes):
@@ -33,9 +34,11 @@ def contrast(num_classes):
 
 @pytest.fixture(scope="module")
 def taught(painted, tmp_path_factory):
-    """(A run folder with teacher, scores and the transfer set of mms; its flags.)"""
+    """(A run folder with a teacher that knows all three colours, scores and the transfer set of
+    mms; its flags.)"""
     folder = tmp_path_factory.mktemp("taught") / "run"
-    flags = teach(painted, folder)
+    flags = [*small_run(painted), "--teacher-batch-size", "16", "--teacher-epochs", "8"]
+    ran("TeacherTrain.py", flags, "--run-dir", folder)
     ran("transfer.py", flags, "--run-dir", folder, "--approach", "mms")
     (painted / "networks.py").write_text(NETWORKS)
     content = torch.load(folder / "teacher.pt", weights_only=True)
@@ -44,14 +47,14 @@ def taught(painted, tmp_path_factory):
 
 
 @pytest.fixture
-def run(taught, tmp_path):
-    """That run folder, for one test."""
-    return linked(taught[0], tmp_path / "run")
+def flags(taught, tmp_path):
+    return [*taught[1], "--run-dir", str(tmp_path / "run")]
 
 
 @pytest.fixture
-def flags(taught, tmp_path):
-    return [*taught[1], "--run-dir", str(tmp_path / "run")]
+def run(taught, tmp_path):
+    """That run folder, for one test."""
+    return linked(taught[0], tmp_path / "run")
 
 
 def test_a_teacher_and_a_student_of_ones_own_run_from_data_to_table(
@@ -90,8 +93,9 @@ def test_without_a_linear_head_mms_is_refused_and_the_plain_margin_taken_when_as
         f"mms,{tmp_path / 'plain.py'}")
     scores = pool(tmp_path / "plain")
     assert np.array_equal(scores["mms"], scores["plain"])
-    assert ("MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits."
-            in read(tmp_path / "plain", "results.json")["notes"])
+    rows, notes = (read(tmp_path / "plain", "results.json")[name] for name in ("rows", "notes"))
+    assert [row["approach"] for row in rows] == ["mms", "plain"]
+    assert "MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits." in notes
 
 
 def test_images_whose_logits_are_not_finite_are_left_out_and_counted(
@@ -107,32 +111,6 @@ def test_images_whose_logits_are_not_finite_are_left_out_and_counted(
     assert not any("flat" in row["file"] for row in manifest(run, "all"))
     summary = read(run, "transfer/all/summary.json")
     assert summary["unreadable"] == {"pool": 3} and summary["size"] == 180
-
-
-MARGIN = """
-from mms_threshold import score as margin, threshold
-
-KEEP = "{}"
-
-def score(logits, weight):
-    assert logits.shape[1] == 3 and weight.shape == (3, 16)
-    return {} * margin(logits, weight)
-"""
-
-
-def test_a_criterion_of_ones_own_is_treated_as_ours_whichever_side_it_keeps(flags, run, tmp_path):
-    high, low = tmp_path / "high.py", tmp_path / "low.py"
-    high.write_text(MARGIN.format(">=", 1))
-    low.write_text(MARGIN.format("<=", -1))
-    ran("compile.py", flags, "--approaches", f"mms,{high},{low}")
-    expected, thresholds = manifest(run, "mms"), read(run, "thresholds.json")
-    assert expected and thresholds["mms"] == thresholds["high"] == [
-        -value for value in thresholds["low"]]
-    for name in ("high", "low"):
-        assert [row["file"] for row in manifest(run, name)] == [row["file"] for row in expected]
-    rows = read(run, "results.json")["rows"]
-    assert [row["approach"] for row in rows] == ["mms", "high", "low"]
-    assert rows[0]["accuracy"] == rows[1]["accuracy"] == rows[2]["accuracy"]
 
 
 def criterion(score, thresholds="[0] * classes"):
@@ -164,7 +142,7 @@ def test_what_a_criterion_raises_is_shown_with_its_traceback(flags, run, tmp_pat
 
 def test_a_criterion_that_nothing_passes_leaves_no_student_and_the_table_says_so(
         flags, run, tmp_path):
-    (tmp_path / "no.py").write_text(criterion("logits[:, 0]", "[1e9] * classes"))
+    (tmp_path / "no.py").write_text(criterion("(logits @ weight)[:, 0]", "[1e9] * classes"))
     assert "too small to learn from" in ran("compile.py", flags, "--approaches", tmp_path / "no.py")
     [row], notes = (read(run, "results.json")[name] for name in ("rows", "notes"))
     assert (row["transfer_size"], row["accuracy"]) == (0, None)
@@ -172,30 +150,26 @@ def test_a_criterion_that_nothing_passes_leaves_no_student_and_the_table_says_so
 
 
 @pytest.mark.parametrize("pack", ["always", "never"])
-@pytest.mark.parametrize("form", ["", "/{000..001}.tar", "/*.tar"])
-def test_shards_and_folders_packed_or_not_select_the_same(
-        taught, flags, painted, tmp_path, pack, form):
-    run = linked(taught[0], tmp_path / "run")
+@pytest.mark.parametrize("form", ["", "/{000..002}.tar", "/*.tar"])
+def test_shards_and_folders_packed_or_not_select_alike(run, flags, painted, tmp_path, pack, form):
+    expected = manifest(run, "mms"), (run / "transfer/mms/images.npy").read_bytes()
     for name in ("scores", "transfer"):
         shutil.rmtree(run / name)
-    folder, files = tmp_path / "pool", sorted((painted / "pool").rglob("*.png"))
+    place = painted / "pool"
     if form:
-        folder.mkdir()
-        for number, part in enumerate((files[:50], files[50:])):
-            with tarfile.open(folder / f"{number:03}.tar", "w") as tar:
-                for path in part:
-                    tar.add(path, str(path.relative_to(painted / "pool")))
-                    tar.addfile(tarfile.TarInfo(f"{path.parent.name}/{path.stem}.json"))
-    else:
-        shutil.copytree(painted / "pool", folder)
+        webdataset = pytest.importorskip("webdataset", reason="pip install webdataset")
+        place = tmp_path / "shards"
+        place.mkdir()
+        with webdataset.ShardWriter(f"{place}/%03d.tar", maxcount=50, verbose=0) as shards:
+            for path in sorted((painted / "pool").rglob("*.png")):
+                shards.write({"__key__": f"{path.parent.name}/{path.stem}", "json": {"number": 1},
+                              "png": path.read_bytes(), "txt": "x"})
     ran("transfer.py", flags, "--approach", "mms", "--pack", pack, "--data-dir", tmp_path / "data",
-        "--sources", f"pool={folder}{form},more={painted / 'more'}")
-    expected, found = (manifest(each, "mms") for each in (taught[0], run))
-    for row in found if form else ():
-        row["file"] = row["file"].removeprefix("000.tar/").removeprefix("001.tar/")
-    assert found == expected and len(found) > 3
-    assert (run / "transfer/mms/images.npy").read_bytes() == (
-        taught[0] / "transfer/mms/images.npy").read_bytes()
+        "--sources", f"pool={place}{form},more={painted / 'more'}")
+    found = manifest(run, "mms")
+    for row in found:
+        row["file"] = row["file"].rpartition(".tar/")[2]
+    assert (found, (run / "transfer/mms/images.npy").read_bytes()) == expected and len(found) > 3
     packs = list(tmp_path.glob("data/packed/*-source-*/images.npy"))
     assert len(packs) == (2 if pack == "always" else 0)
 
@@ -237,3 +211,40 @@ def test_a_teacher_whose_classes_stand_in_another_order_is_told_that_order():
     assert misreading(labels, labels, classes) is None
     chance = np.random.default_rng(0).integers(0, 6, 120)
     assert misreading(chance, labels, classes)[1] is None
+
+
+def taken(run, approach):
+    """Which images of all sources, numbered in their order, a transfer set has."""
+    return [int(row["index"]) + 120 * (row["source"] == "more") for row in manifest(run, approach)]
+
+
+CRITERIA = {"mms": True, "entropy": False, "confidence": True, "energy": True,
+            "cross_entropy": False}
+
+
+@pytest.mark.parametrize("share, words, said, given", [
+    (0.9, "--floor 0.5 --fill first", "Images below the threshold that --floor let in for ",
+     {"bucket": 40, "floor": 0.5}),
+    (1.0, "--fill best --no-balance --transfer-size 30", "--fill best --no-balance.",
+     {"bucket": 10, "fill": "best", "balance": False})])
+def test_a_run_selects_what_the_slow_selection_selects(flags, run, share, words, said, given):
+    ran("compile.py", flags, "--restart-from", "transfer", "--threshold", share, *words.split(),
+        "--approaches", ",".join(("all", "balanced", *CRITERIA)))
+    scores = {name: np.load(run / f"scores/{name}.npz") for name in ("pool", "more")}
+    confidence, rules = np.load(run / "scores/confidence.npz"), Rules(
+        classes=3, keeps_high=CRITERIA, **given)
+    thresholds = {name: np.array(read(run, "thresholds.json")[name], float) for name in CRITERIA}
+    for approach in ("balanced", *CRITERIA):
+        chosen = select_slowly(scores, approach, thresholds, rules)
+        strict = select_slowly(scores, approach, thresholds, replace(rules, floor=0.0))
+        summary = read(run, f"transfer/{approach}/summary.json")
+        assert taken(run, approach) == chosen and summary["size"] == len(chosen) > 5
+        assert sum(summary["below_threshold"].values()) == len(set(chosen) - set(strict))
+    for name, high in CRITERIA.items():
+        sure = passes(confidence[name], confidence["predicted"], thresholds[name], high)
+        for label in range(3):
+            of = confidence["predicted"] == label
+            assert sure[of].sum() == np.ceil(share * of.sum())
+    assert taken(run, "all") == list(range(180))
+    notes = " ".join(read(run, "results.json")["notes"])
+    assert f"--threshold {share} --calibrate target --floor " in notes and said in notes

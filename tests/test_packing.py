@@ -1,17 +1,19 @@
 """Packing and streaming: what images become, which are left out, and what a kill costs: nothing."""
+import gzip
 import io
 import os
 import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import zlib
 
 import layout_files as made
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refusal
 from layout_files import GREEN, RED, save, source, target
 from PIL import Image
 from torchvision.transforms import Resize
@@ -20,6 +22,7 @@ import data
 from kd.files import UserError
 from kd.packing import Streamed
 from kd.readers import Names, decode
+from kd.values import data_set_spec
 
 ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
@@ -208,20 +211,18 @@ def test_a_damaged_pack_is_said_and_made_again(tmp_path, capsys, damage):
 @pytest.mark.parametrize("how", ["auto", "never"])
 def test_more_unreadable_images_than_the_share_are_one_line(tmp_path, how):
     spec = pool(tmp_path / "pool", bad=[3, 77])
-    with pytest.raises(UserError) as refusal:
-        list(source(tmp_path / "d", spec, pack=how).batches())
-    line = str(refusal.value)
-    assert line.startswith("pool: 2 of 100 images can't be read, more than 0.01 of all; the first "
-                           "is 003.png (UnidentifiedImageError")
-    assert line.endswith("--max-bad 0.03 leaves them out.")
+    def read_all(spec, **more):
+        return sum(len(pixels) for pixels, _, _ in source(
+            tmp_path / "d", spec, pack=how, **more).batches())
+    line = refusal("^pool: 2 of 100 images can't be read, more than 0.01 of all; the first is "
+                   r"003.png \(UnidentifiedImageError.*--max-bad 0.03 leaves them out.$",
+                   read_all, spec)
     decoded = [path.stat().st_ino for path in tmp_path.glob("d/packed/*/images.npy")]
     assert ("All are listed in" in line) == (how == "auto") == len(decoded)
-    found = source(tmp_path / "d", spec, max_bad=0.03, pack=how)
-    assert sum(len(pixels) for pixels, _, _ in found.batches()) == 98 and found.bad == 2
+    assert read_all(spec, max_bad=0.03) == 98
     assert [path.stat().st_ino for path in tmp_path.glob("d/packed/*/images.npy")] == decoded
-    with pytest.raises(UserError, match="3 of 3 images"):
-        none = pool(tmp_path / "none", 3, bad=range(3))
-        list(source(tmp_path / "d", none, max_bad=1.0, pack=how).batches())
+    none = pool(tmp_path / "none", 3, bad=range(3))
+    refusal("3 of 3 images", read_all, none, max_bad=1.0)
 
 
 SLOW = """
@@ -270,8 +271,7 @@ def test_a_stream_answers_as_the_pack_does(tmp_path, limit):
         assert one[1:] == two[1:]
     assert len(list(tmp_path.glob("d/packed/pool-*"))) == 1
     (tmp_path / "pool" / one[2][1]).write_bytes(b"changed")
-    with pytest.raises(UserError, match="can't be read"):
-        gathered(streamed, rows=np.array(one[1][:3]))
+    refusal("can't be read", gathered, streamed, rows=np.array(one[1][:3]))
 
 
 @pytest.mark.parametrize("how", ["always", "never"])
@@ -348,3 +348,58 @@ def test_packing_needs_no_fork(tmp_path):
     argv = [sys.executable, tmp_path / "spawned.py", tmp_path / "d", pool(tmp_path / "pool", 600)]
     done = subprocess.run(argv, capture_output=True, text=True, env=ENV)
     assert done.stdout == "600\n", done.stderr
+
+
+def write_shards(root):
+    """The pattern of three shards of 25, 25 and 10 images."""
+    for number, names in enumerate(np.split([f"{i:03}.png" for i in range(60)], (25, 50))):
+        save(root, *names)
+        with tarfile.open(root / f"{number:03}.tar", "w") as tar:
+            for name in names:
+                tar.add(root / name, name)
+    return f"s={root}/{{000..002}}.tar"
+
+
+@pytest.mark.parametrize("spec", ["rows={}/data/*.parquet", "rows=hf:{}", "hf:{}"])
+def test_rows_of_hugging_face_data_sets_answer_as_the_same_images_in_a_folder_do(tmp_path, spec):
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    save(tmp_path / "pool", *(f"{i}.png" for i in range(9)), size=(40, 36))
+    folder, repository = source(tmp_path / "d", f"p={tmp_path / 'pool'}"), tmp_path / "hub" / "rows"
+    rows = datasets.Dataset.from_dict(
+        {"label": list(range(9)), "img": [f"{tmp_path}/pool/{i}.png" for i in range(9)]},
+        features=datasets.Features({"label": datasets.Value("int64"), "img": datasets.Image()}))
+    (repository / "data").mkdir(parents=True)
+    rows.to_parquet(repository / "data" / "train-00000-of-00001.parquet")
+    for pack in ("always", "never", "always"):
+        found = source(tmp_path / "d", data_set_spec(spec.format(repository)), pack=pack)
+        [(pixels, index, files)] = found.batches(rows=np.arange(9))
+        np.testing.assert_array_equal(pixels, folder.images)
+        assert found.name == "rows" and list(files) == [f"{i}.png" for i in range(9)]
+    rows.remove_columns("img").to_parquet(repository / "data" / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="has no column of images, but label"):
+        source(tmp_path / "d", data_set_spec(spec.format(repository)))
+
+
+@pytest.mark.quick
+def test_a_limit_takes_images_evenly_from_all_shards(tmp_path):
+    found = source(tmp_path / "d", write_shards(tmp_path / "s"), limit=7)
+    assert found.rows.tolist() == np.linspace(0, 59, 7).round().astype(int).tolist()
+    assert {name[:3] for name in found.files} == {"000", "001", "002"}
+
+
+NOT_WHOLE = {
+    "missing": (lambda path: path.unlink(), "there is no .*001.tar"),
+    "no tar": (lambda path: path.write_bytes(b"no tar" * 300), "001.tar is damaged, or not an"),
+    "empty": (lambda path: path.write_bytes(b""), "001.tar is damaged"),
+    "cut": (lambda path: os.truncate(path, 20_000), "001.tar is damaged.*unexpected end"),
+    "a broken header": (lambda path: path.write_bytes(
+        path.read_bytes()[:1024] + b"?" * 512 + path.read_bytes()[1536:]), "is damaged"),
+    "compressed": (lambda path: path.write_bytes(gzip.compress(path.read_bytes())),
+                   "not an uncompressed tar archive")}
+
+
+@pytest.mark.parametrize("damage, said", NOT_WHOLE.values(), ids=NOT_WHOLE)
+def test_shards_that_are_not_whole_are_named_in_one_line(tmp_path, damage, said):
+    spec = write_shards(tmp_path / "s")
+    damage(tmp_path / "s/001.tar")
+    refusal(said, source, tmp_path / "d", spec)

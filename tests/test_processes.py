@@ -5,13 +5,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_run
-from run_files import read
+from conftest import ROOT, refusal, small_run
+from script_files import read
 from test_training import learn, same, small
 from torch import nn
 
 from kd import checkpoints, engine, processes, training
-from kd.files import UserError
 from kd.settings import Recipe
 
 BEGIN = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
@@ -145,21 +144,14 @@ def test_each_process_has_a_card_of_its_own_or_says_so(monkeypatch, cards, here,
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert engine.pick_device("cpu") == engine.CPU and chosen == []
     if found is None:
-        with pytest.raises(UserError, match="^--device cuda: torchrun started more processes on "
-                                            f"this machine .* Use --nproc-per-node {cards}, or "):
-            engine.pick_device("auto")
+        refusal("^--device cuda: torchrun started more processes on this machine .* Use "
+                f"--nproc-per-node {cards}, or ", engine.pick_device, "auto")
     else:
         assert engine.pick_device("cuda") == torch.device("cuda", found) and chosen == [found]
 
 
-def test_processes_share_the_cores_of_a_machine_that_decode(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert processes.working_here() == 8 and processes.first_alone(processes.working_here) == 1
-
-
 def test_a_process_is_not_left_with_a_few_images_of_a_batch(monkeypatch):
     monkeypatch.setattr(training, "world_size", lambda: 4)
-    with pytest.raises(UserError, match="^--batch-size: a batch needs 32 images or more, 8 for "
-                                        "each process, and there are 31.$"):
-        training.require_batch("--batch-size", 31)
+    refusal("^--batch-size: a batch needs 32 images or more, 8 for each process, and there are "
+            "31.$", training.require_batch, "--batch-size", 31)
     training.require_batch("--batch-size", 32)

@@ -1,14 +1,20 @@
-"""A finished run folder: what is whole is reused, what is not is named and made again."""
-import json
+"""A finished run: what is whole is reused, what is not is named and made again; by hand or not."""
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import script_files as scripts
+import torch
 from conftest import ROOT, run_script, small_run
-from script_files import by_hand, contents, linked, put, run_here
+from PIL import Image
+from script_files import by_hand, contents, linked, outcome, put, ran, read, run_here
 
 from kd.files import write_atomically
+from kd.readers import decode
 
+APPROACHES = ("supervised", "balanced", "random", "mms", "entropy")
 STAGES = ("TeacherTrain.py", "mms_threshold.py", "entropy.py", "transfer.py", "distill.py")
 MADE_AGAIN = {      # {the script that reads a file and makes it again: such files}
     "transfer.py --approach mms": [
@@ -18,7 +24,6 @@ MADE_AGAIN = {      # {the script that reads a file and makes it again: such fil
     "distill.py --approach mms": ["students/mms.pt", "students/mms.npz", "students/mms.json"],
     "distill.py --approach supervised": ["split.npz", "students/supervised.pt"]}
 REFUSED = ("teacher.pt", "teacher.npz", "teacher.json", "config.json")
-TIMES = {"seconds", "images_per_second", "digest"}
 
 
 def one_bit(content):
@@ -38,13 +43,6 @@ def damage(run, name, way):
         assert (run / name).read_bytes() != content
 
 
-def lasting(run, but=()):
-    """{file: what neither the clock nor the place of the folder changes}."""
-    return {name: json.loads(content) | dict.fromkeys(TIMES) if name.endswith(".json") else content
-            for name, content in contents(run).items()
-            if not name.startswith(("config.json", "report.html", *but))}
-
-
 @pytest.fixture
 def run(finished_run, tmp_path):
     return linked(finished_run, tmp_path / "run")
@@ -55,16 +53,22 @@ def flags(painted, run):
     return [*small_run(painted), "--run-dir", run]
 
 
+@pytest.fixture
+def fresh(painted, tmp_path):
+    """(A run folder that is not there yet, its flags.)"""
+    return tmp_path / "fresh", [*small_run(painted), "--run-dir", tmp_path / "fresh"]
+
+
 @pytest.mark.parametrize("way", DAMAGE)
 @pytest.mark.parametrize("command, name", [
     (command, name) for command, names in MADE_AGAIN.items() for name in names])
 def test_what_is_damaged_is_named_and_made_again_with_the_same_bits(
         run, painted, command, name, way):
     script, *approach = command.split()
-    before = lasting(run)
+    before = outcome(run)
     damage(run, name, way)
     done = run_here(script, *by_hand(script, painted, run), *approach)
-    assert (done.returncode, done.stderr) == (0, "") and lasting(run) == before
+    assert (done.returncode, done.stderr) == (0, "") and outcome(run) == before
     wrong = "missing" if way == "removed" else "damaged: it is not what was written there"
     if way != "removed" or not name.endswith(".json"):      # without its JSON nothing was made yet
         assert f"{run / name} is {wrong}. It will be made again.\n" in done.stdout
@@ -85,26 +89,16 @@ def test_what_took_hours_or_was_given_is_refused_and_left_as_it_is(
     assert left == ((run / name).exists() and (run / name).read_bytes())
 
 
-def test_a_second_run_says_what_it_reuses_and_one_after_damage_ends_in_the_same_bits(run, flags):
-    shown = ("results", "figures/")         # which have the seconds
-    before, whole = lasting(run, shown), contents(run)
+def test_a_second_run_says_what_it_reuses_and_makes_nothing_again(run, flags):
+    before = contents(run)
     again = run_here("compile.py", *flags)
     assert (again.returncode, again.stderr) == (0, "")
-    assert {name for name, content in contents(run).items() if content != whole[name]} <= {
+    assert {name for name, content in contents(run).items() if content != before[name]} <= {
         "config.json", "report.html"}       # which name the folder
     assert ("\nreused: teacher, split, scores/confidence, thresholds, scores/pool, scores/more, "
             "transfer/balanced, transfer/random, transfer/mms, transfer/entropy, students/"
             "supervised, students/balanced, students/random, students/mms, students/entropy\n"
             ) in again.stdout
-    names = ["split.npz", "scores/pool.npz", "thresholds.json", "transfer/mms/images.npy",
-             "students/mms.pt", "transfer/entropy/summary.json", "students/random.json"]
-    for name, way in zip(names, [*DAMAGE, "cut", "one bit"], strict=True):
-        damage(run, name, way)
-    put(run / "results.json", b"")
-    mended = run_script("compile.py", *flags)
-    assert mended.returncode == 0 and mended.stdout.count("It will be made again.") == len(names)
-    assert [name for name in names if f"{run / name} is " not in mended.stdout] == []
-    assert lasting(run, shown) == before
 
 
 @pytest.mark.parametrize("more, product, stage, was, new", [
@@ -207,3 +201,112 @@ def test_a_folder_that_can_not_be_is_refused(painted, tmp_path, folder):
     done = run_here("compile.py", *small_run(painted), "--run-dir", tmp_path / folder)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"compile.py: {tmp_path / folder} can't be ")
+
+
+def test_every_stage_by_hand_gives_what_compile_gave(fresh, finished_run):
+    run, flags = fresh
+    ran("TeacherTrain.py", flags)
+    assert "thresholds: mms, at least" in ran("mms_threshold.py", flags)
+    (run.parent / "elsewhere").mkdir()
+    done = run_script("entropy.py", *scripts.given("entropy.py", flags)[:-1], "../fresh",
+                      cwd=run.parent / "elsewhere")
+    assert (done.returncode, done.stderr) == (0, "")
+    for approach in APPROACHES[1:]:
+        ran("transfer.py", flags, "--approach", approach)
+    for approach in APPROACHES:
+        ran("distill.py", flags, "--approach", approach)
+    expected, ended = outcome(finished_run), outcome(run)
+    assert expected.keys() - ended.keys() == {"results.json"}
+    assert [name for name in ended if ended[name] != expected[name]] == []
+
+
+@pytest.mark.parametrize("script, absent, command", [
+    ("transfer.py", "teacher.json", "python TeacherTrain.py"),
+    ("distill.py", "teacher.json", "python TeacherTrain.py"),
+    ("distill.py", "transfer/mms/summary.json", "python transfer.py --approach mms")])
+def test_a_missing_predecessor_is_named_with_the_command_that_makes_it(
+        flags, run, script, absent, command):
+    (run / absent).unlink()
+    assert scripts.refused(script, flags, "--approach", "mms") == (
+        f"{script}: {run / absent} is missing. Make it with `{command} --target {flags[1]} "
+        f"--run-dir {run}`.\n")
+
+
+def test_another_approach_by_hand_costs_no_second_look_at_the_sources(flags, run):
+    said = ran("transfer.py", flags, "--approach", "confidence")
+    said += ran("distill.py", flags, "--approach", "confidence")
+    assert "scores: " not in said and read(run, "students/confidence.json")["history"]
+    said = ran("compile.py", flags, "--approaches", ",".join((*APPROACHES, "confidence")))
+    assert "students/entropy, students/confidence" in said and "scores: " not in said
+
+
+def test_a_student_is_exported(flags, run):
+    said = ran("distill.py", flags, "--approach", "mms", "--export", "state_dict")
+    assert f"export: {run}/students/mms.pth, " in said
+    assert "On 30 images it gives the student's class for 30" in said
+    assert (run / "students/mms.pth").stat().st_size > 1000
+
+
+def test_the_run_folder_is_as_documented(finished_run):
+    names = ["config.json", "split.npz", "teacher.pt", "teacher.json", "thresholds.json",
+             "results.json", "results.md", "report.html", "figures/accuracy.png",
+             *(f"scores/{name}.npz" for name in ("pool", "more", "confidence")),
+             *(f"transfer/{approach}/{name}" for approach in APPROACHES[1:]
+               for name in ("images.npy", "manifest.csv", "summary.json")),
+             *(f"students/{name}.{suffix}" for name in APPROACHES for suffix in ("pt", "json"))]
+    assert [name for name in names if not (finished_run / name).is_file()] == []
+    assert not list(finished_run.rglob("*.part"))
+    accuracy = read(finished_run, "teacher.json")["accuracy"]
+    for row in read(finished_run, "results.json")["rows"]:
+        assert sum(row["per_class"]) == row["transfer_size"]
+        assert row["retention"] == pytest.approx(row["accuracy"] / accuracy)
+
+
+def test_a_row_of_a_manifest_is_the_image_of_that_row(finished_run, painted):
+    for approach in APPROACHES[1:]:
+        images = np.load(finished_run / f"transfer/{approach}/images.npy")
+        rows = scripts.manifest(finished_run, approach)
+        assert len(rows) == len(images) > 0
+        for row, pixels in zip(rows, images, strict=True):
+            file, i = Image.open(painted / row["source"] / row["file"]), int(row["index"])
+            assert np.array_equal(decode(file, 32), pixels)
+            scores = np.load(finished_run / f"scores/{row['source']}.npz")
+            assert int(row["predicted"]) == scores["predicted"][i]
+            shown = approach if approach == "entropy" else "mms"
+            assert np.float32(row["score"]) == scores[shown][i]
+
+
+def test_the_teacher_learns_from_its_part_of_the_training_split_alone(fresh, painted):
+    """Whatever the other images show, it is the same teacher."""
+    run, flags = fresh
+    ran("TeacherTrain.py", flags)
+    colours = shutil.copytree(painted / "colours", run.parent / "colours")
+    files = sorted((colours / "train").rglob("*.png"))      # in the order of the data set
+    unseen = [files[i] for i in np.load(run / "split.npz")["confidence"]]
+    for path in [*unseen, *(colours / "test").rglob("*.png")]:
+        Image.new("RGB", (24, 28)).save(path)
+    ran("TeacherTrain.py", flags, "--target", f"colours={colours}", "--run-dir",
+        run.parent / "other")
+    one, other = (torch.load(run.parent / name / "teacher.pt", weights_only=True)["state_dict"]
+                  for name in (run.name, "other"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_trial_run_uses_few_images_of_everything(fresh):
+    run, flags = fresh
+    said = ran("compile.py", flags, "--approaches", "balanced", "--limit", "24")
+    assert "24 training images and 24 test images, 3 classes" in said
+    # Evenly spaced, and named as images of the whole data set.
+    index = np.load(run / "scores/pool.npz")["index"]
+    assert index.tolist() == np.linspace(0, 119, 24).round().tolist()
+    assert read(run, "results.json")["notes"][0] == (
+        "A trial run with at most 24 images of each data set.")
+
+
+def test_several_seeds_have_a_run_each_and_one_table(fresh, finished_run):
+    run, flags = fresh
+    ran("compile.py", flags, "--approaches", "balanced", "--seeds", "0,1")
+    assert (run / "seed-0/students/balanced.pt").read_bytes() == (
+        finished_run / "students/balanced.pt").read_bytes()
+    splits = [np.load(run / f"seed-{seed}/split.npz")["confidence"] for seed in (0, 1)]
+    assert not np.array_equal(*splits) and read(run, "results.json")["seeds"] == [0, 1]

@@ -1,9 +1,14 @@
-"""The fast selection against one written the slow way, on random scores."""
+"""The fast selection against one written the slow way, on random scores; matched pools."""
 import math
 
 import numpy as np
 import pytest
+import torch
+from conftest import refusal
+from scipy.optimize import minimize
+from torch import nn
 
+from kd.matching import directions, draw, gap, match, watched
 from transfer import Rules, even_weights, evenness, join, select
 
 HIGH = {"mms": True, "entropy": False}
@@ -11,10 +16,12 @@ pytestmark = pytest.mark.quick
 
 
 def random_scores(rng, counts, classes, levels):
-    """Scores of a few levels only, so that ties abound; the last class is never predicted."""
+    """Scores of a few levels only, so that ties abound, half of them missing; the last class is
+    never predicted."""
+    def drawn(count):
+        return np.where(rng.random(count) < 0.5, np.nan, rng.integers(0, levels, count))
     return {name: {"predicted": rng.integers(0, classes - 1, count), "index": np.arange(count),
-                   "mms": rng.integers(0, levels, count).astype(np.float32),
-                   "entropy": rng.integers(0, levels, count).astype(np.float32)}
+                   "mms": drawn(count), "entropy": drawn(count)}
             for name, count in zip(("cifar100", "svhn", "tinyimagenet", "noise"), counts,
                                    strict=False)}
 
@@ -25,13 +32,13 @@ def rules(bucket, classes=6, **more):
 
 def select_slowly(scores, approach, threshold, rules):
     """One group after the other, one image after the other. Returns positions in the pool."""
-    groups, position = {}, 0
+    groups, position, high = {}, 0, rules.keeps_high
     for source, columns in scores.items():
         for index, label in enumerate(columns["predicted"].tolist()):
-            score = columns[approach][index] if approach in HIGH else 0.0
-            badness = -score if HIGH.get(approach) else score
-            limit = threshold[approach][label] if approach in HIGH else 0.0
-            passing = badness <= (-limit if HIGH.get(approach) else limit)
+            score = columns[approach][index] if approach in high else 0.0
+            badness = -score if high.get(approach) else score
+            limit = threshold[approach][label] if approach in high else 0.0
+            passing = badness <= (-limit if high.get(approach) else limit)
             if approach == "eats":
                 passing = source in ("svhn", "tinyimagenet")
             groups.setdefault(label if rules.balance else 0, []).append(
@@ -40,10 +47,11 @@ def select_slowly(scores, approach, threshold, rules):
     chosen, room = [], rules.bucket * (1 if rules.balance else rules.classes)
     for members in groups.values():
         passing, least = [m for m in members if m[2]], math.ceil(rules.floor * room)
-        if approach in HIGH and len(passing) < least:
-            best = sorted(members, key=lambda m: (m[1], m[0]))[:least]
+        if approach in high and len(passing) < least:
+            scored = [m for m in members if not math.isnan(m[1])]
+            best = sorted(scored, key=lambda m: (m[1], m[0]))[:least]
             passing = sorted(set(passing) | set(best))
-        if rules.fill == "best" and approach in HIGH:
+        if rules.fill == "best" and approach in high:
             passing = sorted(passing, key=lambda m: (m[1], m[0]))
         chosen += [m[0] for m in passing[:room]]
     return sorted(chosen)
@@ -62,30 +70,6 @@ def test_selection_equals_the_slow_one(approach, fill, floor, balance, seed):
     given = rules(int(rng.integers(1, 12)), fill=fill, floor=floor, balance=balance)
     chosen, _ = select(approach, join(scores), thresholds, given)
     assert chosen.tolist() == select_slowly(scores, approach, thresholds, given)
-
-
-def test_what_the_floor_lets_in_is_told():
-    scores = {"a": {"predicted": np.zeros(4, int), "index": np.arange(4),
-                    "mms": np.array([1, 5, 2, 3], np.float32)}}
-    chosen, below = select("mms", join(scores), {"mms": np.array([4.0])}, rules(4, 1, floor=0.5))
-    assert chosen.tolist() == [1, 3] and below.tolist() == [False, True]
-
-
-def test_an_image_without_a_score_is_never_taken():
-    scores = {"a": {"predicted": np.zeros(3, int), "index": np.arange(3),
-                    "mms": np.array([np.nan, 1.0, 3.0], np.float32)}}
-    for floor in (0.0, 1.0):
-        chosen, _ = select("mms", join(scores), {"mms": np.array([2.0])}, rules(3, floor=floor))
-        assert 0 not in chosen
-
-
-def test_a_class_without_a_threshold_gets_its_best_images_from_the_floor_alone():
-    scores = {"a": {"predicted": np.zeros(3, int), "index": np.arange(3),
-                    "mms": np.array([1.0, 3.0, 2.0], np.float32)}}
-    for floor, expected in ((0.0, []), (0.5, [1, 2])):
-        chosen, _ = select("mms", join(scores), {"mms": np.array([np.nan])},
-                           rules(3, floor=floor))
-        assert chosen.tolist() == expected
 
 
 def test_random_takes_as_many_as_mms_without_threshold_or_balance():
@@ -119,16 +103,6 @@ def test_even_weights_give_predicted_classes_equal_shares_up_to_a_limit():
     assert weights[90] == 8
 
 
-def test_the_first_source_fills_the_bucket_before_the_second():
-    scores = {name: {"predicted": np.zeros(3, int), "index": np.arange(3),
-                     "mms": np.full(3, value, np.float32)}
-              for name, value in (("a", 1.0), ("b", 2.0))}
-    thresholds = {"mms": np.array([0.0])}
-    for fill, expected in (("first", [0, 1, 2, 3]), ("best", [0, 3, 4, 5])):
-        chosen, _ = select("mms", join(scores), thresholds, rules(4, 1, fill=fill))
-        assert chosen.tolist() == expected
-
-
 def test_chance_fills_a_class_from_all_sources_alike_and_from_what_passes_alone():
     scores = random_scores(np.random.default_rng(0), (900, 300), 4, levels=8)
     candidates, thresholds = join(scores), {"mms": np.full(4, 4.0)}
@@ -139,3 +113,69 @@ def test_chance_fills_a_class_from_all_sources_alike_and_from_what_passes_alone(
     assert np.bincount(candidates.predicted[chosen]).tolist() == [50, 50, 50]
     assert (candidates.scores["mms"][chosen] >= 4).all()
     assert 90 < (candidates.source[chosen] == 0).sum() < 135       # three quarters are there
+
+
+def pool(count=400, directions=3):
+    return np.random.default_rng(0).normal(0.4, 1, (count, directions))
+
+
+# Of 400 images no 300 reach the target: the weights come as near as the cap lets them.
+@pytest.mark.parametrize("size, left", [(40, 0.1), (150, 0.1), (300, 0.5)])
+def test_weights_have_mean_one_keep_the_cap_and_bring_the_mean_to_the_target(size, left):
+    values = pool()
+    weights = match(values, size)
+    assert weights.mean() == pytest.approx(1, abs=1e-3)
+    assert weights.min() >= 0 and weights.max() <= len(values) / size + 1e-9
+    assert gap(values, weights) < left * gap(values)
+
+
+def test_weights_are_the_most_even_ones():
+    values, size = pool(60, 2), 30
+    weights = match(values, size)
+    reached = weights @ values / len(values)
+    slow = minimize(lambda w: (w * np.log(np.maximum(w, 1e-12))).sum(), np.ones(60),
+                    bounds=[(0, 2)] * 60, method="SLSQP", options={"maxiter": 300}, constraints=[
+                        {"type": "eq", "fun": lambda w: w.mean() - 1},
+                        {"type": "eq", "fun": lambda w: w @ values / 60 - reached}]).x
+    np.testing.assert_allclose(weights, slow, atol=0.02)
+
+
+def test_a_set_as_large_as_the_pool_is_the_pool():
+    assert match(pool(), 400).tolist() == [1.0] * 400
+    assert draw(np.ones(400), 400, 0).tolist() == list(range(400))
+
+
+def test_images_are_drawn_as_often_as_they_weigh_and_none_twice():
+    weights = np.random.default_rng(1).uniform(0, 2, 300)
+    counts = np.zeros(300)
+    for seed in range(2000):
+        chosen = draw(weights, 100, seed)
+        assert len(chosen) in (99, 100, 101) and len(set(chosen.tolist())) == len(chosen)
+        counts[chosen] += 1
+    np.testing.assert_allclose(counts / 2000, weights / weights.sum() * 100, atol=0.05)
+
+
+def test_what_a_batch_norm_remembers_is_the_origin():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, momentum=None)
+    network, images = nn.Sequential(norm), torch.randn(64, 4, 5, 5) * 3 + 2
+    network.train()(images)
+    with watched(network.eval()) as shown:
+        network(images)
+        found = shown()
+    assert found.shape == (64, 8)       # the mean and the mean square of each channel
+    torch.testing.assert_close(found.mean(0), torch.zeros(8), atol=2e-3, rtol=0)
+
+
+def test_directions_keep_the_distance_of_the_pool_from_the_target_in_one_unit():
+    sample = torch.randn(500, 20, generator=torch.Generator().manual_seed(0))
+    sample[:, 0] += 5
+    sample[:, 1] *= 3                           # the unit
+    sample[:, 2] = 4 + 0.01 * sample[:, 2]      # an offset that no choice of images can change
+    reduced = (sample @ directions(sample)).numpy()
+    assert reduced.std(0).max() == pytest.approx(1, abs=0.05)
+    assert gap(reduced) == pytest.approx((5 ** 2 + 4 ** 2) ** 0.5 / 3, rel=0.05)
+
+
+def test_a_teacher_without_batch_norms_is_refused():
+    refusal("batch norms", watched(nn.Linear(2, 2)).__enter__)

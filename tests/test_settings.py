@@ -5,11 +5,11 @@ import resource
 from dataclasses import replace
 
 import pytest
-from conftest import run_script
+from conftest import refusal, run_script
+from script_files import run_here
 
-from kd.files import UserError
 from kd.flags import parse, words_of
-from kd.settings import APPROACHES, FIELDS, GROUPS, PUBLISHED_ORDER, STAGES, resolve
+from kd.settings import APPROACHES, GROUPS, PUBLISHED_ORDER, resolve
 from kd.values import AUGMENTATIONS
 
 pytestmark = pytest.mark.quick
@@ -19,44 +19,39 @@ def settings_of(*argv):
     return resolve(parse(argv, "compile", "text"))
 
 
-def has(found, **expected):
-    return {name: getattr(found, name) for name in expected} == expected
+# what is given: what it stands for
+STANDS_FOR = {
+    "": dict(
+        target="cifar10", sources=PUBLISHED_ORDER, run_dir="runs/cifar10", approaches=APPROACHES,
+        recipe="reference", seeds=(0,), teacher_arch="resnet34", teacher_weights="imagenet",
+        teacher_lr=pytest.approx(0.01), student_arch="resnet18", student_weights="none", epochs=20,
+        batch_size=64, lr=0.1, temperature=10.0, augment="none", schedule="constant",
+        threshold="published", fill="first", floor=0.0, calibrate="target",
+        supervised_weights="imagenet"),
+    "--target cifar100": dict(teacher_arch="inception_v3", run_dir="runs/cifar100",
+                              sources=("cifar10", *PUBLISHED_ORDER[1:])),
+    "--target digits": dict(
+        recipe="quick", teacher_weights="none", sources=("noise", "photos", "glyphs"),
+        approaches=("supervised", "balanced", "random", "mms", "entropy", "matched")),
+    "--target pets=/data/pets --sources web=/w,svhn": dict(
+        run_dir="runs/pets", recipe="reference", approaches=APPROACHES),
+    "--teacher-arch net.py:make": dict(
+        teacher_weights="none", supervised_weights="none", teacher_lr=0.1),
+    "--student-arch net.py:make": dict(teacher_weights="imagenet", supervised_weights="none"),
+    "--data-free --teacher-checkpoint t.pt": dict(
+        calibrate="sources", approaches=APPROACHES[1:], threshold=0.25, transfer_size=50_000),
+    "--calibrate sources": dict(transfer_size=None),
+    "--recipe best": dict(steps=6_000, batch_size=256, student_weights="auto")}
 
 
-def test_the_default_is_the_published_protocol_on_cifar10():
-    assert has(settings_of(), target="cifar10", sources=PUBLISHED_ORDER, run_dir="runs/cifar10",
-               approaches=APPROACHES, recipe="reference", seeds=(0,), teacher_arch="resnet34",
-               teacher_weights="imagenet", student_arch="resnet18", student_weights="none",
-               epochs=20, batch_size=64, lr=0.1, temperature=10.0, augment="none", fill="first",
-               schedule="constant", threshold="published", floor=0.0, calibrate="target")
-
-
-def test_targets_bring_their_own_defaults():
-    assert has(settings_of("--target", "cifar100"), teacher_arch="inception_v3",
-               run_dir="runs/cifar100", sources=("cifar10", *PUBLISHED_ORDER[1:]))
-    digits = settings_of("--target", "digits")
-    assert has(digits, recipe="quick", teacher_weights="none")
-    assert digits.sources[0] == "noise" and "eats" not in digits.approaches
-    assert has(settings_of("--target", "pets=/data/pets", "--sources", "web=/w,svhn"),
-               run_dir="runs/pets", recipe="reference", approaches=APPROACHES)
-
-
-def test_a_network_of_the_users_own_starts_from_no_weights_at_its_full_rate():
-    own, trained = settings_of("--teacher-arch", "net.py:make"), settings_of()
-    assert has(own, teacher_weights="none", supervised_weights="none", teacher_lr=0.1)
-    assert trained.teacher_lr == pytest.approx(0.01) and trained.supervised_weights == "imagenet"
-    assert settings_of("--student-arch", "net.py:make").supervised_weights == "none"
-
-
-def test_without_the_targets_images_thresholds_come_from_the_sources():
-    assert has(settings_of("--data-free", "--teacher-checkpoint", "t.pt"), calibrate="sources",
-               approaches=APPROACHES[1:], threshold=0.25, transfer_size=50_000)
-    assert settings_of("--calibrate", "sources").transfer_size is None
+@pytest.mark.parametrize("words, expected", STANDS_FOR.items())
+def test_what_is_not_given_follows_from_the_target_the_recipe_and_the_networks(words, expected):
+    found = settings_of(*words.split())
+    assert {name: getattr(found, name) for name in expected} == expected
 
 
 def test_a_recipe_gives_way_to_the_command_line_and_steps_to_epochs():
     best = settings_of("--recipe", "best")
-    assert has(best, steps=6_000, batch_size=256, student_weights="auto")
     assert settings_of("--recipe", "best", "--lr", "0.2") == replace(best, lr=0.2)
     assert settings_of("--recipe", "best", "--epochs", "3") == replace(best, epochs=3, steps=0)
 
@@ -101,16 +96,7 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--tar=x", "unrecognized arguments: --tar=x. Did you mean --target?"),
     ("--approches=mms", "unrecognized arguments: --approches=mms. Did you mean --approaches?"),
     ("digits", "unrecognized arguments: digits. Did you mean --target digits?"),
-    ("--steps=5 --epochs=5", "--steps and --epochs contradict each other: give one of them")])
-def test_a_command_line_that_can_not_be_is_refused_in_a_sentence(words, said, capsys):
-    with pytest.raises(SystemExit) as end:
-        parse(words.replace("/--seed", "").split(), "compile", "text")
-    about = "" if said[0] == "-" or "unrec" in said else f"argument {words.partition('=')[0]}: "
-    assert end.value.code == 2
-    assert capsys.readouterr().err == f"compile.py: {about}{said} (see --help)\n"
-
-
-@pytest.mark.parametrize("words, said", [
+    ("--steps=5 --epochs=5", "--steps and --epochs contradict each other: give one of them"),
     ("--approaches margin", f"There is no approach margin. There are {', '.join(APPROACHES)}, "),
     ("--approaches a/my.py,b/my.py", "--approaches names an approach twice."),
     ("--approaches /mms.py", "/mms.py: 'mms' can't be the name of an approach. Rename the file."),
@@ -124,16 +110,12 @@ def test_a_command_line_that_can_not_be_is_refused_in_a_sentence(words, said, ca
     ("--target digits --sources digits", "digits is the target and can't be a source as well: take "
      "it out of --sources."),
     ("--sources confidence=/x", "A source can't be called confidence")])
-def test_settings_that_contradict_each_other_are_named(words, said):
-    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
-        settings_of(*words.split())
-
-
-def test_every_setting_has_a_group_a_stage_that_exists_and_help():
-    for name, field in FIELDS.items():
-        about = field.metadata
-        assert about["group"] in GROUPS and about["stage"] in (*STAGES, None), name
-        assert about["flag"] is None or about["flag"]["help"], name
+def test_a_command_line_that_can_not_be_is_refused_in_a_sentence(words, said):
+    done = run_here("compile.py", *words.replace("/--seed", "").split())
+    flag = words.partition("=")[0] if "=" in words and " " not in words else ""
+    about = f"argument {flag}: " if flag and "unrecognized" not in said else ""
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"compile.py: {about}{said}")
 
 
 @pytest.mark.parametrize("script, shown, not_shown", [
@@ -169,10 +151,7 @@ def kept(folder, *argv):
 
 def test_a_config_repeats_a_run_in_any_folder_and_the_command_line_has_the_last_word(
         tmp_path, monkeypatch):
-    argv = ["--target", "a=t", "--sources", "b=s,svhn", "--seeds", "3,4", "--recipe", "best",
-            "--floor", "5%", "--threshold", "0.3", "--classes", "names.txt", "--no-balance",
-            "--teacher-mean", "0.1,0.2,0.3", "--steps", "7", "--tensorboard", "--no-amp",
-            "--compile"]
+    argv = "--target a=t --sources b=s,svhn --recipe best --classes names.txt --steps 7".split()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "names.txt").write_text("x, y\n\nz\n")
     path = kept(tmp_path, *argv, "--run-dir", "r", "--restart")
@@ -189,8 +168,6 @@ def test_a_config_repeats_a_run_in_any_folder_and_the_command_line_has_the_last_
     ("--approaches", "mms,/m/my.py"), ("--approaches", "/m/my.py,mms")])
 def test_code_that_a_config_names_runs_only_where_the_command_line_names_it(flag, value, tmp_path):
     path, here = kept(tmp_path, flag, value, "--data-dir", "/d"), ("--data-dir", "/d")
-    with pytest.raises(UserError, match=re.escape(
-            f"{path} names code, and code runs only where the command line names it: "
-            f"add {flag}={value}.")):
-        settings_of("--config", path)
+    refusal(re.escape(f"{path} names code, and code runs only where the command line names it: "
+                      f"add {flag}={value}."), settings_of, "--config", path)
     assert settings_of("--config", path, flag, value) == settings_of(flag, value, *here)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NET, ROOT, small_run
-from run_files import outcome, ran
+from script_files import outcome, ran
 
 # Like compile.py, but every epoch is worth a checkpoint: a run of seconds would write none.
 EAGER = """

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,7 +15,6 @@ from kd import engine, training
 from kd.augment import shuffled_batches, step_generator
 from kd.classifier import Classifier
 from kd.command import Interrupted
-from kd.files import UserError
 from kd.settings import Recipe
 from kd.training import Checkpoint, Watch, cross_entropy, train
 
@@ -123,10 +123,9 @@ def spoilt(at, make):
 def test_a_loss_that_is_not_finite_is_one_sentence(tmp_path, stopping, value):
     path, recipe = tmp_path / "student.part", RECIPES["constant rate"]
     saved = half_done(path, stopping, recipe)
-    with pytest.raises(UserError) as raised:
-        learn(path, recipe, spoilt(1, lambda loss: loss + float(value)), remedy="a smaller --lr")
-    assert str(raised.value) == (f"student mms: the loss is {value} at a learning rate of 0.05 in "
-                                 "step 3 of epoch 2. Use a smaller --lr.")
+    refusal(f"^student mms: the loss is {value} at a learning rate of 0.05 in step 3 of epoch 2. "
+            "Use a smaller --lr.$", learn, path, recipe,
+            spoilt(1, lambda loss: loss + float(value)), remedy="a smaller --lr")
     assert path.read_bytes() == saved       # of the nine steps before
     expected, _ = learn(tmp_path / "undisturbed.part", recipe)
     assert same(learn(path, recipe)[0], expected)
@@ -135,9 +134,9 @@ def test_a_loss_that_is_not_finite_is_one_sentence(tmp_path, stopping, value):
 @pytest.mark.parametrize("step", [9, 21])
 def test_weights_that_are_not_finite_are_never_a_result(tmp_path, step):
     """A loss may be finite whose gradient is not; 21 is the last step of all."""
-    with pytest.raises(UserError, match=r"student mms: the (weights are|loss is) .* epoch [23]"):
-        learn(tmp_path / "student.part", RECIPES["constant rate"],
-              spoilt(step, lambda loss: (loss - loss).sqrt()))
+    refusal("student mms: the (weights are|loss is) .* epoch [23]", learn,
+            tmp_path / "student.part", RECIPES["constant rate"],
+            spoilt(step, lambda loss: (loss - loss).sqrt()))
     assert not (tmp_path / "student.part").exists()
 
 
@@ -152,11 +151,9 @@ def test_memory_that_does_not_suffice_is_one_sentence(tmp_path, error):
         def forward(self, pixels):
             raise error
     network = small(nn.Conv2d(3, 4, 3), Greedy())
-    with pytest.raises(UserError, match=r"^student mms: the memory does not suffice\. Use a "
-                                        r"smaller --batch-size \(--teacher-batch-size\), or .*$"):
-        learn(tmp_path / "student.part", RECIPES["constant rate"], classifier=network)
-    with pytest.raises(UserError, match=r"^evaluating: the memory does not suffice\. .*$"):
-        engine.predict(network, IMAGES)
+    refusal(r"^student mms: the memory does not suffice\. Use a smaller --batch-size .*, or .*$",
+            learn, tmp_path / "student.part", RECIPES["constant rate"], classifier=network)
+    refusal(r"^evaluating: the memory does not suffice\. .*$", engine.predict, network, IMAGES)
 
 
 def test_the_history_has_the_rate_of_each_epochs_last_step(tmp_path):
@@ -238,8 +235,10 @@ def test_a_board_is_written_where_it_is_asked_for(tmp_path, stopping):
     assert board.Tags()["images"] == ["views"] and steps == {
         "loss": list(range(28)), "epoch_loss": ends, "learning_rate": ends,
         "confidence_accuracy": ends}
-    assert [event.value for event in board.Scalars("epoch_loss")] == pytest.approx(
-        [entry["loss"] for entry in state.history], rel=1e-5)
+    losses = [entry["loss"] for entry in state.history]
+    assert [event.value for event in board.Scalars("epoch_loss")] == pytest.approx(losses, rel=1e-5)
+    each = np.array([event.value for event in board.Scalars("loss")]).reshape(4, 7)
+    assert each.mean(1) == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [16, 17, 100])
@@ -255,12 +254,7 @@ def test_an_answer_does_not_depend_on_the_batch_it_is_in(monkeypatch, size):
         assert engine.accuracy(classifier, images, labels, rows) == right.mean()
 
 
-@pytest.mark.parametrize("size, images", [(32, 512), (96, 512), (299, 53), (4096, 16)])
-def test_a_batch_of_larger_images_has_fewer_of_them(size, images):
-    assert engine.evaluation_batch(Classifier(nn.Flatten(), "any", "ab", size)) == images
-
-
-def test_bfloat16_is_for_training_alone(tmp_path):
+def test_bfloat16_is_for_training_alone_and_a_live_teacher_is_cast_once(tmp_path):
     full, half = (learn(tmp_path / f"{amp}.part", Recipe(2, 8, 0.05, amp=amp))[0]
                   for amp in (None, True))
     assert not same(full, half)
@@ -268,14 +262,10 @@ def test_bfloat16_is_for_training_alone(tmp_path):
     assert engine.predict(half, IMAGES).dtype == torch.float32
     full.load_state_dict(half.state_dict())
     assert torch.equal(engine.predict(full, IMAGES), engine.predict(half, IMAGES))
-
-
-def test_a_live_teacher_is_cast_once():
-    teacher, views = small().eval(), torch.from_numpy(IMAGES)
     with torch.no_grad(), engine.autocast(CPU, True):
-        expected = teacher(views)
-        assert torch.equal(engine.cast_once(teacher)(views), expected)
-    assert teacher.network[0].weight.dtype == torch.bfloat16
+        expected = full(torch.from_numpy(IMAGES))
+        assert torch.equal(engine.cast_once(full)(torch.from_numpy(IMAGES)), expected)
+    assert full.network[0].weight.dtype == torch.bfloat16
 
 
 def test_images_with_weights_come_as_often_as_those_say():
