@@ -244,6 +244,10 @@ def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
     files = list_images(root, label, lambda path: re.fullmatch(pattern, path) is not None
                         and class_of(path) not in exclude)
     classes, labels = np.unique([class_of(path) for path in files], return_inverse=True)
+    empty = [entry.name for entry in os.scandir(root) if entry.is_dir()
+             and not is_hidden(entry.name) and class_of(entry.name) not in classes]
+    if label and empty:
+        say(f"{label}: {listed(sorted(empty))} holds no image and is not taken for a class.")
     return read_files(root, files, labels, classes.tolist())
 
 

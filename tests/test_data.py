@@ -175,13 +175,14 @@ def pets(root, test="test", names=("ant", "bee")):
 
 
 @pytest.mark.quick
-def test_a_target_has_a_class_per_folder_hidden_ones_and_empty_ones_left_out(tmp_path):
+def test_a_target_has_a_class_per_folder_hidden_ones_and_empty_ones_left_out(tmp_path, capsys):
     spec = pets(tmp_path / "pets", test="val")      # which is taken for test, where there is none
     save(tmp_path / "pets" / "train", ".ipynb_checkpoints/a.png", "bee/deep/er/b.png")
     (tmp_path / "pets" / "train" / "cow").mkdir()
     found = target(tmp_path / "d", spec)
     assert found.classes == ["ant", "bee"]
     assert found.train.labels.tolist() == [0] * 3 + [1] * 4 and len(found.test) == 6
+    assert "pets train: cow holds no image and is not taken for a class." in capsys.readouterr().out
 
 
 def test_classes_are_the_same_however_their_accents_are_written(tmp_path):
