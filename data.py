@@ -295,18 +295,16 @@ def _list(data_dir):
 
 def main(argv):
     parser = Parser(description="Fetch, extract and pack data sets.")
-    parser.add_argument("names", nargs="*", default=[], metavar="NAME|NAME=PATH", help="of "
+    parser.add_argument("names", nargs="*", default=[], type=data_set_spec,
+                        metavar="NAME|NAME=PATH", help="of "
                         f"{', '.join(DATA_SETS)}, or a folder of images, or tar shards")
     parser.add_argument("--all", action="store_true", help="every data set of the list")
     parser.add_argument("--list", action="store_true",
                         help="show every data set, its size, its state and its terms")
     add_flags(parser, ("data_dir", "seeds", "max_bad", "pack"))
     given = vars(parser.parse_args(argv))
-    try:
-        specs = [data_set_spec(name) for name in given.pop("names")]
-    except ValueError as error:
-        parser.error(str(error))
-    specs = tuple(dict.fromkeys([*specs, *(DATA_SETS if given.pop("all", False) else ())]))
+    every = DATA_SETS if given.pop("all", False) else ()
+    specs = tuple(dict.fromkeys([*given.pop("names"), *every]))
     show = given.pop("list", False) or not specs
     settings = Settings(target="", sources=specs, **given)
     if show:

@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import json
+import sys
 
 from kd import values
 from kd.files import UserError, listed, one_field, read_json
@@ -26,16 +27,10 @@ MORE = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, status 2. rare: what --help leaves to --help-all."""
+    """Errors are one line, status 2."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
-        self.rare = []
-
-    def format_help(self):
-        for action in self.rare:
-            action.help = argparse.SUPPRESS
-        return super().format_help()
 
     def error(self, message):
         _, unknown, words = message.partition("unrecognized arguments: ")
@@ -47,19 +42,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_field(message)}{hint} (see --help)\n")
 
 
-class _HelpAll(argparse.Action):
-    """Shows the help with nothing left out."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.rare.clear()
-        parser.print_help()
-        parser.exit()
-
-
-def add_flags(parser, names, more=()):
+def add_flags(parser, names, more=(), shown=GROUPS):
     """Adds the flags of these settings, and those of `more` (as in MORE), to a parser, in their
-    groups. Returns those that are not everyday ones."""
-    rare = []
+    groups. shown: the groups that --help has."""
     for group in GROUPS:
         of_group = {name: FIELDS[name].metadata["flag"] for name in FLAGS if name in names
                     and FIELDS[name].metadata["group"] == group}
@@ -67,22 +52,8 @@ def add_flags(parser, names, more=()):
         inside = parser.add_argument_group(group) if of_group else None
         for name, flag in of_group.items():
             words = [_flag_of(name), *(["--seed"] if name == "seeds" else [])]
-            action = inside.add_argument(*words, dest=name, **_for_argparse(flag))
-            rare += [action] if group != GROUPS[0] else []
-    return rare
-
-
-def _for_argparse(flag):
-    """The same keywords; what a parser raises is the sentence that argparse shows."""
-    if "type" not in flag:
-        return {name: value for name, value in flag.items() if value is not None}
-
-    def convert(text):
-        try:
-            return flag["type"](text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return flag | {"type": convert}
+            hidden = {} if group in shown else {"help": argparse.SUPPRESS}
+            inside.add_argument(*words, dest=name, **flag | hidden)
 
 
 def _flag_of(name):
@@ -104,8 +75,9 @@ def parser_of(script, description):
     parser = Parser(prog=f"{script}.py", description=summary,
                     epilog="\n".join(["examples:", *commands]),
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show every flag and exit")
-    parser.rare = add_flags(parser, flags_of(script), MORE.get(script, {}))
+    parser.add_argument("--help-all", action="help", help="show every flag and exit")
+    add_flags(parser, flags_of(script), MORE.get(script, {}),
+              GROUPS if "--help-all" in sys.argv else GROUPS[:1])
     return parser
 
 

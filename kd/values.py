@@ -1,7 +1,8 @@
-"""Values of settings: parsers of their texts. Each raises ValueError with what is wrong."""
+"""Values of settings: parsers of their texts. Each raises Wrong, which argparse shows."""
 import json
 import os
 import re
+from argparse import ArgumentTypeError as Wrong
 from pathlib import Path
 
 HUB, HF = "hub:", "hf:"
@@ -46,7 +47,7 @@ def _number(kind, right, what):
         except ValueError:
             value = None
         if value is None or not right(value):
-            raise ValueError(f"'{text}' is not a {what}")
+            raise Wrong(f"'{text}' is not a {what}")
         return value
     return parse
 
@@ -67,14 +68,14 @@ edge = _number(int, lambda x: 1 <= x <= LARGEST, f"number of pixels from 1 to {L
 
 def threshold(text):
     if text != "published" and not share(text):
-        raise ValueError("a threshold of 0 lets nothing pass")
+        raise Wrong("a threshold of 0 lets nothing pass")
     return text if text == "published" else share(text)
 
 
 def path(text):
     """An absolute spelling; links stay as they are, so that people recognise their paths."""
     if not text:        # of a shell variable that is not set
-        raise ValueError("no path is given")
+        raise Wrong("no path is given")
     return str(Path(text).expanduser().absolute())
 
 
@@ -84,7 +85,7 @@ def data_set_spec(text):
     text = f"{text.rpartition('/')[2]}={text}" if text.startswith(HF) and "/" in text else text
     name, equals, where = text.partition("=")
     if not plain(name) or (equals and not where):
-        raise ValueError(f"'{text}' is neither NAME nor NAME=PATH (a comma separates data sets)")
+        raise Wrong(f"'{text}' is neither NAME nor NAME=PATH (a comma separates data sets)")
     where = where if where.startswith(HF) else equals and path(where)
     return f"{name}{equals}{where}"
 
@@ -95,7 +96,7 @@ def list_of(item, what):
         items = tuple(item(each.strip()) for each in text.split(",") if each.strip())
         names = [name_of(each) if isinstance(each, str) else each for each in items]
         if not items or len(set(names)) < len(names):
-            raise ValueError(f"the same {what} is given twice" if items else f"no {what} is given")
+            raise Wrong(f"the same {what} is given twice" if items else f"no {what} is given")
         return items
     return parse
 
@@ -127,11 +128,11 @@ def augment(text):
     parts = [part.partition(":") for part in text.split(",") if text != "none"]
     names = [name for name, _, _ in parts]
     if len(set(names)) < len(names) or not set(names) <= set(AUGMENTATIONS):
-        raise ValueError(f"'{text}' is neither none nor some of {','.join(AUGMENTATIONS)}")
+        raise Wrong(f"'{text}' is neither none nor some of {','.join(AUGMENTATIONS)}")
     for name, colon, strength in parts:
         most = {"rotate": 180, "colour": 5, "tint": 5}.get(name, 1)
         if colon and (name in FIXED or positive(strength) > most):
-            raise ValueError(f"'{name}:{strength}' is not a strength of {name}")
+            raise Wrong(f"'{name}:{strength}' is not a strength of {name}")
     return text
 
 
@@ -142,7 +143,7 @@ def _three(least):
         except ValueError:
             values = ()
         if len(values) != 3 or not all(least <= value <= 1 for value in values):
-            raise ValueError(f"'{text}' is not three numbers up to 1, one per colour")
+            raise Wrong(f"'{text}' is not three numbers up to 1, one per colour")
         return values
     return parse
 
@@ -155,19 +156,19 @@ def classes(text):
     number."""
     if text.isdecimal():
         if not 2 <= int(text) <= 10 ** 6:
-            raise ValueError(f"{text} is not a number of classes")
+            raise Wrong(f"{text} is not a number of classes")
         return int(text)
     if text[:1] != "[" and not os.path.isfile(text):
-        raise ValueError(f"'{text}' is neither a number nor a file with one class per line")
+        raise Wrong(f"'{text}' is neither a number nor a file with one class per line")
     try:
         content = text if text[:1] == "[" else Path(text).read_text("utf-8-sig")
         names = json.loads(content) if content.lstrip()[:1] == "[" else content.splitlines()
     except ValueError:
-        raise ValueError(f"{text} is not UTF-8 text with one class per line") from None
+        raise Wrong(f"{text} is not UTF-8 text with one class per line") from None
     seen, unique = {}, []       # ImageNet has two cranes: the second becomes "crane (2)"
     for name in filter(None, (str(name).strip() for name in names)):
         seen[name] = seen.get(name, 0) + 1
         unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     if len(unique) < 2:
-        raise ValueError(f"{text} names fewer than two classes")
+        raise Wrong(f"{text} names fewer than two classes")
     return tuple(unique)
