@@ -187,7 +187,7 @@ def predict(classifier, images, rows=None, device=CPU, label="evaluating",
     tensor = resident(images, device)
     rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
     batches = rows.split(evaluation_batch(classifier))
-    batches = batches[slice(*share_of(len(batches)))]
+    batches = batches[share_of(len(batches))]
     progress, parts, unreleased = Progress(label, sum(map(len, batches))), [], 0
     remedy = "Use a smaller network, or --device cpu."
     with enough_memory(label, device, remedy), contextlib.closing(progress):

@@ -89,13 +89,9 @@ def on_all_ranks(stage):
     return waiting
 
 
-class _Alone:
-    now = False
-
-
 def working_here():
     """Processes of this machine that work now: while the first one does alone, the others wait."""
-    return 1 if _Alone.now or working_alone else here()
+    return 1 if working_alone else here()
 
 
 def first_alone(make):
@@ -103,11 +99,8 @@ def first_alone(make):
     if rank():
         wait()
         return make()
-    _Alone.now = True
-    try:
+    with alone():
         made = make()
-    finally:
-        _Alone.now = False
     wait()
     return made
 
@@ -120,22 +113,14 @@ def gathered(value):
     return values
 
 
-def share_of(count, part=None):
-    """The contiguous part of `count` things that is this process's: (start, stop).
-
-    part: (rank, world size), default this process's.
-    """
-    number, processes = part or (rank(), world_size())
-    return number * count // processes, (number + 1) * count // processes
+def share_of(count):
+    """The slice of `count` things that is this process's."""
+    return slice(rank() * count // world_size(), (rank() + 1) * count // world_size())
 
 
-def agreed(*numbers):
-    """The largest of each of these numbers that any process has."""
-    if not _together():
-        return list(numbers)
-    found = torch.tensor(numbers, dtype=torch.int64)
-    distributed.all_reduce(found, distributed.ReduceOp.MAX)
-    return found.tolist()
+def agreed(number):
+    """The largest of these numbers that any process has."""
+    return max(gathered(int(number)))
 
 
 def summed(tensor):

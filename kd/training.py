@@ -194,7 +194,7 @@ def train_one_epoch(state, images, batches, objective, recipe, seed, device, kee
     state.classifier.train()
     state.compile(recipe.compile, device)
     allow_tf32(True)
-    mine = slice(*share_of(len(batches[0])))        # this process's share of every batch
+    mine = share_of(len(batches[0]))    # this process's share of every batch
     weight = (mine.stop - mine.start) * world_size() / len(batches[0])
     # Two copies an epoch: where a step indexes the images, and where the objective indexes labels.
     count, order = len(batches[0]), torch.cat(batches)
@@ -299,7 +299,7 @@ class _Keeper:
         looks = 1 if self.device.type == "cpu" else CHECK_STEPS
         stop = interrupted()
         if world_size() > 1:
-            stop = agreed(stop)[0] if last or state.step % AGREE_STEPS == 0 else 0
+            stop = agreed(stop) if last or state.step % AGREE_STEPS == 0 else 0
         if stop or last or len(self.losses) >= looks:
             self._require_finite()
         if stop or last or state.step % ROUND == 0:
@@ -342,7 +342,7 @@ class _Keeper:
     def _save(self, always=False):
         """Saves everything, where that is worth its time."""
         due = always or time.monotonic() - self.saved >= SAVE_INTERVAL
-        if not agreed(due)[0]:
+        if not agreed(due):
             return
         self._tick()
         self.watch.checkpoint.save(self.state.state())
