@@ -176,10 +176,32 @@ def in_blocks(answers, device):
         yield [torch.cat(column).cpu() for column in zip(*block, strict=True)]
 
 
+def columns_of(classifier, batches, device, then, label, total):
+    """The columns that then(logits) makes of all batches, as in `answered`: [(N, ...) array]. Of
+    several processes all return those of all, one process after the other.
+
+    total: images in the batches, at most. Each column is made once, so that ten million images are
+    held a single time."""
+    progress, columns, done = Progress(label, total), [], 0
+    remedy = "Use a smaller network, or --device cpu."
+    with enough_memory(label, device, remedy), contextlib.closing(progress):
+        for values in in_blocks(answered(classifier, batches, device, then), device):
+            values, start = [value.numpy() for value in values], done
+            done += len(values[0])
+            columns = columns or [np.empty((total, *value.shape[1:]), value.dtype)
+                                  for value in values]
+            for column, value in zip(columns, values, strict=True):
+                column[start:done] = value
+            progress.update(done - start)
+    parts = [part for part in gathered([column[:done] for column in columns]) if part]
+    return parts[0] if len(parts) == 1 else [
+        np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
 def predict(classifier, images, rows=None, device=CPU, label="evaluating",
-            then=None):
-    """Logits of images, (n, C) float32 on the CPU; with `then`, as in `answered`, the columns
-    that it makes of the logits instead, so that nothing larger than they are is kept.
+            then=lambda logits: (logits,)):
+    """The only column, (n, ...), that then(logits) makes of images, on the CPU: their logits,
+    (n, C) float32, unless another `then` is given.
 
     images: (N, H, W, 3) uint8, array or tensor. rows: (n,) int64, default all. Of several
     processes each answers for a part of the batches, which are those of one process, and all
@@ -188,21 +210,13 @@ def predict(classifier, images, rows=None, device=CPU, label="evaluating",
     rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
     batches = rows.split(evaluation_batch(classifier))
     batches = batches[share_of(len(batches))]
-    progress, parts, unreleased = Progress(label, sum(map(len, batches))), [], 0
-    remedy = "Use a smaller network, or --device cpu."
-    with enough_memory(label, device, remedy), contextlib.closing(progress):
-        picked = (tensor[batch.to(tensor.device)] for batch in batches)
-        values = answered(classifier, picked, device, then or (lambda logits: (logits,)))
-        for columns in in_blocks(values, device):
-            parts.append(columns)
-            progress.update(len(columns[0]))
-            unreleased += len(columns[0]) * tensor[:1].nbytes
-            if unreleased > READ_AT_ONCE:
-                release_pages(images)
-                unreleased = 0
-    parts = [part for of_rank in gathered(parts) for part in of_rank]
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return columns if len(columns) > 1 else columns[0]
+
+    def picked():
+        for batch in batches:
+            yield tensor[batch.to(tensor.device)]
+            release_pages(images)
+    column, = columns_of(classifier, picked(), device, then, label, sum(map(len, batches)))
+    return torch.from_numpy(column)
 
 
 def answers(classifier, images, rows=None, device=CPU, label="evaluating"):

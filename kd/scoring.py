@@ -17,7 +17,6 @@ from kd.evaluation import saved_split
 from kd.files import UserError, digest, file_digest, listed, say, write_atomically
 from kd.own import import_file
 from kd.processes import first_alone, gathered, on_all_ranks, rank, world_size
-from kd.progress import Progress
 from kd.run import open_stage
 from kd.thresholds import share_threshold
 from kd.values import name_of, name_of_approach, name_of_arch
@@ -85,9 +84,7 @@ def score_batches(teacher, source, rows, criteria, device, label):
     source: what has `batches` (kd/packing.py); rows: as there. Of several processes each answers
     for a part of the batches, and all return the whole."""
     import torch
-    weight = models.head_weight(teacher)
-    most = len(source) if rows is None else len(rows)
-    progress, index, columns, done = Progress(label, most), [], None, 0
+    weight, index = models.head_weight(teacher), []
 
     def pixels():
         batch_size = engine.evaluation_batch(teacher)
@@ -98,31 +95,14 @@ def score_batches(teacher, source, rows, criteria, device, label):
     def of_logits(logits):
         scores = (criterion.score(logits, weight) for criterion in criteria.values())
         return logits.topk(2, 1).indices[:, 0], logits.isfinite().all(1), *scores
-    with engine.enough_memory(label, device, "Use a smaller network, or --device cpu."):
-        answers = engine.answered(teacher, pixels(), device, of_logits)
-        for values in engine.in_blocks(answers, device):
-            if columns is None:     # made once: ten million images are held a single time
-                columns = [np.empty(most, value.numpy().dtype) for value in values]
-            stop = done + len(values[0])
-            for column, value in zip(columns, values, strict=True):
-                column[done:stop] = value.numpy()
-            progress.update(stop - done)
-            done = stop
-    progress.close()
-    mine = [] if columns is None else [np.concatenate(index), *(each[:done] for each in columns)]
-    index, predicted, finite, *scores = _joined([each for each in gathered(mine) if each])
+    predicted, finite, *scores = engine.columns_of(
+        teacher, pixels(), device, of_logits, label, len(source) if rows is None else len(rows))
+    index = np.concatenate([numbers for part in gathered(index) for numbers in part])
     named = dict(zip(("predicted", "index", *criteria), (predicted, index, *scores), strict=True))
     left_out = int((~finite).sum())
     if left_out:
         named = {name: column[finite] for name, column in named.items()}
     return named, left_out
-
-
-def _joined(parts):
-    """The columns of all parts, one after the other. [[(n,), ...], ...] -> [(N,), ...]"""
-    if len(parts) == 1:
-        return parts[0]
-    return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
 
 @on_all_ranks
