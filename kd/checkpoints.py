@@ -8,7 +8,7 @@ from kd.classifier import CENTERED
 from kd.files import UserError, file_digest, listed, write_atomically
 from kd.models import build, require_logits
 from kd.settings import IMAGE_SIZE
-from kd.state_dicts import fit, is_ours, read_file, say_once, sound, weights_file
+from kd.state_dicts import fit, is_ours, read_file, say_once, weights_file
 from kd.values import HUB, is_own
 
 
@@ -33,7 +33,10 @@ def save(path, classifier, **figures):
 def load(path, arch=None):
     """The Classifier of a checkpoint of this project, in eval mode. arch: FILE.py:FACTORY where the
     user's own network lies now."""
-    content = _named(sound(read_file(path), path), path, arch)
+    content = read_file(path)
+    if not is_ours(content):
+        raise UserError(f"{path} is damaged, or not a checkpoint of this project.")
+    content = _named(content, path, arch)
     classifier = build(content["arch"], content["classes"], "none",
                        content["input_size"], content["mean"], content["std"])
     fit(classifier.network, content["state_dict"], path, content["arch"])
@@ -61,7 +64,7 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
     """
     content, origin = read_file(path), "as it says"
     if is_ours(content):
-        ours = _named(sound(content, path), path, arch)
+        ours = _named(content, path, arch)
         known, state = ours["classes"], ours["state_dict"]
         stated = ours["input_size"], ours["mean"], ours["std"]
         wrong = (f"holds a {ours['arch']}, not a {arch}. Leave --teacher-arch out"

@@ -11,7 +11,7 @@ from kd.classifier import CENTERED, Classifier
 from kd.files import UserError, first_line, listed, say
 from kd.settings import IMAGE_SIZE
 from kd.small_conv import SmallInputConv2d
-from kd.state_dicts import fit, is_ours, read_file, say_once, sound, tensors_of
+from kd.state_dicts import fit, is_ours, read_file, say_once, tensors_of
 from kd.values import is_own, name_of_arch
 
 ENOUGH_SHARED = 0.5     # of a student's parameters, for a start from the teacher's
@@ -51,12 +51,12 @@ def _from_file(path, arch, classes, given):
     """A network that starts from the weights in a file, which may know other classes."""
     content, origin = read_file(path), "assumed"
     if is_ours(content):
-        ours, origin = sound(content, path), "as it says"
-        _refuse(path, ours["arch"] != arch and not (is_own(arch) and is_own(ours["arch"])) and
-                f"holds a {ours['arch']}, not a {arch}")
-        given = [value or ours[key] for value, key in
+        theirs, origin = content["arch"], "as it says"
+        _refuse(path, theirs != arch and not (is_own(arch) and is_own(theirs)) and
+                f"holds a {theirs}, not a {arch}")
+        given = [value or content[key] for value, key in
                  zip(given, ("input_size", "mean", "std"), strict=True)]
-        content = ours["state_dict"]
+        content = content["state_dict"]
     classifier = build(arch, classes, "none", *given)
     head = f".{_head(classifier)}.weight"
     rows = [len(value) for name, value in tensors_of(content) if f".{name}".endswith(head)]

@@ -92,17 +92,9 @@ def _unpickled(file):
 
 
 def is_ours(content):
-    return isinstance(content, dict) and set(content) >= OURS.keys()
-
-
-def sound(content, path):
-    """`content`, if it is that of a checkpoint of this project; else raises UserError."""
-    wrong = [key for key, kind in OURS.items() if not isinstance(content.get(key), kind)] if (
-        isinstance(content, dict)) else OURS
-    if wrong:
-        raise UserError(f"{path} is damaged, or not a checkpoint of this project: it lacks "
-                        f"{listed(list(wrong))}.")
-    return content
+    """Whether it is what a checkpoint of this project holds."""
+    return isinstance(content, dict) and all(
+        isinstance(content.get(key), kind) for key, kind in OURS.items())
 
 
 # --------------------------------------------------------------------------------------------------
