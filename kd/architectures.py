@@ -4,7 +4,6 @@ import functools
 import inspect
 import itertools
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -16,22 +15,13 @@ from kd.files import UserError, first_line
 from kd.own import import_file, running_own
 from kd.settings import IMAGE_SIZE
 from kd.state_dicts import fit
-from kd.values import HUB, is_own
+from kd.values import HUB, is_own, is_pretrained
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
 INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
                **dict.fromkeys(("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"), 224)}
 AT_LEAST = ("inception_v3", "alexnet")      # which take more as well
 TIMM = "timm:"
-
-
-def is_pretrained(weights):
-    """Whether they are ImageNet's: "imagenet", or a name that torchvision has for its own."""
-    return bool(re.fullmatch(r"imagenet|DEFAULT|IMAGENET1K_\w+", weights))
-
-
-def is_file(weights):
-    return weights not in ("none", "teacher", "auto") and not is_pretrained(weights)
 
 
 def input_size_of(arch, image_size=IMAGE_SIZE):

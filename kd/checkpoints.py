@@ -3,13 +3,13 @@ import io
 
 import torch
 
-from kd.architectures import TIMM, input_size_of, is_file, timm_settings
+from kd.architectures import TIMM, input_size_of, timm_settings
 from kd.classifier import CENTERED
 from kd.files import UserError, file_digest, listed, write_atomically
 from kd.models import build, require_logits
 from kd.settings import IMAGE_SIZE
 from kd.state_dicts import fit, is_ours, read_file, say_once, weights_file
-from kd.values import HUB, is_own
+from kd.values import HUB, is_file, is_own
 
 
 def files_of(arch, *files):

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd.architectures import TIMM, input_size_of, is_file, is_pretrained, make_network, why_missing
+from kd.architectures import TIMM, input_size_of, make_network, why_missing
 from kd.classifier import CENTERED, Classifier
 from kd.files import UserError, first_line, listed, say
 from kd.settings import IMAGE_SIZE
 from kd.small_conv import SmallInputConv2d
 from kd.state_dicts import fit, is_ours, read_file, say_once, tensors_of
-from kd.values import is_own, name_of_arch
+from kd.values import is_file, is_own, is_pretrained, name_of_arch
 
 ENOUGH_SHARED = 0.5     # of a student's parameters, for a start from the teacher's
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

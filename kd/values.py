@@ -111,9 +111,17 @@ def arch(text):
     return f"{path(file)}:{factory}" if file.endswith(".py") else text
 
 
+def is_pretrained(weights):
+    """Whether they are ImageNet's: "imagenet", or a name that torchvision has for its own."""
+    return bool(re.fullmatch(r"imagenet|DEFAULT|IMAGENET1K_\w+", weights))
+
+
+def is_file(weights):
+    return weights not in ("none", "teacher", "auto") and not is_pretrained(weights)
+
+
 def weights(text):
-    named = re.fullmatch(r"none|imagenet|teacher|auto|DEFAULT|IMAGENET1K_\w+", text)
-    return text if named else path(text)
+    return path(text) if is_file(text) else text
 
 
 def augmentations(text):
