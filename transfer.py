@@ -41,12 +41,9 @@ from kd.settings import DATA_FREE_SIZE, DRAWN_BY_WEIGHT, EATS_SOURCES
 from kd.thresholds import passes
 from kd.values import name_of_approach
 
-NO_SET = ("{} has no transfer set: it learns from the target's labelled images. Run "
-          "`python distill.py --approach supervised`.")
 MANIFEST = ["source", "index", "file", "predicted", "score"]
 FAR = 0.5           # of the classes: near pools spread over 0.9, far ones over a third
 MOST_OFTEN = 8      # times that an image may come for each time that it would come by chance
-
 
 
 # --------------------------------------------------------------------------------------------------
@@ -64,18 +61,11 @@ def fill_buckets(predicted, eligible, bucket, preference=None):
     labels = predicted[candidates]
     # Numbers of few bytes are sorted by counting, in linear time.
     labels = labels.astype(np.min_scalar_type(labels.max(initial=0)))
-    order = np.argsort(labels, kind="stable")
-    of_class = np.split(candidates[order], np.flatnonzero(np.diff(labels[order])) + 1)
-    taken = [candidates[:0]]
-    for members in of_class if len(candidates) else ():
-        if preference is not None and 0 < bucket < len(members):
-            values = preference[members]
-            last = np.partition(values, bucket - 1)[bucket - 1]     # the largest that is taken
-            better = values < last
-            better[np.flatnonzero(values == last)[:bucket - better.sum()]] = True
-            members = members[better]
-        taken.append(members[:max(bucket, 0)])
-    return np.sort(np.concatenate(taken))
+    order = np.argsort(labels, kind="stable") if preference is None else (
+        np.lexsort((preference[candidates], labels)))
+    counts = np.bincount(labels)
+    place = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)   # in its class
+    return np.sort(candidates[order[place < bucket]])
 
 
 @dataclass(frozen=True)
@@ -323,7 +313,8 @@ def main(argv):
     run, given = open_stage(argv, "transfer", __doc__)
     settings, approach = run.settings, name_of_approach(given["approach"])
     if approach == "supervised":
-        raise UserError(NO_SET.format(approach))
+        raise UserError("supervised has no transfer set: it learns from the target's labelled "
+                        "images. Run `python distill.py --approach supervised`.")
     device = engine.pick_device(settings.device)
     scoring = Scoring(run, device, data)
     first_alone(lambda: data.obtain(settings))
