@@ -51,12 +51,12 @@ def add_flags(parser, names, more=(), shown=GROUPS):
         of_group |= {name: more[name][1] for name in more if more[name][0] == group}
         inside = parser.add_argument_group(group) if of_group else None
         for name, flag in of_group.items():
-            words = [_flag_of(name), *(["--seed"] if name == "seeds" else [])]
+            words = [flag_of(name), *(["--seed"] if name == "seeds" else [])]
             hidden = {} if group in shown else {"help": argparse.SUPPRESS}
             inside.add_argument(*words, dest=name, **flag | hidden)
 
 
-def _flag_of(name):
+def flag_of(name):
     return f"--{name.replace('_', '-')}"
 
 
@@ -88,7 +88,7 @@ def parse(argv, script, description, stored=None):
     given = vars(parser.parse_args([*(stored or ()), *argv]))
     for name, value in given.items():
         if isinstance(value, list):         # what argparse makes of --name=--
-            parser.error(f"argument {_flag_of(name)}: expected one argument")
+            parser.error(f"argument {flag_of(name)}: expected one argument")
     if "steps" in given and "epochs" in given:
         parser.error("--steps and --epochs contradict each other: give one of them")
     if "config" in given and stored is None:
@@ -103,12 +103,12 @@ def words_of(settings, given):
         if name not in FLAGS or value is None or name in ("run_dir", "restart", "restart_from"):
             continue
         if FIELDS[name].metadata["flag"].get("action"):
-            words.append(_flag_of(name if value else f"no_{name}"))
+            words.append(flag_of(name if value else f"no_{name}"))
         elif name == "classes" and isinstance(value, tuple):
             words.append(f"--classes={json.dumps(value)}")
         else:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            words.append(f"{_flag_of(name)}={text}")
+            words.append(f"{flag_of(name)}={text}")
     return words
 
 
@@ -123,10 +123,10 @@ def read_words(path):
 def stored_words(path, given, script):
     """The words of a config.json that are flags here, less those whose flag (of --steps and
     --epochs either) is given. Raises UserError where they name code that `given` does not."""
-    replaced = {_flag_of(name) for name in given}
+    replaced = {flag_of(name) for name in given}
     if {"--steps", "--epochs"} & replaced:
         replaced |= {"--steps", "--epochs"}
-    known = {_flag_of(name) for name in flags_of(script)} - replaced
+    known = {flag_of(name) for name in flags_of(script)} - replaced
     known |= {flag.replace("--", "--no-", 1) for flag in known}     # of a switch
     words = [word for word in read_words(path) if word.partition("=")[0] in known]
     code = [word for word in words if is_own(word.partition("=")[2]) or any(

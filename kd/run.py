@@ -24,7 +24,7 @@ from kd.files import (
     say,
     write_sealed,
 )
-from kd.flags import USES, parse, stored_words, words_of
+from kd.flags import USES, flag_of, parse, stored_words, words_of
 from kd.settings import FIELDS, STAGES, resolve
 from kd.values import name_of
 
@@ -126,11 +126,15 @@ class Run:
                             f"`{command}{flags}`.")
         return content
 
+    @property
+    def restarted(self):
+        """The stages whose files --restart or --restart-from takes away."""
+        first = "teacher" if self.settings.restart else self.settings.restart_from
+        return STAGES[STAGES.index(first):] if first else ()
+
     def has(self, name):
-        """Whether a file is there that no --restart takes away."""
-        cleared = [path for pattern in self._cleared() for path in self.path.glob(pattern)]
-        path = self / name
-        return path.exists() and not any(path.is_relative_to(each) for each in cleared)
+        """Whether a product is there that no --restart takes away."""
+        return (self / name).exists() and stage_of(name) not in self.restarted
 
     def require_same(self, name, content, now):
         """Raises UserError where a product was made from something else than `now`, with every key
@@ -140,10 +144,10 @@ class Run:
         if not changed:
             return
         flags = [key for key in changed if key in FIELDS or key == "seed"]
-        was = [f"{_flag(key)} {_text(before.get(key))}" for key in flags]
+        was = [f"{flag_of(key)} {_text(before.get(key))}" for key in flags]
         was += [f"another version of its {key.replace('_', ' ')}" for key in changed
                 if key not in flags]
-        new = ", ".join(f"{_flag(key)} {_text(now[key])}" for key in flags)
+        new = ", ".join(f"{flag_of(key)} {_text(now[key])}" for key in flags)
         raise UserError(
             f"{self / name} was made with {', '.join(was)}{f', not {new}' if new else ''}. To make "
             f"it again, add --restart-from {stage}, which keeps what comes before, or choose "
@@ -183,16 +187,11 @@ class Run:
                 "seed": self.settings.seed, "device": device.type,
                 "command": words_of(self.settings, given)} | environment())
 
-    def _cleared(self):
-        """Patterns of what --restart or --restart-from takes away."""
-        first = "teacher" if self.settings.restart else self.settings.restart_from
-        stages = STAGES[STAGES.index(first):] if first else ()
-        patterns = [pattern for stage in stages for pattern in MADE_BY[stage]]
-        return patterns + ["config.json"] if self.settings.restart else patterns
-
     def _clear(self):
         """Deletes what is to be made again, and nothing else that may lie in the folder."""
-        made = [path for pattern in self._cleared() for path in sorted(self.path.glob(pattern))]
+        patterns = [pattern for stage in self.restarted for pattern in MADE_BY[stage]]
+        patterns += ["config.json"] * self.settings.restart
+        made = [path for pattern in patterns for path in sorted(self.path.glob(pattern))]
         settings = self.settings
         given = [settings.teacher_checkpoint, settings.teacher_weights, settings.student_weights,
                  *settings.criteria]
@@ -206,10 +205,6 @@ class Run:
             say(f"Deleting {listed(names)} in {self.path}.")
         for path in made:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _flag(name):
-    return f"--{name.replace('_', '-')}"
 
 
 def _text(value):

@@ -127,20 +127,20 @@ def weights(text):
 def augmentations(text):
     """{name: strength} of "none", or of some of AUGMENTATIONS joined by commas, NAME or
     NAME:STRENGTH."""
-    parts = [part.partition(":") for part in text.split(",") if text != "none"]
-    return {name: float(strength) if colon else AUGMENTATIONS[name]
-            for name, colon, strength in parts}
-
-
-def augment(text):
-    parts = [part.partition(":") for part in text.split(",") if text != "none"]
-    names = [name for name, _, _ in parts]
-    if len(set(names)) < len(names) or not set(names) <= set(AUGMENTATIONS):
-        raise Wrong(f"'{text}' is neither none nor some of {','.join(AUGMENTATIONS)}")
-    for name, colon, strength in parts:
+    found = {}
+    for part in text.split(",") if text != "none" else ():
+        name, colon, strength = part.partition(":")
+        if name in found or name not in AUGMENTATIONS:
+            raise Wrong(f"'{text}' is neither none nor some of {','.join(AUGMENTATIONS)}")
         most = {"rotate": 180, "colour": 5, "tint": 5}.get(name, 1)
         if colon and (name in FIXED or positive(strength) > most):
             raise Wrong(f"'{name}:{strength}' is not a strength of {name}")
+        found[name] = float(strength) if colon else AUGMENTATIONS[name]
+    return found
+
+
+def augment(text):
+    augmentations(text)
     return text
 
 
