@@ -4,11 +4,11 @@
 after each step and each epoch."""
 import copy
 import io
+import math
 import time
 import zipfile
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from kd.augment import augment, shuffled_batches, step_generator
@@ -78,6 +78,11 @@ class Training:
         return len(self.history)
 
     @property
+    def done(self):
+        """Steps, over all epochs."""
+        return self.epoch * self.per_epoch + self.step
+
+    @property
     def batches_left(self):
         """Batches of this epoch, the last of which may be a part of one."""
         return min(self.per_epoch, self.steps - self.epoch * self.per_epoch)
@@ -92,12 +97,11 @@ class Training:
         """Moves the average towards the weights and statistics of now. The decay warms up, so that
         a short training does not end as its beginning: min(decay, (1 + n) / (10 + n)) after n
         steps."""
-        done = self.epoch * self.per_epoch + self.step
         pairs = list(zip(self.average.state_dict().values(), self.classifier.state_dict().values(),
                          strict=True))
         means = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_(*map(list, zip(*means, strict=True)),
-                             1 - min(decay, (1 + done) / (10 + done)))
+                             1 - min(decay, (1 + self.done) / (10 + self.done)))
         for kept, value in pairs:
             if not kept.is_floating_point():
                 kept.copy_(value)
@@ -105,8 +109,7 @@ class Training:
     def compile(self, wanted, device):
         """Compiles the network for the steps that are left, on CUDA into graphs that cost the host
         no time. wanted: whether; None: on CUDA, once it pays."""
-        done = self.epoch * self.per_epoch + self.step
-        left = (self.steps - done) / max(1, done) * self.seconds
+        left = (self.steps - self.done) / max(1, self.done) * self.seconds
         pays = wanted is None and device.type == "cuda" and left > COMPILING_PAYS
         if (wanted or pays) and not hasattr(self.network, "_orig_mod"):
             torch._dynamo.config.suppress_errors = wanted is None   # what nobody asked for
@@ -165,7 +168,7 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
     with orderly(), enough_memory(watch.label, device, remedy):
         classifier.to(device)
         state = Training.begin(classifier, len(rows), recipe, device)
-        keeper = _Keeper(state, recipe, watch, min(recipe.batch_size, len(rows)), device)
+        keeper = _Keeper(state, watch, min(recipe.batch_size, len(rows)), device)
         tensor, rows = resident(images, device), torch.as_tensor(rows)
         weights = None if weights is None else torch.as_tensor(weights)
         while state.epoch * state.per_epoch < state.steps:
@@ -277,15 +280,15 @@ class Checkpoint:
 class _Keeper:
     """Called after each step and each epoch of a Training."""
 
-    def __init__(self, state, recipe, watch, batch_size, device):
+    def __init__(self, state, watch, batch_size, device):
         self.state, self.watch, self.device = state, watch, device
         saved = watch.checkpoint.load(device)
         if saved is not None:
             state.restore(saved)
         self.epochs = -(-state.steps // state.per_epoch)
-        done = state.epoch * state.per_epoch + state.step
-        self.progress = Progress(watch.label, state.steps * batch_size, done=done * batch_size)
-        self.board = open_board(watch.board, done)
+        self.progress = Progress(watch.label, state.steps * batch_size,
+                                 done=state.done * batch_size)
+        self.board = open_board(watch.board, state.done)
         self.losses, self.rates = [], []      # of the steps since they were last seen to be finite
         self.began = self.saved = time.monotonic()
 
@@ -295,16 +298,15 @@ class _Keeper:
         self.rates.append(state.rate)
         self.progress.update(len(views) * world_size(), self._figures)
         if state.step == 1 and state.epoch & (state.epoch + 1) == 0:        # epochs 1, 2, 4, 8, ...
-            self.board.views(state.epoch * state.per_epoch, views)
+            self.board.views(state.done - 1, views)
         looks = 1 if self.device.type == "cpu" else CHECK_STEPS
         stop = interrupted()
         if world_size() > 1:
             stop = agreed(stop) if last or state.step % AGREE_STEPS == 0 else 0
-        if stop or last or len(self.losses) >= looks:
-            self._require_finite()
-        if stop or last or state.step % ROUND == 0:
-            self._require_finite_weights()
-        if stop or (state.step % ROUND == 0 and not last):
+        end_of_round = state.step % ROUND == 0
+        if stop or last or end_of_round or len(self.losses) >= looks:
+            self._require_finite(stop or last or end_of_round)
+        if stop or end_of_round and not last:
             self._save(always=stop)
         if stop:
             self.close()
@@ -312,15 +314,14 @@ class _Keeper:
 
     def after_epoch(self):
         state, watch = self.state, self.watch
-        batches, position = state.batches_left, state.epoch * state.per_epoch
-        loss = summed(state.total).item() / batches / world_size()      # waits for the device
+        loss = summed(state.total).item() / state.step / world_size()   # waits for the device
         self._tick()
         share_buffers(state.classifier, state.result)
         reached = watch.evaluate(state.result) if watch.evaluate else None
+        self.board.epoch(state.done - 1, epoch_loss=loss, learning_rate=state.rate,
+                         confidence_accuracy=reached)
         state.history.append({"epoch": state.epoch + 1, "loss": loss, "lr": state.rate,
                               "confidence_accuracy": reached})
-        self.board.epoch(position + batches - 1, epoch_loss=loss, learning_rate=state.rate,
-                         confidence_accuracy=reached)
         state.total, state.step = torch.zeros((), device=self.device), 0
         self._save()
         self.began = time.monotonic()
@@ -348,25 +349,22 @@ class _Keeper:
         self.watch.checkpoint.save(self.state.state())
         self.saved = self.began = time.monotonic()
 
-    def _require_finite(self):
-        losses = torch.stack(self.losses).tolist()
-        position, first = self.state.epoch * self.state.per_epoch, self.state.step - len(losses)
-        for number, (loss, rate) in enumerate(zip(losses, self.rates, strict=True)):
-            if not np.isfinite(loss):
-                self._fail(f"the loss is {loss} at a learning rate of {rate:.3g}",
-                           first + number + 1)
-        self.board.losses(position + self.state.step - 1, self.losses)
+    def _require_finite(self, weights):
+        """weights: whether to look at them too, as a loss may be finite whose gradient is not."""
+        state, losses = self.state, torch.stack(self.losses).tolist()
+        wrong = [(f"the loss is {loss} at a learning rate of {rate:.3g}", step)
+                 for step, (loss, rate) in enumerate(zip(losses, self.rates, strict=True),
+                                                     state.step + 1 - len(losses))
+                 if not math.isfinite(loss)]
+        if weights and not wrong:
+            norms = torch._foreach_norm([each.detach() for each in state.classifier.parameters()])
+            if not torch.stack(norms).isfinite().all():
+                wrong = [("the weights are no longer finite", state.step)]
+        if wrong:
+            self.close()
+            what, step = wrong[0]
+            raise UserError(f"{self.watch.label}: {what} in step {step} of epoch "
+                            f"{state.epoch + 1}. Use {self.watch.remedy}.")
+        self.board.losses(state.done - 1, self.losses)
         self.losses.clear()
         self.rates.clear()
-
-    def _require_finite_weights(self):
-        """A loss may be finite whose gradient is not."""
-        parameters = [each.detach() for each in self.state.classifier.parameters()]
-        if not torch.stack(torch._foreach_norm(parameters)).isfinite().all():
-            self._fail("the weights are no longer finite", self.state.step)
-
-    def _fail(self, what, step):
-        self.close()
-        epoch = self.state.epoch + 1
-        raise UserError(f"{self.watch.label}: {what} in step {step} of epoch {epoch}. Use "
-                        f"{self.watch.remedy}.")
