@@ -66,7 +66,8 @@ def check_networks(settings, target):
     given = settings.teacher_checkpoint
     teacher = load_checkpoint(settings, target) if given else None
     if settings.student_weights == "teacher":
-        models.require_heir(settings.student_arch, teacher.arch if given else settings.teacher_arch)
+        models.inherit(models.build(settings.student_arch, ["a", "b"]), models.build(
+            teacher.arch if given else settings.teacher_arch, ["a", "b"]), required=True)
     if is_own(settings.student_arch):
         size = models.input_size_of(settings.student_arch, settings.image_size)
         student = models.build(settings.student_arch, target.classes or teacher.classes,

@@ -148,10 +148,7 @@ def new_student(run, weights, classes):
                                        settings.image_size)
     if inherits:
         teacher = checkpoints.load(run / "teacher.pt", settings.teacher_arch)
-        if weights == "teacher":
-            models.require_heir(settings.student_arch, teacher.arch)
-        share = models.inherit(student, teacher)
-        weights = "teacher" if share >= models.ENOUGH_SHARED else "none"
+        weights = "teacher" if models.inherit(student, teacher, weights == "teacher") else "none"
     return student, weights
 
 

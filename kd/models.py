@@ -174,9 +174,10 @@ def _put(network, name, module):
 
 
 @torch.no_grad()
-def inherit(student, teacher):
+def inherit(student, teacher, required=False):
     """Copies into a student what its teacher has under the same name, of the same shape, if that is
-    at least half of the student's parameters. Returns what share it is, in [0, 1].
+    at least half of the student's parameters. Returns whether; raises UserError where it is not,
+    though `required`.
 
     Of one family the shallower network gets the first blocks of each stage, and the head. A
     residual network without some blocks answers much as the whole one (arXiv 1605.06431).
@@ -186,17 +187,13 @@ def inherit(student, teacher):
               if name in known and known[name].shape == value.shape]
     sizes = {name: parameter.numel() for name, parameter in student.network.named_parameters()}
     share = sum(sizes.get(name, 0) for name in shared) / sum(sizes.values())
-    for name in shared if share >= ENOUGH_SHARED else ():
-        state[name].copy_(known[name])
-    return share
-
-
-def require_heir(student_arch, teacher_arch):
-    """Raises UserError unless a network of the one architecture can `inherit` from the other."""
-    share = inherit(build(student_arch, ["a", "b"]), build(teacher_arch, ["a", "b"]))
-    _refuse(name_of_arch(student_arch), share < ENOUGH_SHARED and
-            f"can't start from its teacher's weights: {name_of_arch(teacher_arch)} has {share:.0%} "
+    enough = share >= ENOUGH_SHARED
+    _refuse(name_of_arch(student.arch), required and not enough and
+            f"can't start from its teacher's weights: {name_of_arch(teacher.arch)} has {share:.0%} "
             "of them under the same names. Use --student-weights none")
+    for name in shared if enough else ():
+        state[name].copy_(known[name])
+    return enough
 
 
 @torch.no_grad()
