@@ -15,6 +15,7 @@ CIFAR10's test images, which `copies` shows.
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -89,12 +90,13 @@ def copies(target, *sources, most=5):
 
 
 def lines(folders):
-    """Prints a line for each student of each run folder."""
+    """Prints a line for each student of each run folder, POOL or POOL-SEED."""
     for folder in folders:
+        pool = re.sub(r"-\d+$", "", Path(folder).name)
         for record in Experiment(folder).records:
             for approach in record.approaches:
                 if approach in record.students:
-                    print(json.dumps(line(record, approach, Path(folder).name)))
+                    print(json.dumps(line(record, approach, pool)))
 
 
 def line(record, approach, pool):
