@@ -32,9 +32,10 @@ import numpy as np
 import data
 from kd import engine
 from kd.command import command
-from kd.files import UserError, digest, listed, say, write_atomically, write_text
+from kd.files import UserError, digest, say, write_atomically, write_text
 from kd.matching import draw, matched_weights, statistics
 from kd.processes import first_alone, on_all_ranks
+from kd.report import about_transfer_set
 from kd.run import open_stage
 from kd.scoring import Scoring
 from kd.settings import DATA_FREE_SIZE, DRAWN_BY_WEIGHT, EATS_SOURCES
@@ -300,13 +301,8 @@ def report_transfer_set(approach, summary):
     sources = ", ".join(f"{name} {count:,}" for name, count in summary["per_source"].items())
     say(f"transfer: {approach}, {summary['size']:,} images, {min(summary['per_class']):,} to "
         f"{max(summary['per_class']):,} per class, from {sources}")
-    if summary["below_threshold"]:
-        say("  let in below the threshold: " + listed([
-            f"{name} ({count:,})" for name, count in summary["below_threshold"].items()]))
-    if summary["shortfall"]:
-        bucket = summary["bucket"]
-        say(f"  classes with fewer than {bucket:,} images: " + listed([
-            f"{name} ({bucket - lack:,})" for name, lack in summary["shortfall"].items()]))
+    for sentence in about_transfer_set(summary):
+        say(f"  {sentence.replace('@', approach, 1)}")
 
 
 def main(argv):

@@ -66,13 +66,13 @@ def notes(experiment):
     for each in records:
         seed = f" (seed {each.settings.seed})" * (len(records) > 1)
         for approach, summary in each.summaries.items():
-            for sentence in _about_transfer_set(summary, each.students.get(approach)):
+            for sentence in about_transfer_set(summary, each.students.get(approach)):
                 said.setdefault(sentence, []).append(approach + seed)
     return found + [sentence.replace("@", listed(names), 1) for sentence, names in said.items()]
 
 
-def _about_transfer_set(summary, student):
-    """Sentences, with @ where the approach comes."""
+def about_transfer_set(summary, student=None):
+    """Sentences about it and about its student, with @ where the approach comes."""
     got = dict(zip(summary["classes"], summary["per_class"], strict=True))
     for words, counts in (
             (f"Classes with fewer than {summary['bucket']:,} images in @",

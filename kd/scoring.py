@@ -178,15 +178,10 @@ def make_thresholds(run, scores, criteria, classes):
 
 
 def report_thresholds(name, scoring):
-    named = list(zip(scoring.classes, scoring.thresholds[name], strict=True))
     side = "at least" if scoring.criteria[name].keeps_high else "at most"
-    said = [f"{label}: {'none' if math.isnan(value) else f'{value:.4g}'}" for label, value in named]
+    said = [f"{label}: {'none' if math.isnan(value) else f'{value:.4g}'}"
+            for label, value in zip(scoring.classes, scoring.thresholds[name], strict=True)]
     say(f"thresholds: {name}, {side} ({listed(said)})")
-    absent = [label for label, value in named if math.isnan(value)]
-    if absent:
-        on_target = scoring.run.settings.calibrate == "target"
-        say(f"  Classes that get no images: {listed(absent)}. The teacher never predicts them on "
-            f"the {'confidence set' if on_target else 'sources'}.")
 
 
 # --------------------------------------------------------------------------------------------------
