@@ -69,12 +69,9 @@ def train_teacher(run, target, device):
 
 def new_teacher(settings, classes):
     """The network before its training, checked on a few images."""
-    size = settings.teacher_size or models.input_size_of(settings.teacher_arch, settings.image_size)
-    teacher = first_alone(lambda: models.build(
-        settings.teacher_arch, classes, settings.teacher_weights, size, settings.teacher_mean,
-        settings.teacher_std))
-    return models.require_trainable(models.require_logits(teacher, settings.image_size),
-                                    settings.image_size)
+    return first_alone(lambda: models.untrained(
+        settings.teacher_arch, classes, settings.teacher_weights, settings.image_size,
+        settings.teacher_size, settings.teacher_mean, settings.teacher_std))
 
 
 def load_checkpoint(settings, target):

@@ -69,11 +69,8 @@ def check_networks(settings, target):
         models.inherit(models.build(settings.student_arch, ["a", "b"]), models.build(
             teacher.arch if given else settings.teacher_arch, ["a", "b"]), required=True)
     if is_own(settings.student_arch):
-        size = models.input_size_of(settings.student_arch, settings.image_size)
-        student = models.build(settings.student_arch, target.classes or teacher.classes,
-                               input_size=size)
-        models.require_trainable(models.require_logits(student, settings.image_size),
-                                 settings.image_size)
+        models.untrained(settings.student_arch, target.classes or teacher.classes, "none",
+                         settings.image_size)
     if not given and not is_own(settings.teacher_arch):
         return
     teacher = teacher or new_teacher(settings, target.classes)

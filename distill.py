@@ -141,11 +141,8 @@ def learned_from(run, approach, target):
 def new_student(run, weights, classes):
     """(The network before its training, "none", "teacher" or whatever its weights are)."""
     settings, inherits = run.settings, weights in ("teacher", "auto")
-    size = models.input_size_of(settings.student_arch, settings.image_size)
-    student = first_alone(lambda: models.build(settings.student_arch, classes,
-                                               "none" if inherits else weights, size))
-    student = models.require_trainable(models.require_logits(student, settings.image_size),
-                                       settings.image_size)
+    student = first_alone(lambda: models.untrained(
+        settings.student_arch, classes, "none" if inherits else weights, settings.image_size))
     if inherits:
         teacher = checkpoints.load(run / "teacher.pt", settings.teacher_arch)
         weights = "teacher" if models.inherit(student, teacher, weights == "teacher") else "none"

@@ -256,6 +256,13 @@ def require_logits(classifier, image_size=IMAGE_SIZE):
     return classifier
 
 
+def untrained(arch, classes, weights, image_size, input_size=None, mean=None, std=None):
+    """The network before its training, as of `build`, checked on a few images of `image_size`."""
+    classifier = build(arch, classes, weights, input_size or input_size_of(arch, image_size),
+                       mean, std)
+    return require_trainable(require_logits(classifier, image_size), image_size)
+
+
 def _shape(value):
     return tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
