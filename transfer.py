@@ -70,39 +70,6 @@ def fill_buckets(predicted, eligible, bucket, preference=None):
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """The scored images of all sources, one after the other.
-
-    names: of the sources; source: (N,) into names; index: (N,) int64, which image of its source;
-    scores: {"predicted" and each criterion: (N,)}.
-    """
-
-    names: tuple
-    source: np.ndarray
-    index: np.ndarray
-    scores: dict
-
-    @property
-    def predicted(self):
-        return self.scores["predicted"]
-
-    def __len__(self):
-        return len(self.source)
-
-
-def join(scores):
-    """Candidates from {source name: scores as of kd.scoring}, in that order."""
-    counts = [len(columns["predicted"]) for columns in scores.values()]
-    columns = dict(next(iter(scores.values())))
-    if len(scores) > 1:     # of one source alone nothing is copied
-        columns = {name: np.concatenate([each[name] for each in scores.values()])
-                   for name in columns}
-    index = columns.pop("index")
-    source = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
-    return Candidates(tuple(scores), source, index, columns)
-
-
-@dataclass(frozen=True)
 class Rules:
     """bucket: images per class; classes: how many there are; fill: "first", "random" or "best";
     floor: where fewer than this share of a bucket pass, the best ones below the threshold come in;
@@ -199,7 +166,7 @@ def make_transfer_set(run, approach, scoring, target_size):
     """
     scoring.require(approach)
     settings, classes = run.settings, scoring.classes
-    candidates, thresholds = join(scoring.candidates), scoring.thresholds
+    candidates, thresholds = scoring.candidates, scoring.thresholds
     bucket = bucket_size(settings.transfer_size, target_size, len(classes))
     # An approach without a criterion of its own shows the margin, for comparison.
     shown = approach if approach in scoring.criteria else (
@@ -288,10 +255,8 @@ def write_transfer_set(folder, scoring, candidates, chosen, shown, size):
 def report_pool(scoring):
     """Says how far the pool is from the target, as far as its images can tell."""
     settings, classes = scoring.run.settings, len(scoring.classes)
-    predicted = np.concatenate([each["predicted"] for each in scoring.candidates.values()])
-    found = evenness(predicted)
-    say(f"pool: {len(predicted):,} images, which the teacher spreads over {found:.1f} of {classes} "
-        "classes")
+    count, found = len(scoring.candidates), evenness(scoring.candidates.predicted)
+    say(f"pool: {count:,} images, which the teacher spreads over {found:.1f} of {classes} classes")
     if found < FAR * classes and settings.recipe == "best":
         say("  That is what a pool of another domain looks like: try the approach even, and, where "
             "the target is photographs, --recipe far (docs/results.md).")

@@ -60,11 +60,11 @@ def watched(classifier):
 
 def _blocks(scoring, classifier, shown, most=None):
     """Yields v, (n, D + C) float32, of the candidates in their order; of most `most`, evenly."""
-    count = sum(len(each["index"]) for each in scoring.candidates.values())
+    candidates, count = scoring.candidates, len(scoring.candidates)
     step = 1 if most is None else max(1, count // most)
     progress, share = Progress("matching", -(-count // step)), 1 / len(scoring.classes)
-    for name, source in scoring.sources.items():
-        rows = scoring.candidates[name]["index"][::step]
+    for number, source in enumerate(scoring.sources.values()):
+        rows = candidates.index[candidates.source == number][::step]
         batches = (torch.from_numpy(np.ascontiguousarray(pixels)) for pixels, _, _ in
                    source.batches(rows, engine.evaluation_batch(classifier)))
         for probabilities, in engine.answered(classifier, batches, scoring.device,
@@ -86,7 +86,7 @@ def statistics(scoring):
     if product.done:
         return np.load(path, mmap_mode="r")
     classifier = checkpoints.load(run / "teacher.pt", run.settings.teacher_arch).to(scoring.device)
-    count = sum(len(each["index"]) for each in scoring.candidates.values())
+    count = len(scoring.candidates)
 
     def write(file):
         with watched(classifier) as shown, torch.inference_mode():

@@ -138,6 +138,39 @@ def saved_scores(scoring, name, source, rows=None):
     return columns
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The scored images of all sources, one after the other.
+
+    names: of the sources; source: (N,) into names; index: (N,) int64, which image of its source;
+    scores: {"predicted" and each criterion: (N,)}.
+    """
+
+    names: tuple
+    source: np.ndarray
+    index: np.ndarray
+    scores: dict
+
+    @property
+    def predicted(self):
+        return self.scores["predicted"]
+
+    def __len__(self):
+        return len(self.source)
+
+
+def join(scores):
+    """Candidates from {source name: its scores}, in that order."""
+    parts = list(scores.values())
+    counts, columns = [len(part["predicted"]) for part in parts], dict(parts[0])
+    if len(parts) > 1:      # of one source alone nothing is copied
+        columns = {name: np.concatenate([part[name] for part in parts])
+                   for name in columns if all(name in part for part in parts)}
+    index = columns.pop("index")
+    source = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+    return Candidates(tuple(scores), source, index, columns)
+
+
 # --------------------------------------------------------------------------------------------------
 # Thresholds
 # --------------------------------------------------------------------------------------------------
@@ -231,8 +264,9 @@ class Scoring:
 
     @functools.cached_property
     def candidates(self):
-        """{source: its scores}, in the order of the settings."""
-        return {name: saved_scores(self, name, source) for name, source in self.sources.items()}
+        """Of all sources, in the order of the settings."""
+        return join({name: saved_scores(self, name, source)
+                     for name, source in self.sources.items()})
 
     @functools.cached_property
     def thresholds(self):
@@ -242,8 +276,7 @@ class Scoring:
             rows = train.rows[saved_split(self.run, len(train))[1]]
             scores = saved_scores(self, "confidence", train, rows)
         else:
-            parts = list(self.candidates.values())
-            scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            scores = self.candidates.scores
         return make_thresholds(self.run, scores, self.criteria, self.classes)
 
     def require(self, approach):

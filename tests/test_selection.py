@@ -9,7 +9,8 @@ from scipy.optimize import minimize
 from torch import nn
 
 from kd.matching import directions, draw, gap, match, watched
-from transfer import Rules, even_weights, evenness, join, select
+from kd.scoring import join
+from transfer import Rules, even_weights, evenness, select
 
 HIGH = {"mms": True, "entropy": False}
 pytestmark = pytest.mark.quick
