@@ -169,13 +169,6 @@ def answered(classifier, batches, device, then):
         yield then(classifier(pixels))
 
 
-def in_blocks(answers, device):
-    """Yields the columns of several batches at once, as tensors on the CPU: each copy waits for the
-    device. answers: those of `answered`."""
-    while block := list(itertools.islice(answers, 1 if device.type == "cpu" else BLOCK)):
-        yield [torch.cat(column).cpu() for column in zip(*block, strict=True)]
-
-
 def columns_of(classifier, batches, device, then, label, total):
     """The columns that then(logits) makes of all batches, as in `answered`: [(N, ...) array]. Of
     several processes all return those of all, one process after the other.
@@ -183,11 +176,13 @@ def columns_of(classifier, batches, device, then, label, total):
     total: images in the batches, at most. Each column is made once, so that ten million images are
     held a single time."""
     progress, columns, done = Progress(label, total), [], 0
+    coming = answered(classifier, batches, device, then)
+    size = 1 if device.type == "cpu" else BLOCK
     remedy = "Use a smaller network, or --device cpu."
     with enough_memory(label, device, remedy), contextlib.closing(progress):
-        for values in in_blocks(answered(classifier, batches, device, then), device):
-            values, start = [value.numpy() for value in values], done
-            done += len(values[0])
+        while block := list(itertools.islice(coming, size)):       # each copy waits for the device
+            values = [torch.cat(column).cpu().numpy() for column in zip(*block, strict=True)]
+            start, done = done, done + len(values[0])
             columns = columns or [np.empty((total, *value.shape[1:]), value.dtype)
                                   for value in values]
             for column, value in zip(columns, values, strict=True):

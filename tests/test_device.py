@@ -196,7 +196,7 @@ def test_scores_are_copied_in_blocks(card, monkeypatch):
         np.testing.assert_allclose(found[name], column, rtol=1e-5, atol=1e-6)
     waits = {where.partition(" ")[0]: count for (what, where), count in card.seen.items()
              if what == "wait"}
-    assert waits.pop("engine.py:in_blocks") == 2 + len(criteria)
+    assert waits.pop("engine.py:columns_of") == 2 + len(criteria)
     assert not any(where.startswith(("scoring.py", "engine.py")) for where in waits)
 
 
