@@ -235,9 +235,10 @@ def open_stage(argv, script, description):
     given = parse(argv, script, description)
     target = {"target": given["target"]} if "target" in given else {}
     folder = given.get("run_dir", resolve(target).run_dir)
-    if (Path(folder) / "config.json").exists():
-        _config_of(Path(folder) / "config.json")
-        stored = stored_words(Path(folder) / "config.json", given, script)
+    config = Path(folder) / "config.json"
+    if config.exists():
+        _config_of(config)
+        stored = stored_words(config, given, script)
         given = parse(argv, script, description, stored) | {"run_dir": folder}
     approach = {"approaches": (given["approach"],)} if "approach" in given else {}
     run = Run(resolve(given | approach), USES[script])

@@ -180,3 +180,9 @@ def test_directions_keep_the_distance_of_the_pool_from_the_target_in_one_unit():
 
 def test_a_teacher_without_batch_norms_is_refused():
     refusal("batch norms", watched(nn.Linear(2, 2)).__enter__)
+
+
+def test_a_criterion_that_only_some_sources_have_is_left_out():
+    scores = random_scores(np.random.default_rng(0), (3, 2), 4, levels=5)
+    scores["cifar100"]["mine"] = np.zeros(3)        # by a run that had this source alone
+    assert set(join(scores).scores) == {"predicted", "mms", "entropy"}
