@@ -91,7 +91,7 @@ def misreading(predicted, labels, classes):
     which it is not, or None). predicted, labels: (N,) int64; classes: names. None where nothing
     is wrong."""
     count, right = len(classes), float((predicted == labels).mean())
-    if right > max(2 / count, 0.1) and right > 0.3 or not len(labels):
+    if right > max(1.2 / count, 0.3) or not len(labels):
         return None
     seen = np.bincount(predicted * count + labels, minlength=count * count).reshape(count, count)
     logit, label = linear_sum_assignment(-seen)

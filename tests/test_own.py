@@ -209,6 +209,7 @@ def test_a_teacher_whose_classes_stand_in_another_order_is_told_that_order():
     right, order = misreading(shift, labels, classes)
     assert right == 0 and [order[k] for k in (2, 3)] == ["c0", "c1"]
     assert misreading(labels, labels, classes) is None
+    assert misreading(labels // 3, labels // 3, ["cat", "dog"]) is None
     chance = np.random.default_rng(0).integers(0, 6, 120)
     assert misreading(chance, labels, classes)[1] is None
 
