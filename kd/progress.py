@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 from kd.files import is_first, say
 
-PLAIN = "  {desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}%s{postfix}"
+PLAIN = "  {{desc}}: {}{{unit}}, {{rate_fmt}}{}{{postfix}}"
 
 
 class Progress(tqdm):
@@ -16,11 +16,13 @@ class Progress(tqdm):
 
     def __init__(self, label, total, unit=" img", done=0):
         self.is_plain, self.figures = not sys.stderr.isatty(), None
-        layout = PLAIN % (", {remaining} left" if total else "") if self.is_plain else None
+        count = "{n:,} of {total:,}" if total and unit != "B" else "{n_fmt} of {total_fmt}"
+        layout = PLAIN.format(count, ", {remaining} left" if total else "")
         interval, delay = (30, 30) if self.is_plain else (1, 0)
         super().__init__(desc=label, total=total, initial=done, unit=unit, unit_scale=unit == "B",
-                         miniters=1, mininterval=interval, delay=delay, bar_format=layout,
-                         leave=False, dynamic_ncols=True, disable=not is_first())
+                         miniters=1, mininterval=interval, delay=delay, leave=False,
+                         bar_format=layout if self.is_plain else None, dynamic_ncols=True,
+                         disable=not is_first())
 
     def update(self, n=1, figures=None):
         """Advances by `n`. `figures()` gives a short text; it is called only to be shown."""
