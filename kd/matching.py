@@ -1,12 +1,15 @@
-"""Matched selection: images drawn so that the pool has the statistics that the teacher's batch
-norms remember of the target. It needs no target image, no label and no threshold.
+"""Matched selection: images drawn so that the pool as a whole looks to the teacher's batch norms as
+the target does. It needs no label and no threshold.
 
-With v_i what image i shows in every batch norm (each channel's mean and mean square, normalised
-as that one does it, less 0 and 1, what the target has on average) and the teacher's probabilities
-less equal shares, the weights are, of all with mean 1 under which the mean of v is 0 and none
-above a cap, the most even ones:
+v_i is what image i shows in every batch norm: each channel's mean and mean square, normalised as
+that one does it, less 0 and 1, and the teacher's probabilities less equal shares. Its mean over the
+target, o, is that over the confidence set (--calibrate target); without an image of the target
+(--calibrate sources) it is 0, what the batch norms remember. That is a poor second where channels
+seldom fire: their running variance tells little of them. No statistic counts for more than LIMIT.
+The weights are, of all with mean 1 under which the mean of v is o and none above a cap, the most
+even ones:
 
-    w_i = min(cap, exp(b + v_i . t))                        (maximum entropy; Jaynes, 1957)
+    w_i = min(cap, exp(b + (v_i - o) . t))                  (maximum entropy; Jaynes, 1957)
 
 cap = N / n, since a set of n images holds an image of N at most once.
 """
@@ -16,10 +19,12 @@ import numpy as np
 import torch
 
 from kd import checkpoints, engine
+from kd.evaluation import saved_split
 from kd.files import UserError, file_digest, say, write_atomically
 from kd.processes import on_all_ranks
 from kd.progress import Progress
 
+LIMIT = 5.0             # of a statistic, in deviations: channels that hardly ever fire say no more
 DIRECTIONS = 200        # in which the pool varies most: v is reduced to them as it is made
 SAMPLE = 4_096          # images that tell which those are
 RIDGE = 0.01            # on t, in units of the pool's variance
@@ -40,7 +45,8 @@ def watched(classifier):
         pixels = (pixels - module.running_mean.view(shape)) * scale.view(shape)
         rest = tuple(range(2, pixels.dim()))
         square = pixels.square()
-        seen.extend((pixels.mean(rest), square.mean(rest) - 1) if rest else (pixels, square - 1))
+        found = (pixels.mean(rest), square.mean(rest) - 1) if rest else (pixels, square - 1)
+        seen.extend(each.clamp(-LIMIT, LIMIT) for each in found)
 
     def shown():
         found = torch.cat(seen, 1)
@@ -58,13 +64,11 @@ def watched(classifier):
             hook.remove()
 
 
-def _blocks(scoring, classifier, shown, most=None):
-    """Yields v, (n, D + C) float32, of the candidates in their order; of most `most`, evenly."""
-    candidates, count = scoring.candidates, len(scoring.candidates)
-    step = 1 if most is None else max(1, count // most)
-    progress, share = Progress("matching", -(-count // step)), 1 / len(scoring.classes)
-    for number, source in enumerate(scoring.sources.values()):
-        rows = candidates.index[candidates.source == number][::step]
+def _blocks(scoring, classifier, shown, parts):
+    """Yields v, (n, D + C) float32, of all in `parts`, [(what has `batches`, rows of it)]."""
+    share, count = 1 / len(scoring.classes), sum(len(rows) for _, rows in parts)
+    progress = Progress("matching", count)
+    for source, rows in parts:
         batches = (torch.from_numpy(np.ascontiguousarray(pixels)) for pixels, _, _ in
                    source.batches(rows, engine.evaluation_batch(classifier)))
         for probabilities, in engine.answered(classifier, batches, scoring.device,
@@ -76,27 +80,39 @@ def _blocks(scoring, classifier, shown, most=None):
 
 @on_all_ranks
 def statistics(scoring):
-    """v of all candidates in DIRECTIONS, as of `directions`, (N, K) float16, memory-mapped; made
-    in one more pass of the teacher, and kept in scores/matched.npy. scoring: a
+    """v - o of all candidates in DIRECTIONS, as of `directions`, (N, K) float16, memory-mapped;
+    made in one more pass of the teacher, and kept in scores/matched.npy. scoring: a
     kd.scoring.Scoring."""
     run, path = scoring.run, scoring.run / "scores" / "matched.npy"
+    real = []
+    if run.settings.calibrate == "target":
+        train = scoring.target.train
+        real = [(train, train.rows[saved_split(run, len(train))[1]])]
     product = run.product("scores/matched.json", remake=True, teacher=scoring.digest, images={
         name: source.fingerprint for name, source in scoring.sources.items()},
-        code=file_digest(__file__))
+        code=file_digest(__file__), calibrate=run.settings.calibrate)
     if product.done:
         return np.load(path, mmap_mode="r")
     classifier = checkpoints.load(run / "teacher.pt", run.settings.teacher_arch).to(scoring.device)
-    count = len(scoring.candidates)
+    candidates, count = scoring.candidates, len(scoring.candidates)
+    parts = [(source, candidates.index[candidates.source == number])
+             for number, source in enumerate(scoring.sources.values())]
+    step = max(1, count // SAMPLE)
 
     def write(file):
         with watched(classifier) as shown, torch.inference_mode():
-            sample = [block.cpu() for block in _blocks(scoring, classifier, shown, SAMPLE)]
+            sample = [block.cpu() for block in _blocks(
+                scoring, classifier, shown, [(source, rows[::step]) for source, rows in parts])]
             axes = directions(torch.cat(sample)).to(scoring.device)
+            origin = 0.0
+            if real:
+                origin = torch.cat([block @ axes for block in _blocks(
+                    scoring, classifier, shown, real)]).mean(0)
             shape = (count, axes.shape[1])
             header = {"descr": "<f2", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_2_0(file, header)
-            for block in _blocks(scoring, classifier, shown):
-                file.write((block @ axes).half().cpu().numpy().data)
+            for block in _blocks(scoring, classifier, shown, parts):
+                file.write((block @ axes - origin).half().cpu().numpy().data)
     write_atomically(path, write)
     product.write({"images": count}, [path])
     return np.load(path, mmap_mode="r")
@@ -104,7 +120,7 @@ def statistics(scoring):
 
 def directions(sample):
     """(D, K): the axes in which `sample` (n, D) varies most, all in one unit, the deviation along
-    the first. They pass through the origin, which is where the target is: the pool's mean is kept.
+    the first. They pass through the origin: the pool's mean is kept.
 
     A unit of its own for each, its deviation, would make the most of axes along which nothing
     varies: no weights can move the pool's mean there, and those that try take odd images."""

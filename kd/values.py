@@ -37,7 +37,7 @@ def name_of_arch(arch):
 def plain(name):
     """Whether a name may be that of a file and be shown."""
     return bool(name) and name.isprintable() and name == Path(name).name and (
-        name[0] != "." and len(name.encode()) <= 180)
+        name[0] not in ".-" and len(name.encode()) <= 180)
 
 
 def _number(kind, right, what):
