@@ -207,3 +207,10 @@ def server(monkeypatch):
     yield server
     server.shutdown()
     server.server_close()
+
+
+def flip(path, place):
+    """Changes one bit of the byte at `place` of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)

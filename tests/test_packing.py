@@ -193,7 +193,7 @@ def test_a_pack_is_made_once_and_again_when_a_file_changes(tmp_path):
 
 @pytest.mark.parametrize("damage", [
     lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: path.unlink(),
-    lambda path: path.write_bytes(path.read_bytes()[:-9] + b"9" + path.read_bytes()[-8:])])
+    lambda path: made.flip(path, -9)])
 def test_a_damaged_pack_is_said_and_made_again(tmp_path, capsys, damage):
     spec = pool(tmp_path / "pool", 20, bad=[4])
     whole = source(tmp_path / "d", spec, max_bad=0.1).images.tobytes()
