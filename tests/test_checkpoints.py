@@ -424,6 +424,7 @@ def test_an_export_that_gives_other_answers_is_not_written(tmp_path, monkeypatch
     refusal("can't be exported as state_dict .it gives other logits", export, drawn, "state_dict",
             tmp_path / "drawn.pth", images())
     assert not list(tmp_path.iterdir())
-    for name in ("onnx", "onnxruntime"):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
         monkeypatch.setitem(sys.modules, name, None)
-    refusal("needs onnx and onnxruntime: pip install onnx onnxruntime", require_packages, "onnx")
+    refusal("needs onnx and onnxscript and onnxruntime: pip install onnx onnxscript onnxruntime",
+            require_packages, "onnx")
