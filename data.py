@@ -296,8 +296,8 @@ def _list(data_dir):
 def main(argv):
     parser = Parser(description="Fetch, extract and pack data sets.")
     parser.add_argument("names", nargs="*", default=[], type=data_set_spec,
-                        metavar="NAME|NAME=PATH", help="of "
-                        f"{', '.join(DATA_SETS)}, or a folder of images, or tar shards")
+                        metavar="NAME|NAME=PATH", help=f"of {', '.join(DATA_SETS)}, a folder of "
+                        "images, tar shards, or rows of Hugging Face")
     parser.add_argument("--all", action="store_true", help="every data set of the list")
     parser.add_argument("--list", action="store_true",
                         help="show every data set, its size, its state and its terms")

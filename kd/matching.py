@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from kd import checkpoints, engine
-from kd.evaluation import saved_split
 from kd.files import UserError, file_digest, say, write_atomically
 from kd.processes import on_all_ranks
 from kd.progress import Progress
@@ -84,13 +83,10 @@ def statistics(scoring):
     made in one more pass of the teacher, and kept in scores/matched.npy. scoring: a
     kd.scoring.Scoring."""
     run, path = scoring.run, scoring.run / "scores" / "matched.npy"
-    real = []
-    if run.settings.calibrate == "target":
-        train = scoring.target.train
-        real = [(train, train.rows[saved_split(run, len(train))[1]])]
+    calibrate = run.settings.calibrate
     product = run.product("scores/matched.json", remake=True, teacher=scoring.digest, images={
         name: source.fingerprint for name, source in scoring.sources.items()},
-        code=file_digest(__file__), calibrate=run.settings.calibrate)
+        code=file_digest(__file__), calibrate=calibrate)
     if product.done:
         return np.load(path, mmap_mode="r")
     classifier = checkpoints.load(run / "teacher.pt", run.settings.teacher_arch).to(scoring.device)
@@ -105,9 +101,9 @@ def statistics(scoring):
                 scoring, classifier, shown, [(source, rows[::step]) for source, rows in parts])]
             axes = directions(torch.cat(sample)).to(scoring.device)
             origin = 0.0
-            if real:
+            if calibrate == "target":
                 origin = torch.cat([block @ axes for block in _blocks(
-                    scoring, classifier, shown, real)]).mean(0)
+                    scoring, classifier, shown, [scoring.confidence])]).mean(0)
             shape = (count, axes.shape[1])
             header = {"descr": "<f2", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_2_0(file, header)

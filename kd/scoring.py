@@ -269,12 +269,16 @@ class Scoring:
                      for name, source in self.sources.items()})
 
     @functools.cached_property
+    def confidence(self):
+        """The confidence set: (what has `batches`, rows of it)."""
+        train = self.target.train
+        return train, train.rows[saved_split(self.run, len(train))[1]]
+
+    @functools.cached_property
     def thresholds(self):
         """{criterion: (C,) float64}, as from `make_thresholds`."""
         if self.run.settings.calibrate == "target":
-            train = self.target.train
-            rows = train.rows[saved_split(self.run, len(train))[1]]
-            scores = saved_scores(self, "confidence", train, rows)
+            scores = saved_scores(self, "confidence", *self.confidence)
         else:
             scores = self.candidates.scores
         return make_thresholds(self.run, scores, self.criteria, self.classes)
