@@ -1,4 +1,4 @@
-"""Fine-tune the teacher on the target.
+"""Train the teacher on the target.
 
 In:  the target's training split, cut once by a seeded generator into a part to train on and a
      confidence set. Out: split.npz, teacher.pt, teacher.json, teacher.npz (its answers to the
@@ -54,12 +54,14 @@ def train_teacher(run, target, device):
                          cross_entropy(target.train.labels, device), settings.teacher_recipe,
                          seed=seed, device=device, watch=watch)
         figures = {name: getattr(training, name) for name in figures}
-    accuracies, _ = evaluate(teacher, target, confidence, run / "teacher.npz", device)
+    accuracies, predicted = evaluate(teacher, target, confidence, run / "teacher.npz", device)
     figures = {"arch": teacher.arch, "input_size": teacher.input_size, "classes": teacher.classes,
                **accuracies, "linear_head": models.head_weight(teacher) is not None} | figures
     if settings.teacher_checkpoint and target.train:
         _warn(engine.answers(teacher, target.train.images, confidence, device),
               target.train.labels[confidence], teacher.classes)
+    elif settings.teacher_checkpoint and target.test:
+        _warn(predicted, target.test.labels, teacher.classes, "test split")
     checkpoints.save(path, teacher, accuracy=figures["accuracy"])
     files = [path, run / "teacher.npz"] if target.test else [path]
     content = product.write(figures, files)
@@ -100,14 +102,14 @@ def misreading(predicted, labels, classes):
     return right, [classes[each] for each in label] if found else None
 
 
-def _warn(predicted, labels, classes):
+def _warn(predicted, labels, classes, where="confidence set"):
     found = misreading(predicted, labels, classes)
     if found is None:
         return
-    say(f"teacher: {found[0]:.2%} on the confidence set is low. Are its pixels and the order of "
-        "its classes what it was trained with (--teacher-mean, --teacher-std, --teacher-size, "
+    say(f"teacher: {found[0]:.2%} on the {where} is low. Are its pixels and the order of its "
+        "classes what it was trained with (--teacher-mean, --teacher-std, --teacher-size, "
         "--classes)?")
-    if found[1]:
+    if found[1] and where != "test split":      # which decides nothing
         say("  It would be right with its classes in this order, as --classes FILE states it: "
             f"{listed(found[1], 30)}")
 
@@ -132,9 +134,9 @@ def weights_of(settings):
 def main(argv):
     run, given = open_stage(argv, "TeacherTrain", __doc__)
     settings, device = run.settings, engine.pick_device(run.settings.device)
+    first_alone(lambda: data.obtain(settings, sources=False))
     first_alone(lambda: require_none(models.unavailable(weights_of(settings),
                                                         settings.image_size)))
-    first_alone(lambda: data.obtain(settings, sources=False))
     first_alone(lambda: run.open(device, given, always=False))
     target = first_alone(lambda: data.load_target(settings))
     report_teacher(train_teacher(run, target, device))

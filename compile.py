@@ -48,13 +48,15 @@ def check_everything_is_there(settings):
         if not settings.restart:
             run.check()
     load_criteria(settings)
+    reads_sources = set(settings.approaches) != {"supervised"}
+    data.locate(settings, reads_sources)
     have_teacher = all(run.has("teacher.json") for run in runs)
     weights = [] if have_teacher else weights_of(settings)
     if "supervised" in settings.approaches:
         weights.append(("student", settings.student_arch, settings.supervised_weights, None))
     weights.append(("student", settings.student_arch, settings.student_weights, None))
     require_none(models.unavailable(weights, settings.image_size))
-    data.obtain(settings, sources=set(settings.approaches) != {"supervised"})
+    data.obtain(settings, reads_sources)
 
 
 def check_networks(settings, target):
@@ -123,7 +125,7 @@ def train_students(runs, target, device):
         for approach in approaches:
             report_student(train_student(run, approach, target, device))
         made = [f"students/{approach}" for other, approach in lacking if other is run]
-        reused = [name for name in dict.fromkeys(run.reused) if name not in made]
+        reused = [name for name in run.reused if name not in made]
         if reused:
             say(f"reused: {listed(reused)}")
 

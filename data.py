@@ -89,7 +89,8 @@ def _find_path(spec, role):
     if lacking:
         raise UserError(f"{spec}: there is no folder {listed(lacking)}." + (
             " Archives are read as uncompressed .tar shards only." if role == "source" else
-            " A target holds train/<class>/* and test/<class>/*."))
+            " A target holds train/<class>/* and test/<class>/*; one without training images needs "
+            "--data-free."))
     return Place("folder", root)
 
 
@@ -139,9 +140,9 @@ def _has_images(target):
     return "=" in target or target in DATA_SETS
 
 
-def obtain(settings, sources=True):
-    """Fetches and extracts what a run needs. Raises UserError, before any long work, with a line
-    for each thing that can't be had or used. sources: whether the run reads them."""
+def locate(settings, sources=True):
+    """[(record, Place)] of the named data sets that are to be fetched. Raises UserError with a line
+    for each thing that isn't there or can't be used. sources: whether the run reads them."""
     wanted = [(spec, "source") for spec in settings.sources if sources]
     if _has_images(settings.target) or settings.target and not settings.data_free:
         wanted.insert(0, (settings.target, "test" if settings.data_free else "target"))
@@ -157,6 +158,13 @@ def obtain(settings, sources=True):
         if place.files and place.kind not in ("shards", "rows"):
             absent.append((DATA_SETS[spec], place))
     require_none(lines)
+    return absent
+
+
+def obtain(settings, sources=True):
+    """Fetches and extracts what a run needs. Raises UserError, before any long work, for what can't
+    be had. sources: as in `locate`."""
+    absent = locate(settings, sources)
     files = {path: file for _, place in absent for path, file in place.files.items()}
     missing = sum(remaining(path, file) for path, file in files.items())
     if missing:
@@ -186,8 +194,8 @@ def load_target(settings):
         names = [str(number) for number in range(names)] if isinstance(names, int) else names
         return Target(None, None, names and list(names))
     role, splits = ("test", ["test"]) if settings.data_free else ("target", ["train", "test"])
-    found = {split: _in_order(_read(settings, spec, role, split), names, spec) for split in splits}
-    classes = found["test"].classes
+    found = {split: _read(settings, spec, role, split) for split in splits}
+    classes = _in_order(found["test"], names, spec).classes
     odd = sorted({*classes} ^ {*found[splits[0]].classes})
     if odd or len(classes) < 2:
         raise UserError(f"{spec}: " + (
@@ -195,7 +203,8 @@ def load_target(settings):
             f"a target needs two classes or more, found {len(classes)}."))
     packs = {split: pack(images.limited(settings.limit), _pack_folder(settings, spec, split),
                          f"{name_of(spec)} {split}", settings.image_size, settings.max_bad)
-             for split, images in found.items()}
+             for split, images in found.items()}        # whatever the order of the classes
+    packs = {split: _in_order(packed, names, spec) for split, packed in packs.items()}
     return Target(packs.get("train"), packs["test"], classes)
 
 
@@ -301,7 +310,7 @@ def main(argv):
     parser.add_argument("--all", action="store_true", help="every data set of the list")
     parser.add_argument("--list", action="store_true",
                         help="show every data set, its size, its state and its terms")
-    add_flags(parser, ("data_dir", "seeds", "max_bad", "pack"))
+    add_flags(parser, ("data_dir", "max_bad", "pack", "seeds"))
     given = vars(parser.parse_args(argv))
     every = DATA_SETS if given.pop("all", False) else ()
     specs = tuple(dict.fromkeys([*given.pop("names"), *every]))

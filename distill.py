@@ -28,7 +28,7 @@ import data
 from kd import checkpoints, engine, models
 from kd.augment import MIXING
 from kd.command import command
-from kd.evaluation import evaluate, saved_split, watcher
+from kd.evaluation import evaluate, saved_split, source_agreement, watcher
 from kd.export import export, require_packages
 from kd.files import UserError, is_first, require_none, say
 from kd.processes import first_alone, on_all_ranks
@@ -39,6 +39,7 @@ from kd.values import name_of, name_of_approach, name_of_arch
 
 FORMS = {"onnx": ".onnx", "state_dict": ".pth", "safetensors": ".safetensors"}
 SMALLEST = 2        # images: fewer have no batch statistics
+FEW_STEPS = 200     # in which a student from random weights hardly learns
 
 
 def kd_loss(student_logits, teacher_logits, temperature):
@@ -91,9 +92,9 @@ def train_student(run, approach, target, device):
     if product.done:
         return product.content
     figures |= {"approach": approach, "arch": settings.student_arch, "weights": weights,
-                "transfer_size": len(rows), "accuracy": None, "confidence_accuracy": None,
-                "retention": None, "agreement": None, "seconds": 0.0, "images_per_second": 0.0,
-                "history": []}
+                "transfer_size": len(rows), **dict.fromkeys((
+                    "accuracy", "confidence_accuracy", "retention", "agreement",
+                    "source_agreement")), "seconds": 0.0, "images_per_second": 0.0, "history": []}
     if len(rows) < SMALLEST:
         return product.write(figures)
     path = run / f"students/{approach}"
@@ -102,6 +103,10 @@ def train_student(run, approach, target, device):
     student, figures["weights"] = new_student(run, weights, teacher["classes"])
     objective, recipe = objective_of(run, images, None if supervised else run / "teacher.pt",
                                      target, device)
+    steps = recipe.epochs * max(1, len(rows) // recipe.batch_size)
+    if not recipe.steps and steps < FEW_STEPS and not settings.limit:
+        say(f"student {approach}: {recipe.epochs} epochs of {len(rows):,} images are {steps} steps"
+            ", too few to learn much. --steps N sets their number, however few the images are.")
     watch = Watch(Checkpoint(path.with_suffix(".part"), product.made_from), f"student {approach}",
                   watcher(target, confidence, device) if target.train else None,
                   run.board(f"student-{approach}"))
@@ -115,6 +120,7 @@ def train_student(run, approach, target, device):
             figures["agreement"] = float((saved["predicted"] == predicted).mean())
         if teacher["accuracy"]:
             figures["retention"] = figures["accuracy"] / teacher["accuracy"]
+    figures["source_agreement"] = source_agreement(student, run, device)
     checkpoints.save(path.with_suffix(".pt"), student, accuracy=figures["accuracy"])
     made = [path.with_suffix(suffix) for suffix in ((".pt", ".npz") if target.test else (".pt",))]
     content = product.write(figures, made)
@@ -130,8 +136,9 @@ def learned_from(run, approach, target):
         per_class = np.bincount(labels[train], minlength=len(target.classes)).tolist()
         figures = {"sources": [name_of(run.settings.target)], "per_class": per_class}
         return target.train.images, train, figures, target.train.fingerprint
+    spec = next(each for each in run.settings.approaches if name_of_approach(each) == approach)
     summary = run.content_of(f"transfer/{approach}/summary.json",
-                             f"python transfer.py --approach {approach}")
+                             f"python transfer.py --approach {spec}")
     images = np.load(run / f"transfer/{approach}/images.npy", mmap_mode="c")
     figures = {"sources": [name for name, count in summary["per_source"].items() if count],
                "per_class": summary["per_class"]}
@@ -175,6 +182,8 @@ def report_student(figures):
         f"{accuracy:.2%} on the test split, retention "
         + (f"{retention:.3f}" if retention is not None else "unknown")
         + f", agreement {figures['agreement']:.2%}")
+    if figures["source_agreement"] is not None:
+        reached += f", agreement {figures['source_agreement']:.2%} on held-out images"
     start = ", pruned from the teacher" if figures["weights"] == "teacher" else ""
     say(f"student: {figures['approach']}, {name_of_arch(figures['arch'])}{start}, {reached}, "
         f"{figures['seconds']:,.0f} s at {figures['images_per_second']:,.0f} img/s")

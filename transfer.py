@@ -1,7 +1,7 @@
 """Select images and write the transfer set of one approach.
 
 In:  teacher.pt, split.npz and the sources.
-Out: scores/<source>.npz and scores/confidence.npz, thresholds.json,
+Out: scores/<source>.npz and scores/confidence.npz (data-free: held_out.npz), thresholds.json,
      transfer/<approach>/{images.npy, manifest.csv, summary.json}.
 
 The teacher looks at every source once (kd/scoring.py); an approach only sorts numbers. With t the
@@ -165,6 +165,8 @@ def make_transfer_set(run, approach, scoring, target_size):
     target_size: images of the target's training split; None where there is none.
     """
     scoring.require(approach)
+    if scoring.held_out:
+        make_held_out(run, scoring)
     settings, classes = run.settings, scoring.classes
     candidates, thresholds = scoring.candidates, scoring.thresholds
     bucket = bucket_size(settings.transfer_size, target_size, len(classes))
@@ -205,6 +207,22 @@ def make_transfer_set(run, approach, scoring, target_size):
         files.append(folder / "weights.npy")
         write_atomically(files[-1], lambda file: np.save(file, candidates.scores[shown]))
     return product.write(summary, files)
+
+
+@on_all_ranks
+def make_held_out(run, scoring):
+    """Makes scores/held_out.npz, unless it is there: images of the sources that no student learns
+    from, (n, size, size, 3) uint8, and the teacher's answers to them, (n,) int64."""
+    held, path = scoring.held_out, run / "scores/held_out.npz"
+    product = run.product("scores/held_out.json", teacher=scoring.digest, scores=digest(
+        held.source, held.index, held.predicted))
+    if not product.done:
+        images = [pixels for number, name in enumerate(held.names) for pixels, _, _ in
+                  scoring.sources[name].batches(held.index[held.source == number])]
+        write_atomically(path, lambda file: np.savez(
+            file, images=np.concatenate(images), predicted=held.predicted))
+        largest = np.bincount(held.predicted).max() / len(held)
+        product.write({"images": len(held), "largest_class": float(largest)}, [path])
 
 
 def summarise(approach, candidates, chosen, below, classes, bucket):
@@ -257,7 +275,7 @@ def report_pool(scoring):
     settings, classes = scoring.run.settings, len(scoring.classes)
     count, found = len(scoring.candidates), evenness(scoring.candidates.predicted)
     say(f"pool: {count:,} images, which the teacher spreads over {found:.1f} of {classes} classes")
-    if found < FAR * classes and settings.recipe == "best":
+    if found < FAR * classes and settings.recipe != "far":
         say("  That is what a pool of another domain looks like: try the approach even, and, where "
             "the target is photographs, --recipe far (docs/results.md).")
 

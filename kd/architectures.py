@@ -14,8 +14,8 @@ from kd.download import RemoteFile, fetch
 from kd.files import UserError, first_line
 from kd.own import import_file, running_own
 from kd.settings import IMAGE_SIZE
-from kd.state_dicts import fit
-from kd.values import HUB, is_own, is_pretrained
+from kd.state_dicts import fit, say_once
+from kd.values import HUB, is_own, is_pretrained, name_of_arch
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
 INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
@@ -97,6 +97,9 @@ def _of_file(arch, count):
     parameters = inspect.signature(factory).parameters
     required = [each for each in parameters.values() if each.default is each.empty
                 and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    if required and "num_classes" not in parameters:
+        say_once(f"{name_of_arch(arch)} is given the number of classes, {count}, as "
+                 f"{required[0].name}.")
     with running_own(path):
         return (factory(num_classes=count) if "num_classes" in parameters else
                 factory(count) if required else factory())

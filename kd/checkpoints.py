@@ -6,7 +6,7 @@ import torch
 from kd.architectures import TIMM, input_size_of, timm_settings
 from kd.classifier import CENTERED
 from kd.files import UserError, file_digest, listed, write_atomically
-from kd.models import build, require_logits
+from kd.models import build, outputs, require_logits
 from kd.settings import IMAGE_SIZE
 from kd.state_dicts import fit, is_ours, read_file, say_once, weights_file
 from kd.values import HUB, is_file, is_own
@@ -84,6 +84,10 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
         raise UserError(f"{path} {wrong}.")
     classifier = build(arch, classes, "none", *(
         given or each for given, each in zip((input_size, mean, std), stated, strict=True)))
+    known = outputs(classifier, state) if isinstance(state, dict) else None
+    if known not in (None, len(classes)):
+        raise UserError(f"{path} has {known} outputs, and there are {len(classes)} classes "
+                        f"({listed(classes, 3)}). Name its own with --classes.")
     fit(classifier.network, state, path, arch, "Use the --teacher-arch that it was saved from.")
     say_once(f"{path} is given {classifier.takes()} ({'as asked' if mean and std else origin}).")
     return require_logits(classifier.eval(), image_size)

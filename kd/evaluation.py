@@ -40,6 +40,16 @@ def watcher(target, confidence, device):
     return lambda network: engine.accuracy(network, images, labels, device=device)
 
 
+def source_agreement(classifier, run, device):
+    """Share of the images of the sources that no student learns from to which it gives the
+    teacher's class; None where there are none (transfer.make_held_out)."""
+    path = run / "scores/held_out.npz"
+    if not (run.settings.data_free and path.exists()):
+        return None
+    with np.load(path) as held:
+        return engine.accuracy(classifier, held["images"], held["predicted"], device=device)
+
+
 def evaluate(classifier, target, confidence, path, device):
     """{"accuracy": on the test split, "confidence_accuracy": on the confidence set}, None where
     the target has no images for it, and what the classifier answers to the test split, (N,) int64

@@ -6,6 +6,7 @@ import sys
 
 from kd import values
 from kd.files import UserError, listed, one_field, read_json
+from kd.recipes import RECIPES
 from kd.settings import APPROACHES, FIELDS, FLAGS, GROUPS, MORE_APPROACHES, STAGES
 from kd.values import is_own
 
@@ -52,8 +53,9 @@ def add_flags(parser, names, more=(), shown=GROUPS):
         inside = parser.add_argument_group(group) if of_group else None
         for name, flag in of_group.items():
             words = [flag_of(name), *(["--seed"] if name == "seeds" else [])]
-            hidden = {} if group in shown else {"help": argparse.SUPPRESS}
-            inside.add_argument(*words, dest=name, **flag | hidden)
+            text = flag["help"] + " (default: the recipe's)" * (name in RECIPES["reference"])
+            text = text if group in shown else argparse.SUPPRESS
+            inside.add_argument(*words, dest=name, **flag | {"help": text})
 
 
 def flag_of(name):
@@ -89,6 +91,9 @@ def parse(argv, script, description, stored=None):
     for name, value in given.items():
         if isinstance(value, list):         # what argparse makes of --name=--
             parser.error(f"argument {flag_of(name)}: expected one argument")
+    if script in USES and len(given.get("seeds", ())) > 1:
+        parser.error("argument --seeds: a stage takes one seed; of several, compile.py keeps each "
+                     "in DIR/seed-N, a --run-dir of its own")
     if "steps" in given and "epochs" in given:
         parser.error("--steps and --epochs contradict each other: give one of them")
     if "config" in given and stored is None:

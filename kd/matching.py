@@ -28,6 +28,7 @@ DIRECTIONS = 200        # in which the pool varies most: v is reduced to them as
 SAMPLE = 4_096          # images that tell which those are
 RIDGE = 0.01            # on t, in units of the pool's variance
 ITERATIONS = 50
+LITTLE = 0.9            # of the gap is left: matched has nothing to offer
 CHUNK = 1 << 16         # rows that lie in memory at a time
 
 
@@ -202,6 +203,12 @@ def matched_weights(scoring, size):
     values = statistics(scoring)
     weights = match(values, size)
     effective = weights.sum() ** 2 / (weights ** 2).sum()
-    say(f"matched: the pool's statistics are {gap(values):.2f} from the target's, weighted "
-        f"{gap(values, weights):.2f}; as even as {effective:,.0f} of {len(weights):,} images")
+    before, after = gap(values), gap(values, weights)
+    aim = ("the confidence set's" if scoring.run.settings.calibrate == "target" else
+           "those that the teacher's batch norms remember")
+    say(f"matched: the pool's statistics lie {before:.2f} deviations from {aim}, weighted "
+        f"{after:.2f}; the weights are as even as {effective:,.0f} of {len(weights):,} images")
+    if after > LITTLE * before:
+        say("  No such weights bring them much nearer: expect little more of matched than of "
+            "random images.")
     return weights.astype(np.float32)

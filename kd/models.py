@@ -58,16 +58,22 @@ def _from_file(path, arch, classes, given):
                  zip(given, ("input_size", "mean", "std"), strict=True)]
         content = content["state_dict"]
     classifier = build(arch, classes, "none", *given)
-    head = f".{_head(classifier)}.weight"
-    rows = [len(value) for name, value in tensors_of(content) if f".{name}".endswith(head)]
-    if rows and rows[-1] != len(classes):
-        classifier = build(arch, range(rows[-1]), "none", *given)
+    known = outputs(classifier, content)
+    if known not in (None, len(classes)):
+        classifier = build(arch, range(known), "none", *given)
     fit(classifier.network, content, path, arch)
     say_once(f"{name_of_arch(arch)} starts from {path}, with {classifier.takes()} ({origin}).")
     if len(classifier.classes) != len(classes):
         replace_head(classifier, classes)
     classifier.classes = list(classes)
     return classifier
+
+
+def outputs(classifier, content):
+    """How many classes the weights in a file's content are for; None where that is not seen."""
+    head = f".{_head(classifier)}.weight"
+    rows = [len(value) for name, value in tensors_of(content) if f".{name}".endswith(head)]
+    return rows[-1] if rows else None
 
 
 def unavailable(choices, image_size=IMAGE_SIZE):
@@ -111,7 +117,8 @@ def _watched(classifier, images):
         return classifier.eval()(images), seen
     except (RuntimeError, ValueError, TypeError, AssertionError, LookupError) as error:
         if is_own(classifier.arch):
-            error.add_note(f"{classifier.arch} was given {classifier.takes()}.")
+            error.add_note(f"{classifier.arch} was given {classifier.takes()}. Does it take images "
+                           "of another size (--image-size, or --teacher-size)?")
             raise
         raise UserError(f"{classifier.arch} can't answer for {classifier.takes()} "
                         f"({first_line(error)}). Use another network or size.") from None

@@ -55,6 +55,7 @@ class Record:
         self.sources = [name_of(spec) for spec in self.settings.sources]
         self.teacher = self._product("teacher.json")
         self.thresholds = self._product("thresholds.json")
+        self.held_out = self._product("scores/held_out.json")
         self.classes = [shown(name) for name in
                         (self.teacher or self.thresholds).get("classes", ())]
         found = [*map(name_of_approach, self.settings.approaches),

@@ -33,8 +33,9 @@ def collect(experiment):
                 *(each["per_class"] for each in students), strict=True)],
             "accuracy": mean(known),
             "accuracy_std": statistics.stdev(known) if len(known) > 1 else None,
-            **{name: mean(each[name] for each in trained) for name in
-               ("retention", "agreement", "seconds", "images_per_second")}}] if students else []
+            **{name: mean(each.get(name) for each in trained) for name in
+               ("retention", "agreement", "source_agreement", "seconds", "images_per_second")}}
+            ] if students else []
     arch = experiment.first.teacher.get("arch", settings.teacher_arch)
     return {"target": name_of(settings.target), "classes": experiment.first.classes,
             "recipe": settings.recipe, "seeds": [each.settings.seed for each in records],
@@ -45,7 +46,7 @@ def collect(experiment):
 def notes(experiment):
     """What the table must not hide, in sentences."""
     record, approaches, records = experiment.first, experiment.approaches, experiment.records
-    settings = record.settings
+    settings, held = record.settings, record.held_out
     unfinished = [name for name in approaches if any(name not in each.students for each in records)]
     absent = [name for name in EATS_SOURCES if name not in record.sources]
     start = settings.supervised_weights
@@ -53,6 +54,8 @@ def notes(experiment):
         (unfinished, f"Not finished: {listed(unfinished)}."),
         (settings.limit, f"A trial run with at most {settings.limit} images of each data set."),
         (settings.data_free, "Data-free: no training image of the target was used."),
+        (held, f"Agreement: on {held.get('images', 0):,} images of the sources that no student "
+         f"learned from; always the same class would have {held.get('largest_class', 0):.2%}."),
         (not record.teacher.get("linear_head", True),
          "MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits."),
         (record.thresholds,
@@ -65,7 +68,8 @@ def notes(experiment):
     said = {}       # {sentence about @: approaches}: what is true of several is said once
     for each in records:
         seed = f" (seed {each.settings.seed})" * (len(records) > 1)
-        for approach, summary in each.summaries.items():
+        for approach in (name for name in approaches if name in each.summaries):
+            summary = each.summaries[approach]
             for sentence in about_transfer_set(summary, each.students.get(approach)):
                 said.setdefault(sentence, []).append(approach + seed)
     return found + [sentence.replace("@", listed(names), 1) for sentence, names in said.items()]
@@ -100,7 +104,9 @@ def cells(row):
     return [row["approach"], row["student"], ", ".join(row["sources"]), f"{row['transfer_size']:,}",
             f"{least:,} to {most:,}" if least < most else f"{least:,}",
             accuracy_text(row), number("retention", ".3f"),
-            number("agreement", ".2f", 100), number("seconds", ",.0f"),
+            number("source_agreement", ".2f", 100) + " (sources)" if row["agreement"] is None and
+            row["source_agreement"] is not None else number("agreement", ".2f", 100),
+            number("seconds", ",.0f"),
             number("images_per_second", ",.0f")]
 
 

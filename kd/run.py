@@ -26,13 +26,13 @@ from kd.files import (
 )
 from kd.flags import USES, flag_of, parse, stored_words, words_of
 from kd.settings import FIELDS, STAGES, resolve
-from kd.values import name_of
+from kd.values import is_own, name_of
 
 # What each stage makes, as patterns below the run folder; nothing else there is ever deleted.
 MADE_BY = {
     "teacher": ("split.npz", "split.json", "teacher.pt", "teacher.npz", "teacher.json",
                 "teacher.part", "tensorboard/teacher"),
-    "scores": ("scores/*.npz", "scores/*.json", "thresholds.json"),
+    "scores": ("scores/*.np[yz]", "scores/*.json", "thresholds.json"),
     "transfer": tuple(f"transfer/*/{name}" for name in (
         "images.npy", "weights.npy", "manifest.csv", "summary.json")),
     "students": (*(f"students/*.{form}" for form in (
@@ -59,8 +59,8 @@ class Product:
         if self.content is not None and not remake:
             run.require_same(name, self.content, self.made_from)
         self.done = self.content is not None and self.content["made_from"] == self.made_from
-        if self.done:
-            run.reused.append(name.removesuffix(".json").removesuffix("/summary"))
+        if self.done and name not in run.made:
+            run.reused[name.removesuffix(".json").removesuffix("/summary")] = True
 
     def write(self, content, files=()):
         """Writes the JSON, after its files (paths), and returns its content."""
@@ -68,6 +68,7 @@ class Product:
                    for path in files} if is_first() else {}
         self.content = dict(content) | {"made_from": self.made_from, "files": digests}
         write_sealed(self.run / self.name, self.content)
+        self.run.made.add(self.name)
         return self.content
 
 
@@ -94,12 +95,12 @@ def stage_of(name):
 
 
 class Run:
-    """The run folder of `settings`. stages: those whose settings the command line states; reused:
-    the products that were found done."""
+    """The run folder of `settings`. stages: those whose settings the command line states; made:
+    the products that this process wrote; reused: those that it found done, in order."""
 
     def __init__(self, settings, stages=STAGES):
         self.path, self.settings, self.stages = Path(settings.run_dir), settings, stages
-        self.reused = []
+        self.made, self.reused = set(), {}
 
     def __truediv__(self, name):
         return self.path / name
@@ -119,9 +120,12 @@ class Run:
         makes it, where it is not there or not whole."""
         content, wrong = read_product(self, name)
         if content is None:
-            target, folder = self.settings.target, self.settings.run_dir
-            flags = f" --target {target}" if target != "cifar10" else ""
-            flags += f" --run-dir {folder}" if folder != f"runs/{name_of(target)}" else ""
+            settings, target = self.settings, self.settings.target
+            usual = f"runs/{name_of(target)}"
+            given = {"target": target != "cifar10", "run_dir": settings.run_dir != usual,
+                     "teacher_arch": is_own(settings.teacher_arch)}
+            flags = "".join(f" {flag_of(name)} {getattr(settings, name)}"
+                            for name in given if given[name])
             raise UserError(f"{wrong or f'{self / name} is missing'}. Make it with "
                             f"`{command}{flags}`.")
         return content

@@ -22,6 +22,7 @@ from kd.thresholds import share_threshold
 from kd.values import name_of, name_of_approach, name_of_arch
 
 ROOT = Path(__file__).resolve().parent.parent
+HELD_OUT, HELD_OUT_SHARE = 1_000, 0.05      # images of the sources, with --data-free; at most both
 BUILT_IN = {"mms": "mms_threshold.py", "entropy": "entropy.py",
             **{name: f"criteria/{name}.py" for name in ("confidence", "energy", "cross_entropy")}}
 
@@ -158,6 +159,11 @@ class Candidates:
     def __len__(self):
         return len(self.source)
 
+    def at(self, rows):
+        """Those alone. rows: positions, or (N,) bool."""
+        return Candidates(self.names, self.source[rows], self.index[rows],
+                          {name: column[rows] for name, column in self.scores.items()})
+
 
 def join(scores):
     """Candidates from {source name: its scores}, in that order."""
@@ -263,10 +269,27 @@ class Scoring:
                 for spec in settings.sources}
 
     @functools.cached_property
+    def _parts(self):
+        """(Candidates, those held out)."""
+        found = join({name: saved_scores(self, name, source)
+                      for name, source in self.sources.items()})
+        if not self.run.settings.data_free:
+            return found, None
+        rng = np.random.default_rng(engine.seed_for(self.run.settings.seed, "held out"))
+        most = min(HELD_OUT, int(len(found) * HELD_OUT_SHARE))
+        out = np.isin(np.arange(len(found)), rng.choice(len(found), most, replace=False))
+        return found.at(~out), found.at(out)
+
+    @property
     def candidates(self):
-        """Of all sources, in the order of the settings."""
-        return join({name: saved_scores(self, name, source)
-                     for name, source in self.sources.items()})
+        """Candidates of all sources, in the order of the settings."""
+        return self._parts[0]
+
+    @property
+    def held_out(self):
+        """Candidates that no student learns from, so that data-free, too, there is something to
+        judge it by; None with images of the target."""
+        return self._parts[1]
 
     @functools.cached_property
     def confidence(self):

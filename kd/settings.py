@@ -26,6 +26,8 @@ PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "ca
                    "caltech256")
 BUILT_IN_SOURCES = ("noise", "photos", "glyphs")
 STAGES = ("teacher", "scores", "transfer", "students")
+TRAINS_TEACHER = ("teacher_weights", "teacher_epochs", "teacher_lr", "teacher_batch_size",
+                  "teacher_augment")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,8 +87,8 @@ class Settings:
         "takes minutes (default: reference; quick for digits)")
     seeds: tuple = _everyday(
         None, (0,), values.list_of(values.seed, "seed"),
-        "all randomness comes from it; the whole run is repeated for each of several, and the "
-        "table has mean and deviation (default: 0)", "N[,N,...]")
+        "all randomness comes from it; compile.py repeats the whole run for each of several, and "
+        "the table has mean and deviation (default: 0)", "N[,N,...]")
     run_dir: str = _everyday(None, "", values.path,
                              "the run folder (default: runs/<target>)", "DIR")
 
@@ -155,7 +157,8 @@ class Settings:
         "SHARE")
     calibrate: str = _selection(
         "transfer", "target", ("target", "sources"),
-        "thresholds from the confidence set, or, data-free, from the candidates (default: target)")
+        "thresholds from the confidence set, or from the candidates (default: target; sources with "
+        "--data-free)")
     fill: str = _selection(
         "transfer", BY_RECIPE, ("first", "random", "best"),
         "fill a class in the order of the sources, as the publication does, with what chance "
@@ -184,7 +187,7 @@ class Settings:
     schedule: str = _students(
         "students", BY_RECIPE, ("constant", "onecycle", "cosine", "multistep"), "of the rate: "
         "multistep divides it by ten after 5, 6 and 7 eighths of the steps")
-    momentum: float = _students("students", BY_RECIPE, values.below_one, "Nesterov's", "M")
+    momentum: float = _students("students", BY_RECIPE, values.below_one, "Nesterov momentum", "M")
     weight_decay: float = _students("students", BY_RECIPE, values.below_one, "of SGD", "W")
     temperature: float = _students("students", BY_RECIPE, values.temperature, "of the KD loss", "T")
     augment: str = _students(
@@ -245,6 +248,9 @@ class Settings:
                  if field.metadata["stage"] == stage}
         if stage == "teacher":
             found["seed"] = self.seed
+            if self.teacher_checkpoint:     # what trains a teacher has no part in it
+                for name in TRAINS_TEACHER:
+                    del found[name]
         for name, value in found.items():      # files may move; their content is told by digests
             if name in ("target", "sources"):
                 value = name_of(value) if name == "target" else [name_of(each) for each in value]
@@ -329,9 +335,9 @@ def _require_consistent(settings):
         (name_of(settings.target) in sources,
          f"{name_of(settings.target)} is the target and can't be a source as well: take it out of "
          "--sources."),
-        ({"confidence", "matched"} & set(sources),
-         "A source can't be called confidence or matched, which are other files in scores/: rename "
-         "it."),
+        ({"confidence", "matched", "held_out"} & set(sources),
+         "A source can't be called confidence, matched or held_out, which are other files in "
+         "scores/: rename it."),
     )
     for wrong, sentence in contradictions:
         if wrong:

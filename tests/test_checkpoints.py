@@ -295,6 +295,14 @@ def test_keys_that_do_not_fit_are_named_with_what_to_do(net, change, said):
     assert refusal(said, given, state).startswith("given.pth does not fit net.py:make: ")
 
 
+def test_weights_of_another_number_of_classes_say_how_many(net):
+    state = {**net.state_dict(), "head.weight": torch.zeros(4, *net.head.weight.shape[1:]),
+             "head.bias": torch.zeros(4)}
+    assert refusal("given.pth has 4 outputs", given, state) == (
+        "given.pth has 4 outputs, and there are 3 classes (ant, small, bee, cow é). Name its own "
+        "with --classes.")
+
+
 class Bomb:
     """Unpickled by Python's own pickle, it writes a file."""
 

@@ -197,12 +197,13 @@ def test_classes_are_the_same_however_their_accents_are_written(tmp_path):
 
 
 @pytest.mark.quick
-def test_classes_take_the_order_of_the_names_that_are_given(tmp_path):
+def test_classes_take_the_order_of_the_names_that_are_given(tmp_path, capsys):
     spec = pets(tmp_path / "pets")
     plain, turned = (target(tmp_path / "d", spec, classes=names) for names in (2, ("bee", "ant")))
     assert plain.classes == ["ant", "bee"] and turned.classes == ["bee", "ant"]
     assert turned.train.labels.tolist() == [1, 1, 1, 0, 0, 0]
     assert turned.train.fingerprint != plain.train.fingerprint
+    assert "made again" not in capsys.readouterr().out      # one pack serves all orders
     for wrong in (3, ("bee", "cow"), ("bee", "ant", "cow")):
         refusal("--classes gives . classes", target, tmp_path / "d", spec, classes=wrong)
 

@@ -68,6 +68,8 @@ def test_a_teacher_and_a_student_of_ones_own_run_from_data_to_table(
     assert figures["history"] == [] and figures["accuracy"] == before["accuracy"] > 0.9
     assert results["teacher"]["arch"] == "networks.py:make"
     assert results["rows"][0]["student"] == "networks.py:three"
+    # How a teacher would have been trained does not matter to one that is given.
+    assert "reused: teacher, " in ran("compile.py", own, "--teacher-epochs", "9")
     networks.write_text(NETWORKS + "\n# another version\n")
     assert "another version of its files" in refused("compile.py", own)
     networks.write_text(NETWORKS)
@@ -195,9 +197,17 @@ def test_without_training_images_of_the_target_thresholds_come_from_the_sources(
     assert all((accuracy is not None) == test_split for accuracy in measured)
     assert "Data-free: no training image of the target was used." in results["notes"]
     assert not (run / "split.npz").exists() and not (run / "scores/confidence.npz").exists()
+    # A twentieth of the images are in no transfer set: on them all students are compared.
+    scores, out = pool(run), np.load(run / "scores/held_out.npz")
+    held = len(scores["index"]) // 20
+    assert out["images"].shape == (held, 32, 32, 3) and held > 2
+    assert all(0 <= row["source_agreement"] <= 1 for row in results["rows"])
+    assert f"Agreement: on {held} images of the sources that no student learned from" in str(
+        results["notes"])
+    kept = {image.tobytes() for image in np.load(run / "transfer/balanced/images.npy")}
+    assert not kept & {image.tobytes() for image in out["images"]}
     # Each class is held to the best quarter of its candidates.
     assert thresholds["calibrated_on"] == "sources"
-    scores = pool(run)
     for label, value in enumerate(thresholds["mms"]):
         members = np.sort(scores["mms"][scores["predicted"] == label])[::-1]
         assert value == members[-(-len(members) // 4) - 1]

@@ -229,7 +229,7 @@ def test_a_missing_predecessor_is_named_with_the_command_that_makes_it(
     (run / absent).unlink()
     assert scripts.refused(script, flags, "--approach", "mms") == (
         f"{script}: {run / absent} is missing. Make it with `{command} --target {flags[1]} "
-        f"--run-dir {run}`.\n")
+        f"--run-dir {run} --teacher-arch {flags[5]}`.\n")
 
 
 def test_another_approach_by_hand_costs_no_second_look_at_the_sources(flags, run):

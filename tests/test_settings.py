@@ -109,13 +109,21 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
      "which are stl10."),
     ("--target digits --sources digits", "digits is the target and can't be a source as well: take "
      "it out of --sources."),
-    ("--sources confidence=/x", "A source can't be called confidence")])
+    ("--sources confidence=/x", "A source can't be called confidence, matched or held_out"),
+    ("--target pets", "There is no data set pets to be a target")])     # no weights are asked for
 def test_a_command_line_that_can_not_be_is_refused_in_a_sentence(words, said):
     done = run_here("compile.py", *words.replace("/--seed", "").split())
     flag = words.partition("=")[0] if "=" in words and " " not in words else ""
     about = f"argument {flag}: " if flag and "unrecognized" not in said else ""
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"compile.py: {about}{said}")
+
+
+def test_a_stage_takes_one_seed():
+    done = run_here("entropy.py", "--seeds", "0,1")
+    assert (done.returncode, done.stderr) == (2, (
+        "entropy.py: argument --seeds: a stage takes one seed; of several, compile.py keeps each "
+        "in DIR/seed-N, a --run-dir of its own (see --help)\n"))
 
 
 @pytest.mark.parametrize("script, shown, not_shown", [
