@@ -5,6 +5,7 @@
     python compile.py --target cifar10=/data/cifar10 --sources crawl=/data/pools/photo-polluted ...
     python benchmarks/pools.py lines RUN...                 # one JSON line per row, for pools.jsonl
     python benchmarks/pools.py table                        # pools.jsonl as Markdown
+    python benchmarks/pools.py better A/students/mms.npz A/students/all.npz B/students/...
 
 In the photo-polluted pool lie 60,000 photographs in random order: the 26 classes of TinyImageNet
 that show what CIFAR10 shows (6 %), its 174 others, and 30,000 images of twelve superclasses of
@@ -126,14 +127,16 @@ def line(record, approach, pool):
     return found
 
 
-def better(folder, one, other, seed=0):
-    """Accuracy of one approach less that of another on the same test images, in points, with the
-    95 % interval of a paired bootstrap over the images."""
+def better(*files, seed=0):
+    """Accuracy of the first student of each pair less that of the second, in points: the mean over
+    the pairs, with the 95 % interval of a paired bootstrap over the test images, which are the same
+    for all. files: students/*.npz, the first and the second of each pair in turn."""
     right = []
-    for approach in (one, other):
-        with np.load(Path(folder) / f"students/{approach}.npz") as saved:
+    for file in files:
+        with np.load(file) as saved:
             right.append((saved["predicted"] == saved["labels"]).astype(float))
-    difference, rng = 100 * (right[0] - right[1]), np.random.default_rng(seed)
+    difference = 100 * (np.mean(right[::2], 0) - np.mean(right[1::2], 0))
+    rng = np.random.default_rng(seed)
     means = [difference[rng.integers(0, len(difference), len(difference))].mean()
              for _ in range(DRAWS)]
     return difference.mean(), *np.quantile(means, (0.025, 0.975))
