@@ -21,7 +21,7 @@ from kd import drawn, readers
 from kd.archives import extract
 from kd.command import command
 from kd.download import fetch_all, remaining
-from kd.files import UserError, digest, listed, one_field, require_none, say
+from kd.files import UserError, digest, listed, one_field, require_none, say, say_once
 from kd.flags import Parser, add_flags
 from kd.huggingface import open_rows
 from kd.layouts import registry
@@ -141,8 +141,9 @@ def _has_images(target):
 
 
 def locate(settings, sources=True):
-    """[(record, Place)] of the named data sets that are to be fetched. Raises UserError with a line
-    for each thing that isn't there or can't be used. sources: whether the run reads them."""
+    """[(record, Place)] of the named data sets that are to be fetched, which is said. Raises
+    UserError with a line for each thing that isn't there or can't be used. sources: whether the run
+    reads them."""
     wanted = [(spec, "source") for spec in settings.sources if sources]
     if _has_images(settings.target) or settings.target and not settings.data_free:
         wanted.insert(0, (settings.target, "test" if settings.data_free else "target"))
@@ -158,6 +159,11 @@ def locate(settings, sources=True):
         if place.files and place.kind not in ("shards", "rows"):
             absent.append((DATA_SETS[spec], place))
     require_none(lines)
+    missing = sum(remaining(path, file) for _, place in absent for path, file in
+                  place.files.items())
+    if missing:
+        names = listed([record.name for record, _ in absent])
+        say_once(f"Fetching {names}, {missing / 1e6:,.0f} MB in all.")
     return absent
 
 
@@ -166,10 +172,6 @@ def obtain(settings, sources=True):
     be had. sources: as in `locate`."""
     absent = locate(settings, sources)
     files = {path: file for _, place in absent for path, file in place.files.items()}
-    missing = sum(remaining(path, file) for path, file in files.items())
-    if missing:
-        names = listed([record.name for record, _ in absent])
-        say(f"Fetching {names}, {missing / 1e6:,.0f} MB in all.")
     require_none(fetch_all(files))
     for record, place in absent:
         for archive in place.files if record.unpacked else ():

@@ -44,6 +44,7 @@ from kd.values import name_of_approach
 
 MANIFEST = ["source", "index", "file", "predicted", "score"]
 FAR = 0.5           # of the classes: near pools spread over 0.9, far ones over a third
+AT_CHANCE = 1.5     # times an equal share of the classes: a teacher that knows hardly anything
 MOST_OFTEN = 8      # times that an image may come for each time that it would come by chance
 
 
@@ -275,7 +276,11 @@ def report_pool(scoring):
     settings, classes = scoring.run.settings, len(scoring.classes)
     count, found = len(scoring.candidates), evenness(scoring.candidates.predicted)
     say(f"pool: {count:,} images, which the teacher spreads over {found:.1f} of {classes} classes")
-    if found < FAR * classes and settings.recipe != "far":
+    right = scoring.figures["confidence_accuracy"]
+    if right is not None and right < AT_CHANCE / classes:
+        say(f"  The teacher is right on {right:.2%} of the confidence set, which is near chance: "
+            "nothing below means much.")
+    elif found < FAR * classes and settings.recipe != "far":
         say("  That is what a pool of another domain looks like: try the approach even, and, where "
             "the target is photographs, --recipe far (docs/results.md).")
 

@@ -11,10 +11,10 @@ import torchvision
 from torch import nn
 
 from kd.download import RemoteFile, fetch
-from kd.files import UserError, first_line
+from kd.files import UserError, first_line, say_once
 from kd.own import import_file, running_own
 from kd.settings import IMAGE_SIZE
-from kd.state_dicts import fit, say_once
+from kd.state_dicts import fit
 from kd.values import HUB, is_own, is_pretrained, name_of_arch
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}

@@ -5,10 +5,10 @@ import torch
 
 from kd.architectures import TIMM, input_size_of, timm_settings
 from kd.classifier import CENTERED
-from kd.files import UserError, file_digest, listed, write_atomically
+from kd.files import UserError, file_digest, listed, say_once, write_atomically
 from kd.models import build, outputs, require_logits
 from kd.settings import IMAGE_SIZE
-from kd.state_dicts import fit, is_ours, read_file, say_once, weights_file
+from kd.state_dicts import fit, is_ours, read_file, weights_file
 from kd.values import HUB, is_file, is_own
 
 

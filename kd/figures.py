@@ -110,9 +110,11 @@ def curves(record):
                if student["history"]}
     if not learned:
         return None
-    drawn, panels = _panels(2, 2, 2.3)
-    for axes, figure, scale, label in zip(panels, ("loss", "confidence_accuracy"), (1, 100), (
-            "loss (supervised: cross-entropy)", "accuracy on the confidence set, %"), strict=True):
+    shown = [("loss", 1, "loss (supervised: cross-entropy)")]
+    if any(epoch["confidence_accuracy"] is not None for each in learned.values() for epoch in each):
+        shown.append(("confidence_accuracy", 100, "accuracy on the confidence set, %"))
+    drawn, panels = _panels(len(shown), 2, 2.3)
+    for axes, (figure, scale, label) in zip(panels, shown, strict=True):
         for approach, history in learned.items():
             values = np.array([epoch[figure] for epoch in history], float)      # None becomes NaN
             axes.plot(np.linspace(0, 100, len(history) + 1)[1:], scale * values, label=approach,
@@ -185,7 +187,7 @@ def counts(record):
         said.append(f"{approach}: " + ", ".join(f"{name} {count:,}" for name, count in zip(
             record.sources, table.sum(0), strict=True)))
     drawn.colorbar(image, ax=list(grid), label="images", shrink=0.6, format="{x:,.0f}",
-                   ticks=ticker.MaxNLocator(6, integer=True))
+                   ticks=ticker.MaxNLocator(4, integer=True))
     return Figure("counts", f"Images by source. {'; '.join(said)}.", drawn)
 
 

@@ -33,7 +33,10 @@ def is_first():
 
 def say(line):
     if is_first():
-        print(line, flush=True)
+        print(f"{line}\n", end="", flush=True)     # at once, for lines of several threads
+
+
+say_once = functools.cache(say)     # what is looked at for a check and again for the work
 
 
 def require_none(lines):

@@ -13,6 +13,9 @@ from kd.values import is_own
 # The stages whose settings are flags of each script; compile.py has all of them.
 USES = {"TeacherTrain": ("teacher",), "distill": STAGES,
         **dict.fromkeys(("mms_threshold", "entropy", "transfer"), STAGES[:3])}
+# What each of them makes, and may make again.
+MAKES = {"TeacherTrain": ("teacher",), "mms_threshold": ("scores",), "entropy": ("scores",),
+         "transfer": ("scores", "transfer"), "distill": ("students",)}
 APPROACH = dict(type=values.approach, metavar="A", default="mms",
                 help=f"one of {', '.join(APPROACHES + MORE_APPROACHES)}, or a Python file with a "
                      "criterion of your own (default: mms)")
@@ -43,9 +46,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_field(message)}{hint} (see --help)\n")
 
 
-def add_flags(parser, names, more=(), shown=GROUPS):
+def add_flags(parser, names, more=(), shown=GROUPS, stages=STAGES):
     """Adds the flags of these settings, and those of `more` (as in MORE), to a parser, in their
-    groups. shown: the groups that --help has."""
+    groups. shown: the groups that --help has; stages: those that may be made again."""
     for group in GROUPS:
         of_group = {name: FIELDS[name].metadata["flag"] for name in FLAGS if name in names
                     and FIELDS[name].metadata["group"] == group}
@@ -53,6 +56,8 @@ def add_flags(parser, names, more=(), shown=GROUPS):
         inside = parser.add_argument_group(group) if of_group else None
         for name, flag in of_group.items():
             words = [flag_of(name), *(["--seed"] if name == "seeds" else [])]
+            if name == "restart_from":
+                flag = flag | {"choices": stages}
             text = flag["help"] + " (default: the recipe's)" * (name in RECIPES["reference"])
             text = text if group in shown else argparse.SUPPRESS
             inside.add_argument(*words, dest=name, **flag | {"help": text})
@@ -79,7 +84,7 @@ def parser_of(script, description):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--help-all", action="help", help="show every flag and exit")
     add_flags(parser, flags_of(script), MORE.get(script, {}),
-              GROUPS if "--help-all" in sys.argv else GROUPS[:1])
+              GROUPS if "--help-all" in sys.argv else GROUPS[:1], MAKES.get(script, STAGES))
     return parser
 
 

@@ -20,7 +20,7 @@ import torch
 
 from kd import checkpoints, engine
 from kd.files import UserError, file_digest, say, write_atomically
-from kd.processes import on_all_ranks
+from kd.processes import on_all_ranks, wait
 from kd.progress import Progress
 
 LIMIT = 5.0             # of a statistic, in deviations: channels that hardly ever fire say no more
@@ -112,6 +112,7 @@ def statistics(scoring):
                 file.write((block @ axes - origin).half().cpu().numpy().data)
     write_atomically(path, write)
     product.write({"images": count}, [path])
+    wait()
     return np.load(path, mmap_mode="r")
 
 
@@ -207,7 +208,7 @@ def matched_weights(scoring, size):
     aim = ("the confidence set's" if scoring.run.settings.calibrate == "target" else
            "those that the teacher's batch norms remember")
     say(f"matched: the pool's statistics lie {before:.2f} deviations from {aim}, weighted "
-        f"{after:.2f}; the weights are as even as {effective:,.0f} of {len(weights):,} images")
+        f"{after:.2f}; effective size {effective:,.0f} of {len(weights):,} images")
     if after > LITTLE * before:
         say("  No such weights bring them much nearer: expect little more of matched than of "
             "random images.")

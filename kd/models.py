@@ -8,10 +8,10 @@ from torch import nn
 
 from kd.architectures import TIMM, input_size_of, make_network, why_missing
 from kd.classifier import CENTERED, Classifier
-from kd.files import UserError, first_line, listed, say
+from kd.files import UserError, first_line, listed, say, say_once
 from kd.settings import IMAGE_SIZE
 from kd.small_conv import SmallInputConv2d
-from kd.state_dicts import fit, is_ours, read_file, say_once, tensors_of
+from kd.state_dicts import fit, is_ours, read_file, tensors_of
 from kd.values import is_file, is_own, is_pretrained, name_of_arch
 
 ENOUGH_SHARED = 0.5     # of a student's parameters, for a start from the teacher's

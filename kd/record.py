@@ -120,7 +120,7 @@ class Record:
 class Experiment:
     """A run folder as the user named it: one run, or one per seed below it, whichever began last.
 
-    settings: which seeds and approaches are meant; without, all that are there.
+    settings: which seeds are meant; without, all that are there.
     """
 
     def __init__(self, folder, settings=None):
@@ -134,10 +134,8 @@ class Experiment:
         below.sort(key=lambda path: int(path.parent.name[5:]))
         self.records = [Record(path.parent) for path in below or [own]]
         self.first = self.records[0]
-        asked = settings and [name_of_approach(each) for each in settings.approaches]
-        self.approaches = [name for name in dict.fromkeys(
-            name for record in self.records for name in record.approaches)
-            if not asked or name in asked]
+        self.approaches = list(dict.fromkeys(
+            name for record in self.records for name in record.approaches))
         self.teacher_accuracy = mean(record.teacher.get("accuracy") for record in self.records)
 
     def trained(self, approach):

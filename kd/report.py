@@ -51,7 +51,7 @@ def notes(experiment):
     absent = [name for name in EATS_SOURCES if name not in record.sources]
     start = settings.supervised_weights
     found = [sentence for true, sentence in (
-        (unfinished, f"Not finished: {listed(unfinished)}."),
+        (unfinished, f"Not made yet: {listed(unfinished)}."),
         (settings.limit, f"A trial run with at most {settings.limit} images of each data set."),
         (settings.data_free, "Data-free: no training image of the target was used."),
         (held, f"Agreement: on {held.get('images', 0):,} images of the sources that no student "
@@ -63,8 +63,8 @@ def notes(experiment):
          f"--floor {settings.floor:g} --fill {settings.fill}{' --no-balance' * settings.no_balance}"
          "."),
         ("eats" in approaches and absent, f"eats does without {listed(absent)}."),
-        ("supervised" in approaches, "The supervised student learns from labels and starts from "
-         f"{'random' if start == 'none' else name_of_arch(start)} weights.")) if true]
+        (experiment.trained("supervised"), "The supervised student learns from labels and starts "
+         f"from {'random' if start == 'none' else name_of_arch(start)} weights.")) if true]
     said = {}       # {sentence about @: approaches}: what is true of several is said once
     for each in records:
         seed = f" (seed {each.settings.seed})" * (len(records) > 1)

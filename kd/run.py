@@ -24,7 +24,7 @@ from kd.files import (
     say,
     write_sealed,
 )
-from kd.flags import USES, flag_of, parse, stored_words, words_of
+from kd.flags import MAKES, USES, flag_of, parse, stored_words, words_of
 from kd.settings import FIELDS, STAGES, resolve
 from kd.values import is_own, name_of
 
@@ -39,6 +39,8 @@ MADE_BY = {
         "pt", "npz", "json", "part", "onnx", "pth", "safetensors")), "tensorboard/student-*",
         "results.json", "results.md", "figures/*.png", "report.html"),
 }
+MAKER = {"teacher": "TeacherTrain.py", "scores": "transfer.py", "transfer": "transfer.py",
+         "students": "distill.py"}
 BOARDS = ("tensorboard", "wandb")       # settings, packages and folders of these names
 CHECKED = ("teacher.json", "transfer/*/summary.json", "students/*.json")
 
@@ -60,7 +62,7 @@ class Product:
             run.require_same(name, self.content, self.made_from)
         self.done = self.content is not None and self.content["made_from"] == self.made_from
         if self.done and name not in run.made:
-            run.reused[name.removesuffix(".json").removesuffix("/summary")] = True
+            run.reused[shorter(name)] = True
 
     def write(self, content, files=()):
         """Writes the JSON, after its files (paths), and returns its content."""
@@ -69,6 +71,7 @@ class Product:
         self.content = dict(content) | {"made_from": self.made_from, "files": digests}
         write_sealed(self.run / self.name, self.content)
         self.run.made.add(self.name)
+        self.run.reused.pop(shorter(self.name), None)
         return self.content
 
 
@@ -88,6 +91,11 @@ def read_product(run, name):
     return content, None
 
 
+def shorter(name):
+    """A product's name as people say it."""
+    return name.removesuffix(".json").removesuffix("/summary")
+
+
 def stage_of(name):
     """The stage that makes this file."""
     return next(stage for stage, patterns in MADE_BY.items()
@@ -95,11 +103,13 @@ def stage_of(name):
 
 
 class Run:
-    """The run folder of `settings`. stages: those whose settings the command line states; made:
-    the products that this process wrote; reused: those that it found done, in order."""
+    """The run folder of `settings`. stages: those whose settings the command line states; makes:
+    those whose files the command makes; made: the products that this process wrote; reused: those
+    that it found done, in order."""
 
-    def __init__(self, settings, stages=STAGES):
-        self.path, self.settings, self.stages = Path(settings.run_dir), settings, stages
+    def __init__(self, settings, stages=STAGES, makes=STAGES):
+        self.path, self.settings = Path(settings.run_dir), settings
+        self.stages, self.makes = stages, makes
         self.made, self.reused = set(), {}
 
     def __truediv__(self, name):
@@ -148,14 +158,15 @@ class Run:
         if not changed:
             return
         flags = [key for key in changed if key in FIELDS or key == "seed"]
-        was = [f"{flag_of(key)} {_text(before.get(key))}" for key in flags]
-        was += [f"another version of its {key.replace('_', ' ')}" for key in changed
+        was = [_with(key, before.get(key)) for key in flags]
+        was += [f"with another version of its {key.replace('_', ' ')}" for key in changed
                 if key not in flags]
-        new = ", ".join(f"{flag_of(key)} {_text(now[key])}" for key in flags)
+        new = ", ".join(_with(key, now[key]) for key in flags)
+        how = "add" if stage in self.makes else f"run {MAKER[stage]} with"
+        keeps = ", which keeps what comes before," if stage != "teacher" else ""
         raise UserError(
-            f"{self / name} was made with {', '.join(was)}{f', not {new}' if new else ''}. To make "
-            f"it again, add --restart-from {stage}, which keeps what comes before, or choose "
-            "another --run-dir.")
+            f"{self / name} was made {', '.join(was)}{f', not {new}' if new else ''}. To make it "
+            f"again, {how} --restart-from {stage}{keeps} or choose another --run-dir.")
 
     def check(self):
         """Raises UserError, before any long work, where a setting differs from the one with which a
@@ -211,9 +222,13 @@ class Run:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _text(value):
-    return ",".join(map(str, value)) if isinstance(value, list) else (
-        "unset" if value is None else str(value))
+def _with(key, value):
+    """A setting as a sentence has it."""
+    if value is None:
+        return f"without {flag_of(key)}"
+    text = f"{value:.6g}" if isinstance(value, float) else (
+        ",".join(map(str, value)) if isinstance(value, list) else str(value))
+    return f"with {flag_of(key)} {text}"
 
 
 def read_settings(folder):
@@ -245,7 +260,7 @@ def open_stage(argv, script, description):
         stored = stored_words(config, given, script)
         given = parse(argv, script, description, stored) | {"run_dir": folder}
     approach = {"approaches": (given["approach"],)} if "approach" in given else {}
-    run = Run(resolve(given | approach), USES[script])
+    run = Run(resolve(given | approach), USES[script], MAKES[script])
     run.check()
     return run, given
 

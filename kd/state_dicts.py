@@ -5,7 +5,6 @@ something ("module.", "model.", ...), and beside them lies what nobody needs. Al
 question here: below which prefix do the network's own names lie?
 """
 import collections
-import functools
 import pickle
 import re
 import warnings
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kd.files import UserError, listed, say
+from kd.files import UserError, listed, say_once
 
 IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")    # as the hubs name them
 OURS = {"arch": str, "classes": list, "input_size": int, "mean": list, "std": list,
@@ -23,7 +22,6 @@ REMEDY = "torch.save(network.state_dict(), FILE)"
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Counters of profilers and of averages; the state of a loss or a metric.
 LEFT_OUT = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$|^\w*(criterion|loss|metric)")
-say_once = functools.cache(say)     # a file is read for a check and again for the work
 
 
 # --------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is(tmp_path, lacking):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     done = run_script("report.py", "--run-dir", run, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and not (run / "results.json").exists()
-    assert "- Not finished: supervised, random, mms, entropy.\n" in done.stdout
+    assert "- Not made yet: supervised, random, mms, entropy.\n" in done.stdout
     html, names = (run / "report.html").read_text(), figures_in(run)
     assert "No student yet." in html and not names & {"accuracy", "curves"}
     assert ("counts" in names) == ("strip-mms" in names) == (lacking == "students")

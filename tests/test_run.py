@@ -102,21 +102,32 @@ def test_a_second_run_says_what_it_reuses_and_makes_nothing_again(run, flags):
 
 
 @pytest.mark.parametrize("more, product, stage, was, new", [
-    ("--teacher-epochs 5 --seed 1", "teacher.json", "teacher", "--teacher-epochs 4, --seed 0",
-     "--teacher-epochs 5, --seed 1"),
-    ("--limit 50", "teacher.json", "teacher", "--limit unset", "--limit 50"),
+    ("--teacher-epochs 5 --seed 1", "teacher.json", "teacher", "with --teacher-epochs 4, with "
+     "--seed 0", "with --teacher-epochs 5, with --seed 1"),
+    ("--limit 50", "teacher.json", "teacher", "without --limit", "with --limit 50"),
     ("--fill best --threshold 0.5", "transfer/balanced/summary.json", "transfer",
-     "--threshold published, --fill random", "--threshold 0.5, --fill best"),
-    ("--temperature 2", "students/balanced.json", "students", "--temperature 4.0",
-     "--temperature 2.0")])
+     "with --threshold published, with --fill random", "with --threshold 0.5, with --fill best"),
+    ("--temperature 2", "students/balanced.json", "students", "with --temperature 4",
+     "with --temperature 2")])
 def test_a_setting_that_differs_is_named_with_both_values_and_what_helps(
         run, flags, more, product, stage, was, new):
     before = contents(run)
     done = run_here("compile.py", *flags, *more.split())
     assert done.returncode == 2 and contents(run) == before
     assert done.stderr == (
-        f"compile.py: {run / product} was made with {was}, not {new}. To make it again, add "
-        f"--restart-from {stage}, which keeps what comes before, or choose another --run-dir.\n")
+        f"compile.py: {run / product} was made {was}, not {new}. To make it again, add "
+        f"--restart-from {stage}{', which keeps what comes before,' * (stage != 'teacher')} or "
+        "choose another --run-dir.\n")
+
+
+def test_a_stage_makes_nothing_again_that_another_one_makes(run, painted):
+    before, argv = contents(run), by_hand("mms_threshold.py", painted, run)
+    done = run_here("mms_threshold.py", *argv, "--limit", "50")
+    assert "without --limit, not with --limit 50. To make it again, run TeacherTrain.py with " in (
+        done.stderr)
+    done = run_here("mms_threshold.py", *argv, "--limit", "50", "--restart-from", "teacher")
+    assert done.returncode == 2 and "invalid choice: 'teacher'" in done.stderr
+    assert contents(run) == before
 
 
 def test_another_version_of_a_criterion_is_noticed(run, painted, tmp_path):
@@ -155,7 +166,7 @@ def test_restart_keeps_what_comes_before_and_what_is_not_the_runs(run, flags, re
     assert now["students/mms.pt"] != before["students/mms.pt"]
     assert not [name for name in now if name.endswith(".part") or name == "students/entropy.pt"]
     assert "Deleting" not in run_here("compile.py", *flags).stdout
-    assert "--lr 0.02, not --lr 0.1." in run_here("compile.py", *flags[:-2]).stderr
+    assert "--lr 0.02, not with --lr 0.1." in run_here("compile.py", *flags[:-2]).stderr
 
 
 @pytest.mark.parametrize("restart", ["--restart", "--restart-from=teacher"])
