@@ -44,5 +44,4 @@ RECIPES = {
 }
 # For pools of another domain: the same with heavy views, from random weights.
 RECIPES["far"] = RECIPES["best"] | dict(
-    lr=0.2, augment="rrc,flip,colour,tint:0.5,invert,rotate:45,cutmix,mixup",
-    student_weights="none")
+    lr=0.2, augment="rrc,flip,colour,cutmix,mixup", student_weights="none")
