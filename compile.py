@@ -119,15 +119,15 @@ def train_students(runs, target, device):
             for run, approach in mine:
                 train_student(run, approach, target, device)
         wait()
+        for run, approach in lacking:       # by this process or another one
+            run.made.add(f"students/{approach}.json")
     for run, approaches in runs:
         if len(runs) > 1:
             say(f"seed {run.settings.seed}")
         for approach in approaches:
             report_student(train_student(run, approach, target, device))
-        made = [f"students/{approach}" for other, approach in lacking if other is run]
-        reused = [name for name in run.reused if name not in made]
-        if reused:
-            say(f"reused: {listed(reused)}")
+        if run.reused:
+            say(f"reused: {listed(list(run.reused))}")
 
 
 def main(argv):

@@ -103,7 +103,7 @@ def train_student(run, approach, target, device):
     student, figures["weights"] = new_student(run, weights, teacher["classes"])
     objective, recipe = objective_of(run, images, None if supervised else run / "teacher.pt",
                                      target, device)
-    steps = recipe.epochs * max(1, len(rows) // recipe.batch_size)
+    steps = recipe.all_steps(len(rows))
     if not recipe.steps and steps < FEW_STEPS and not settings.limit:
         say(f"student {approach}: {recipe.epochs} epochs of {len(rows):,} images are {steps} steps"
             ", too few to learn much. --steps N sets their number, however few the images are.")

@@ -16,6 +16,7 @@ USES = {"TeacherTrain": ("teacher",), "distill": STAGES,
 # What each of them makes, and may make again.
 MAKES = {"TeacherTrain": ("teacher",), "mms_threshold": ("scores",), "entropy": ("scores",),
          "transfer": ("scores", "transfer"), "distill": ("students",)}
+MAKER = {stage: f"{script}.py" for script, stages in MAKES.items() for stage in stages}
 APPROACH = dict(type=values.approach, metavar="A", default="mms",
                 help=f"one of {', '.join(APPROACHES + MORE_APPROACHES)}, or a Python file with a "
                      "criterion of your own (default: mms)")
@@ -46,9 +47,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_field(message)}{hint} (see --help)\n")
 
 
-def add_flags(parser, names, more=(), shown=GROUPS, stages=STAGES):
+def add_flags(parser, names, more=(), shown=GROUPS):
     """Adds the flags of these settings, and those of `more` (as in MORE), to a parser, in their
-    groups. shown: the groups that --help has; stages: those that may be made again."""
+    groups. shown: the groups that --help has."""
     for group in GROUPS:
         of_group = {name: FIELDS[name].metadata["flag"] for name in FLAGS if name in names
                     and FIELDS[name].metadata["group"] == group}
@@ -56,8 +57,6 @@ def add_flags(parser, names, more=(), shown=GROUPS, stages=STAGES):
         inside = parser.add_argument_group(group) if of_group else None
         for name, flag in of_group.items():
             words = [flag_of(name), *(["--seed"] if name == "seeds" else [])]
-            if name == "restart_from":
-                flag = flag | {"choices": stages}
             text = flag["help"] + " (default: the recipe's)" * (name in RECIPES["reference"])
             text = text if group in shown else argparse.SUPPRESS
             inside.add_argument(*words, dest=name, **flag | {"help": text})
@@ -84,7 +83,7 @@ def parser_of(script, description):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--help-all", action="help", help="show every flag and exit")
     add_flags(parser, flags_of(script), MORE.get(script, {}),
-              GROUPS if "--help-all" in sys.argv else GROUPS[:1], MAKES.get(script, STAGES))
+              GROUPS if "--help-all" in sys.argv else GROUPS[:1])
     return parser
 
 
@@ -99,6 +98,9 @@ def parse(argv, script, description, stored=None):
     if script in USES and len(given.get("seeds", ())) > 1:
         parser.error("argument --seeds: a stage takes one seed; of several, compile.py keeps each "
                      "in DIR/seed-N, a --run-dir of its own")
+    again = given.get("restart_from")
+    if again and again not in MAKES.get(script, STAGES):
+        parser.error(f"argument --restart-from: that is for {MAKER[again]}, which makes {again}")
     if "steps" in given and "epochs" in given:
         parser.error("--steps and --epochs contradict each other: give one of them")
     if "config" in given and stored is None:

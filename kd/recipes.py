@@ -19,6 +19,13 @@ class Recipe:
     amp: bool | None = None         # bfloat16 where it pays; None: on cards that have it
     compile: bool | None = None     # torch.compile; None: on CUDA, where much is left to train
 
+    def steps_of_epoch(self, count):
+        """On `count` images."""
+        return max(1, count // self.batch_size)
+
+    def all_steps(self, count):
+        return self.steps or self.epochs * self.steps_of_epoch(count)
+
 
 SGD = dict(momentum=0.9, weight_decay=5e-4, schedule="onecycle")
 

@@ -24,7 +24,7 @@ from kd.files import (
     say,
     write_sealed,
 )
-from kd.flags import MAKES, USES, flag_of, parse, stored_words, words_of
+from kd.flags import MAKER, MAKES, USES, flag_of, parse, stored_words, words_of
 from kd.settings import FIELDS, STAGES, resolve
 from kd.values import is_own, name_of
 
@@ -39,8 +39,6 @@ MADE_BY = {
         "pt", "npz", "json", "part", "onnx", "pth", "safetensors")), "tensorboard/student-*",
         "results.json", "results.md", "figures/*.png", "report.html"),
 }
-MAKER = {"teacher": "TeacherTrain.py", "scores": "transfer.py", "transfer": "transfer.py",
-         "students": "distill.py"}
 BOARDS = ("tensorboard", "wandb")       # settings, packages and folders of these names
 CHECKED = ("teacher.json", "transfer/*/summary.json", "students/*.json")
 

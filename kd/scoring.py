@@ -277,7 +277,8 @@ class Scoring:
             return found, None
         rng = np.random.default_rng(engine.seed_for(self.run.settings.seed, "held out"))
         most = min(HELD_OUT, int(len(found) * HELD_OUT_SHARE))
-        out = np.isin(np.arange(len(found)), rng.choice(len(found), most, replace=False))
+        out = np.zeros(len(found), bool)
+        out[rng.choice(len(found), most, replace=False)] = True
         return found.at(~out), found.at(out)
 
     @property

@@ -212,7 +212,7 @@ class Settings:
     restart: bool = _running(None, False, bool, "delete what the run folder holds and begin again")
     restart_from: str | None = _running(
         None, None, STAGES, "delete what STAGE and those after it have made, and make it again: "
-        f"{', '.join(STAGES)}, as far as a script makes them", "STAGE")
+        f"{', '.join(STAGES)}; a stage by hand, what it makes itself", "STAGE")
 
     @property
     def seed(self):

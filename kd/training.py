@@ -62,8 +62,7 @@ class Training:
     @classmethod
     def begin(cls, classifier, count, recipe, device):
         """The state before the first step on `count` images."""
-        per_epoch = max(1, count // recipe.batch_size)
-        steps = recipe.steps or recipe.epochs * per_epoch
+        per_epoch, steps = recipe.steps_of_epoch(count), recipe.all_steps(count)
         optimizer, scheduler = optimizer_of(classifier, recipe, steps)
         average = copy.deepcopy(classifier) if recipe.ema else None
         return cls(classifier, optimizer, scheduler, average, torch.zeros((), device=device),

@@ -126,7 +126,9 @@ def test_a_stage_makes_nothing_again_that_another_one_makes(run, painted):
     assert "without --limit, not with --limit 50. To make it again, run TeacherTrain.py with " in (
         done.stderr)
     done = run_here("mms_threshold.py", *argv, "--limit", "50", "--restart-from", "teacher")
-    assert done.returncode == 2 and "invalid choice: 'teacher'" in done.stderr
+    assert done.returncode == 2 and done.stderr == (
+        "mms_threshold.py: argument --restart-from: that is for TeacherTrain.py, which makes "
+        "teacher (see --help)\n")
     assert contents(run) == before
 
 
