@@ -18,13 +18,13 @@ TOLERANCE = 1e-3    # of the largest logit
 
 
 class Standalone(nn.Module):
-    """A classifier that needs nothing of this project: (N, 3, S, S) float32 pixels in [0, 1] ->
-    logits (N, C)."""
+    """A classifier that needs nothing of this project: (N, 3, H, W) float32 pixels in [0, 1] ->
+    logits (N, C). classes: their names."""
 
     def __init__(self, classifier):
         super().__init__()
         self.network = as_torch_has_it(copy.deepcopy(classifier.network))
-        self.fitted = classifier.fitted
+        self.fitted, self.classes = classifier.fitted, classifier.classes
         self.register_buffer("mean", torch.tensor(classifier.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(classifier.std).view(3, 1, 1))
 

@@ -11,6 +11,7 @@ from conftest import ROOT, run_script, small_run
 from PIL import Image
 from script_files import by_hand, contents, linked, outcome, put, ran, read, run_here
 
+from kd import checkpoints
 from kd.files import write_atomically
 from kd.readers import decode
 
@@ -258,6 +259,18 @@ def test_a_student_is_exported(flags, run):
     assert f"export: {run}/students/mms.pth, " in said
     assert "On 30 images it gives the student's class for 30" in said
     assert (run / "students/mms.pth").stat().st_size > 1000
+
+
+def test_torch_hub_loads_a_student_that_takes_pixels_of_any_size(flags, run):
+    path, arch = run / "students/mms.pt", flags[5]
+    network = torch.hub.load(str(ROOT), "student", path, arch, source="local")
+    images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = checkpoints.load(path, arch)(images)
+        found = network(images.permute(0, 3, 1, 2) / 255)
+        assert network(torch.rand(2, 3, 48, 48)).shape == (2, 3)
+    assert network.classes == read(run, "teacher.json")["classes"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_run_folder_is_as_documented(finished_run):
