@@ -41,12 +41,12 @@ RECIPES = {
     "best": dict(
         teacher_epochs=24, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
         epochs=40, steps=6_000, batch_size=256, lr=0.05, **SGD, augment="crop,flip",
-        temperature=4.0, ema=0.0, student_weights="auto", threshold=0.9, floor=0.0,
+        temperature=4.0, ema=0.0, student_weights="auto", threshold=0.9, floor=1.0,
         fill="random"),
     "quick": dict(
         teacher_epochs=12, teacher_batch_size=64, teacher_lr=0.02, teacher_augment="crop",
         epochs=16, steps=352, batch_size=64, lr=0.1, **SGD, augment="none",
-        temperature=4.0, ema=0.0, student_weights="none", threshold=0.9, floor=0.0,
+        temperature=4.0, ema=0.0, student_weights="none", threshold=0.9, floor=1.0,
         fill="random"),
 }
 # For pools of another domain: the same with heavy views, from random weights.

@@ -289,7 +289,7 @@ def resolve(given):
     if chosen["teacher_weights"] != "none":
         recipe["teacher_lr"] *= FINE_TUNING_SCALE
     if chosen["calibrate"] == "sources":
-        recipe["threshold"] = SOURCE_SHARE
+        recipe |= {"threshold": SOURCE_SHARE, "floor": 0.0}
     if "epochs" in given:
         recipe["steps"] = 0
     settings = Settings(**recipe | chosen)

@@ -145,7 +145,9 @@ def test_what_a_criterion_raises_is_shown_with_its_traceback(flags, run, tmp_pat
 def test_a_criterion_that_nothing_passes_leaves_no_student_and_the_table_says_so(
         flags, run, tmp_path):
     (tmp_path / "no.py").write_text(criterion("(logits @ weight)[:, 0]", "[1e9] * classes"))
-    assert "too small to learn from" in ran("compile.py", flags, "--approaches", tmp_path / "no.py")
+    assert "too small to learn from" in ran(
+        "compile.py", flags, "--restart-from", "transfer", "--floor", "0", "--approaches",
+        tmp_path / "no.py")
     [row], notes = (read(run, "results.json")[name] for name in ("rows", "notes"))
     assert (row["transfer_size"], row["accuracy"]) == (0, None)
     assert "There is no student of no: its transfer set is too small to learn from." in notes
@@ -236,7 +238,7 @@ CRITERIA = {"mms": True, "entropy": False, "confidence": True, "energy": True,
 @pytest.mark.parametrize("share, words, said, given", [
     (0.9, "--floor 0.5 --fill first", "Images below the threshold that --floor let in for ",
      {"bucket": 40, "floor": 0.5}),
-    (1.0, "--fill best --no-balance --transfer-size 30", "--fill best --no-balance.",
+    (1.0, "--floor 0 --fill best --no-balance --transfer-size 30", "--fill best --no-balance.",
      {"bucket": 10, "fill": "best", "balance": False})])
 def test_a_run_selects_what_the_slow_selection_selects(flags, run, share, words, said, given):
     ran("compile.py", flags, "--restart-from", "transfer", "--threshold", share, *words.split(),

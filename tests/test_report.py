@@ -162,7 +162,7 @@ def test_what_is_unknown_is_a_dash(tmp_path):
 @pytest.mark.quick
 def test_what_the_table_must_not_hide_is_said_in_plain_sentences(finished):
     assert report.collect(Experiment(finished))["notes"] == [
-        "Selected with --threshold 0.9 --calibrate target --floor 0 --fill random.",
+        "Selected with --threshold 0.9 --calibrate target --floor 1 --fill random.",
         "The supervised student learns from labels and starts from random weights.",
         "Images that can't be read are left out of random: photos (30).",
         "Classes with fewer than 18 images in mms: cat (17), dog (15), owl (0).",

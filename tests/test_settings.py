@@ -39,9 +39,11 @@ STANDS_FOR = {
         teacher_weights="none", supervised_weights="none", teacher_lr=0.1),
     "--student-arch net.py:make": dict(teacher_weights="imagenet", supervised_weights="none"),
     "--data-free --teacher-checkpoint t.pt": dict(
-        calibrate="sources", approaches=APPROACHES[1:], threshold=0.25, transfer_size=50_000),
+        calibrate="sources", approaches=APPROACHES[1:], threshold=0.25, floor=0.0,
+        transfer_size=50_000),
     "--calibrate sources": dict(transfer_size=None),
-    "--recipe best": dict(steps=6_000, batch_size=256, student_weights="auto")}
+    "--recipe best": dict(
+        steps=6_000, batch_size=256, student_weights="auto", threshold=0.9, floor=1.0)}
 
 
 @pytest.mark.parametrize("words, expected", STANDS_FOR.items())
