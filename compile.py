@@ -20,6 +20,7 @@ from kd import engine, models, report
 from kd.command import command
 from kd.files import UserError, is_first, listed, require_none, say
 from kd.flags import parse
+from kd.matching import norms_of
 from kd.processes import alone, first_alone, rank, wait, world_size
 from kd.record import Experiment
 from kd.run import Run
@@ -65,20 +66,23 @@ def check_networks(settings, target):
     if Run(settings).has("teacher.json"):
         return
     require_batch("--teacher-batch-size", settings.teacher_batch_size)
-    given = settings.teacher_checkpoint
-    teacher = load_checkpoint(settings, target) if given else None
+    approaches = set(settings.approaches)
+    if settings.teacher_checkpoint:
+        teacher = load_checkpoint(settings, target)
+    elif is_own(settings.teacher_arch):
+        teacher = new_teacher(settings, target.classes)
+    else:
+        teacher = models.build(settings.teacher_arch, target.classes)
     if settings.student_weights == "teacher":
-        models.inherit(models.build(settings.student_arch, ["a", "b"]), models.build(
-            teacher.arch if given else settings.teacher_arch, ["a", "b"]), required=True)
+        student = models.build(settings.student_arch, teacher.classes)
+        models.inherit(student, teacher, required=True)
     if is_own(settings.student_arch):
-        models.untrained(settings.student_arch, target.classes or teacher.classes, "none",
-                         settings.image_size)
-    if not given and not is_own(settings.teacher_arch):
-        return
-    teacher = teacher or new_teacher(settings, target.classes)
+        models.untrained(settings.student_arch, teacher.classes, "none", settings.image_size)
     if models.head_weight(teacher) is None and not settings.mms_plain and (
-            {"mms", "random"} & set(settings.approaches)):
+            {"mms", "random"} & approaches):
         raise UserError(no_mms(settings.teacher_arch))
+    if {"matched", "weighted"} & approaches:
+        norms_of(teacher)
 
 
 def describe(target):

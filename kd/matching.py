@@ -32,11 +32,22 @@ LITTLE = 0.9            # of the gap is left: matched has nothing to offer
 CHUNK = 1 << 16         # rows that lie in memory at a time
 
 
+def norms_of(classifier):
+    """Its batch norms that remember their data. Raises UserError where there are none."""
+    found = [module for module in classifier.modules()
+             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+             and module.track_running_stats]
+    if not found:
+        raise UserError("matched and weighted need a teacher with batch norms, which remember "
+                        "their data. Leave them out of --approaches.")
+    return found
+
+
 @contextlib.contextmanager
 def watched(classifier):
-    """Within it, a function gives what the last batch showed in every batch norm, (n, D) float32.
-    Raises UserError where the classifier has none."""
-    seen, hooks = [], []
+    """Within it, a function gives what the last batch showed in every batch norm, (n, D)
+    float32."""
+    seen = []
 
     def look(module, given):
         pixels = given[0].float()
@@ -52,11 +63,7 @@ def watched(classifier):
         found = torch.cat(seen, 1)
         seen.clear()
         return found
-    for module in classifier.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            hooks.append(module.register_forward_pre_hook(look))
-    if not hooks:
-        raise UserError("matched needs a teacher with batch norms, which remember their data.")
+    hooks = [module.register_forward_pre_hook(look) for module in norms_of(classifier)]
     try:
         yield shown
     finally:

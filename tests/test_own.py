@@ -57,6 +57,13 @@ def run(taught, tmp_path):
     return linked(taught[0], tmp_path / "run")
 
 
+def test_a_teacher_without_batch_norms_is_refused_before_it_is_trained(flags, painted, tmp_path):
+    said = refused("compile.py", flags, "--teacher-arch", f"{painted}/networks.py:three",
+                   "--approaches", "mms,weighted")
+    assert "matched and weighted need a teacher with batch norms" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_teacher_and_a_student_of_ones_own_run_from_data_to_table(
         taught, flags, painted, tmp_path):
     networks, run = painted / "networks.py", tmp_path / "run"

@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
 from scipy.optimize import minimize
 from torch import nn
 
@@ -176,10 +175,6 @@ def test_directions_keep_the_distance_of_the_pool_from_the_target_in_one_unit():
     reduced = (sample @ directions(sample)).numpy()
     assert reduced.std(0).max() == pytest.approx(1, abs=0.05)
     assert gap(reduced) == pytest.approx((5 ** 2 + 4 ** 2) ** 0.5 / 3, rel=0.05)
-
-
-def test_a_teacher_without_batch_norms_is_refused():
-    refusal("batch norms", watched(nn.Linear(2, 2)).__enter__)
 
 
 def test_a_criterion_that_only_some_sources_have_is_left_out():
