@@ -17,6 +17,7 @@ from pathlib import Path
 import data
 from distill import report_student, train_student
 from kd import engine, models, report
+from kd.architectures import input_size_of
 from kd.command import command
 from kd.files import UserError, is_first, listed, require_none, say
 from kd.flags import parse
@@ -29,7 +30,7 @@ from kd.settings import resolve
 from kd.training import require_batch
 from kd.values import is_own, name_of, name_of_approach
 from TeacherTrain import load_checkpoint, new_teacher, report_teacher, train_teacher, weights_of
-from transfer import make_transfer_set, report_pool, report_transfer_set
+from transfer import bucket_size, make_transfer_set, report_pool, report_transfer_set
 
 
 def of_each_seed(settings):
@@ -63,7 +64,7 @@ def check_everything_is_there(settings):
 def check_networks(settings, target):
     """Raises UserError where the teacher that is given does not fit or can't give an approach, or
     where the student can't be trained."""
-    if Run(settings).has("teacher.json"):
+    if all(Run(each).has("teacher.json") for each in of_each_seed(settings)):
         return
     require_batch("--teacher-batch-size", settings.teacher_batch_size)
     approaches = set(settings.approaches)
@@ -72,7 +73,11 @@ def check_networks(settings, target):
     elif is_own(settings.teacher_arch):
         teacher = new_teacher(settings, target.classes)
     else:
-        teacher = models.build(settings.teacher_arch, target.classes)
+        teacher = models.build(settings.teacher_arch, target.classes, "none", (
+            settings.teacher_size or input_size_of(settings.teacher_arch, settings.image_size)))
+    if approaches != {"supervised"}:
+        bucket_size(settings.transfer_size, target.train and len(target.train),
+                    len(teacher.classes))
     if settings.student_weights == "teacher":
         student = models.build(settings.student_arch, teacher.classes)
         models.inherit(student, teacher, required=True)

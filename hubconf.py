@@ -13,6 +13,6 @@ def student(path, arch=None):
     float32 pixels in [0, 1] -> logits (N, C). Resize and normalisation are inside; `classes` has
     the names. Raises UserError where the file holds nothing of the kind.
 
-    arch: FILE.py:FACTORY, where the network is code of your own.
+    arch: FILE.py:FACTORY, or hub:..., where the network is code that the file can't hold.
     """
     return Standalone(load(path, arch)).eval()

@@ -33,7 +33,8 @@ def score(logits, weight):
     margin = (first - second) / distance.clamp_min(torch.finfo(logits.dtype).tiny)
     parallel = (distance == 0) & (first > second)
     if parallel.any():      # no boundary lies between equal rows: take the nearest other one
-        others = torch.cdist(weight[a[parallel]], weight)
+        others = torch.cdist(weight[a[parallel]], weight,
+                             compute_mode="donot_use_mm_for_euclid_dist")   # 0 from equal rows
         reached = (first[parallel, None] - logits[parallel]) / others
         margin[parallel] = reached.where(others > 0, torch.inf).amin(1)
     return margin

@@ -45,7 +45,7 @@ from kd.values import name_of_approach
 MANIFEST = ["source", "index", "file", "predicted", "score"]
 FAR = 0.5           # of the classes: near pools spread over 0.9, far ones over a third
 AT_CHANCE = 1.5     # times an equal share of the classes: a teacher that knows hardly anything
-MOST_OFTEN = 8      # times that an image may come for each time that it would come by chance
+MOST_OFTEN = 8      # the largest weight of `even`, where 1 is an image's share by chance
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,7 +114,10 @@ def select(approach, candidates, thresholds, rules):
                           rules.keeps_high[approach])
         least = math.ceil(rules.floor * room)
         short = np.bincount(group[eligible], minlength=group.max(initial=0) + 1) < least
-        best = fill_buckets(group, short[group] & ~np.isnan(badness), least, badness)
+        scored = ~np.isnan(badness)
+        if not rules.balance:       # thresholds are those of classes: what passes comes first
+            badness = np.argsort(np.lexsort((badness, ~eligible)))
+        best = fill_buckets(group, short[group] & scored, least, badness)
         admitted[best] = ~eligible[best]
         eligible |= admitted
     elif approach == "balanced":
@@ -131,8 +134,9 @@ def select(approach, candidates, thresholds, rules):
 
 
 def even_weights(predicted):
-    """How often each candidate comes where all predicted classes come equally often, none more than
-    MOST_OFTEN times as often as in the pool. predicted: (N,) int. Returns (N,) float64."""
+    """How often each candidate comes where all predicted classes come equally often, less where
+    that is more than MOST_OFTEN times as often as in the pool. predicted: (N,) int. Returns (N,)
+    float64, whose mean is below 1 where that is so."""
     counts = np.bincount(predicted)
     share = len(predicted) / np.count_nonzero(counts)
     return np.minimum(share / counts[predicted], MOST_OFTEN)
@@ -277,10 +281,10 @@ def report_pool(scoring):
     count, found = len(scoring.candidates), evenness(scoring.candidates.predicted)
     say(f"pool: {count:,} images, which the teacher spreads over {found:.1f} of {classes} classes")
     right = scoring.figures["confidence_accuracy"]
-    if right is not None and right < AT_CHANCE / classes:
+    if right is not None and right < min(AT_CHANCE / classes, 1 / classes + 0.1):
         say(f"  The teacher is right on {right:.2%} of the confidence set, which is near chance: "
             "nothing below means much.")
-    elif found < FAR * classes and settings.recipe != "far":
+    elif found <= FAR * min(classes, count) and settings.recipe != "far":
         say("  That is what a pool of another domain looks like: try --recipe far, and the "
             "approaches even, matched and weighted (docs/results.md).")
 

@@ -49,7 +49,8 @@ def _named(content, path, arch):
         return content
     if not (arch and is_own(arch)):
         raise UserError(f"{path} was made by {content['arch']}, and code runs only where the "
-                        "command line names it. Add it as --teacher-arch, or --student-arch.")
+                        "command line names it. Add it as --teacher-arch or --student-arch (in "
+                        "Python arch=).")
     return content | {"arch": arch}
 
 

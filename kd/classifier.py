@@ -63,8 +63,9 @@ class Classifier(nn.Module):
         """Normalised pixels (N, 3, H, W) in the size and the colours that the network takes; grey
         as Pillow and torchvision make it."""
         size = self.input_size, self.input_size
-        if pixels.shape[-1] != self.input_size:
-            pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
+        if pixels.shape[-2:] != size:       # shrunk as Pillow does it
+            pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False,
+                                   antialias=max(pixels.shape[-2:]) > self.input_size)
         if self.grey:
             red, green, blue = pixels.split(1, 1)
             pixels = 0.299 * red + 0.587 * green + 0.114 * blue

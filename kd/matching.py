@@ -39,7 +39,7 @@ def norms_of(classifier):
              and module.track_running_stats]
     if not found:
         raise UserError("matched and weighted need a teacher with batch norms, which remember "
-                        "their data. Leave them out of --approaches.")
+                        "their data. Take other approaches.")
     return found
 
 
@@ -92,9 +92,9 @@ def statistics(scoring):
     kd.scoring.Scoring."""
     run, path = scoring.run, scoring.run / "scores" / "matched.npy"
     calibrate = run.settings.calibrate
-    product = run.product("scores/matched.json", remake=True, teacher=scoring.digest, images={
-        name: source.fingerprint for name, source in scoring.sources.items()},
-        code=file_digest(__file__), calibrate=calibrate)
+    images = [[name, source.fingerprint] for name, source in scoring.sources.items()]   # in order
+    product = run.product("scores/matched.json", remake=True, teacher=scoring.digest,
+                          images=images, code=file_digest(__file__), calibrate=calibrate)
     if product.done:
         return np.load(path, mmap_mode="r")
     classifier = checkpoints.load(run / "teacher.pt", run.settings.teacher_arch).to(scoring.device)

@@ -182,9 +182,9 @@ def _put(network, name, module):
 
 @torch.no_grad()
 def inherit(student, teacher, required=False):
-    """Copies into a student what its teacher has under the same name, of the same shape, if that is
-    at least half of the student's parameters. Returns whether; raises UserError where it is not,
-    though `required`.
+    """Copies into a student what its teacher has under the same name, of the same shape, and the
+    teacher's normalisation, if that is at least half of the student's parameters. Returns whether;
+    raises UserError where it is not, though `required`.
 
     Of one family the shallower network gets the first blocks of each stage, and the head. A
     residual network without some blocks answers much as the whole one (arXiv 1605.06431).
@@ -198,8 +198,12 @@ def inherit(student, teacher, required=False):
     _refuse(name_of_arch(student.arch), required and not enough and
             f"can't start from its teacher's weights: {name_of_arch(teacher.arch)} has {share:.0%} "
             "of them under the same names. Use --student-weights none")
-    for name in shared if enough else ():
-        state[name].copy_(known[name])
+    if enough:
+        for name in shared:
+            state[name].copy_(known[name])
+        student.mean, student.std = teacher.mean, teacher.std
+        student.scale.copy_(teacher.scale)
+        student.shift.copy_(teacher.shift)
     return enough
 
 

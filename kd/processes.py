@@ -14,6 +14,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from kd.files import working_alone
+from kd.values import is_own
 
 
 def start_processes():
@@ -133,7 +134,8 @@ def shared(network, device):
     with warnings.catch_warnings():     # torch 2.14 has another name for broadcast_buffers
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(network, devices, gradient_as_bucket_view=True,
-                                       broadcast_buffers=False)
+                                       broadcast_buffers=False,
+                                       find_unused_parameters=is_own(network.arch))
 
 
 def share_buffers(*networks):

@@ -63,6 +63,8 @@ class Record:
         self.approaches = sorted(set(found), key=[*APPROACHES, *found].index)
         self.students = self._products("students/{}.json", self.approaches)
         self.summaries = self._products("transfer/{}/summary.json", self.approaches)
+        used = [name for each in self.summaries.values() for name in each["per_source"]]
+        self.sources = list(dict.fromkeys([*self.sources, *used]))      # of a stage by hand
         self.scored = self._products("scores/{}.json", [*self.sources, "confidence"])
 
     def _product(self, name):

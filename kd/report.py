@@ -50,18 +50,20 @@ def notes(experiment):
     unfinished = [name for name in approaches if any(name not in each.students for each in records)]
     absent = [name for name in EATS_SOURCES if name not in record.sources]
     start = settings.supervised_weights
+    made = next((each["made_from"] for each in record.summaries.values()), settings.of_stage(
+        "transfer"))
     found = [sentence for true, sentence in (
         (unfinished, f"Not made yet: {listed(unfinished)}."),
         (settings.limit, f"A trial run with at most {settings.limit} images of each data set."),
         (settings.data_free, "Data-free: no training image of the target was used."),
-        (held, f"Agreement: on {held.get('images', 0):,} images of the sources that no student "
-         f"learned from; always the same class would have {held.get('largest_class', 0):.2%}."),
-        (not record.teacher.get("linear_head", True),
+        (held and experiment.teacher_accuracy is None,
+         f"Agreement: on {held.get('images', 0):,} images of the sources that no student learned "
+         f"from; always the same class would have {held.get('largest_class', 0):.2%}."),
+        (settings.mms_plain and not record.teacher.get("linear_head", True),
          "MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits."),
         (record.thresholds,
-         f"Selected with --threshold {settings.threshold} --calibrate {settings.calibrate} "
-         f"--floor {settings.floor:g} --fill {settings.fill}{' --no-balance' * settings.no_balance}"
-         "."),
+         f"Selected with --threshold {made['threshold']} --calibrate {made['calibrate']} --floor "
+         f"{made['floor']:g} --fill {made['fill']}{' --no-balance' * made['no_balance']}."),
         ("eats" in approaches and absent, f"eats does without {listed(absent)}."),
         (experiment.trained("supervised"), "The supervised student learns from labels and starts "
          f"from {'random' if start == 'none' else name_of_arch(start)} weights.")) if true]
@@ -87,8 +89,8 @@ def about_transfer_set(summary, student=None):
             yield f"{words}: {listed([f'{name} ({count:,})' for name, count in counts.items()])}."
     if summary["no_threshold"]:
         where = "confidence set" if summary["calibrated_on"] == "target" else "sources"
-        yield (f"Classes without a threshold in @: {listed(summary['no_threshold'])}. The teacher "
-               f"never predicts them on the {where}.")
+        yield (f"Classes without a threshold in @: {listed(summary['no_threshold'])}. No image "
+               f"of the {where} gives them one.")
     if student and student.get("weights") == "teacher":
         yield ("The student of @ is pruned from the teacher: it starts with the teacher's layers, "
                "which keep most of its accuracy on any images.")

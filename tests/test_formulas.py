@@ -28,6 +28,14 @@ def test_mms_is_the_margin_over_the_distance_of_the_two_weight_rows(weight, logi
     assert found.tolist() == [expected]
 
 
+def test_mms_of_equal_rows_among_a_hundred_is_the_distance_to_another_class():
+    weight = torch.randn(100, 64, generator=torch.Generator().manual_seed(1))
+    weight[1] = weight[0]
+    logits = torch.tensor([[9.0, 8.0] + [0.0] * 98])
+    nearest = 9 / (weight[2:] - weight[0]).norm(dim=1).max()
+    assert mms_threshold.score(logits, weight).item() == pytest.approx(nearest.item(), rel=1e-5)
+
+
 def test_mms_is_the_distance_to_the_decision_boundary_in_feature_space():
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(5, 7, generator=generator), torch.randn(5, generator=generator)

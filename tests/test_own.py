@@ -2,15 +2,18 @@
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import NET, run_script, small_run
+from conftest import NET, refusal, run_script, small_run
 from PIL import Image
 from script_files import given, linked, manifest, pool, ran, read, refused
 from test_selection import select_slowly
 
+from compile import check_networks
+from kd.settings import resolve
 from kd.thresholds import passes
 from TeacherTrain import misreading
 from transfer import Rules
@@ -62,6 +65,30 @@ def test_a_teacher_without_batch_norms_is_refused_before_it_is_trained(flags, pa
                    "--approaches", "mms,weighted")
     assert "matched and weighted need a teacher with batch norms" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_with_network_or_size_shows_before_the_training():
+    target = SimpleNamespace(train=None, classes=["a", "b"])
+    flags = {"teacher_arch": "alexnet", "sources": ("web=/w",), "approaches": ("mms", "balanced")}
+    check_networks(resolve(flags), target)
+    refusal("alexnet can't answer for images of 32x32", check_networks, resolve(
+        flags | {"teacher_size": 32}), target)
+    refusal("1 images are fewer than one for each of 2 classes", check_networks, resolve(
+        flags | {"transfer_size": 1}), target)
+
+
+def test_matched_weighs_the_images_of_sources_in_another_order(run, flags):
+    def weighed():
+        ran("transfer.py", flags, "--approach", "matched", "--restart-from", "transfer")
+        return np.load(run / "scores/matched.npy")
+    first, order = weighed(), flags.index("--sources") + 1
+    flags[order] = ",".join(reversed(flags[order].split(",")))
+    pool = len(np.load(run / "scores/pool.npz")["index"])
+    other = weighed()
+    assert other.shape == first.shape and not np.array_equal(first, other)
+    lengths = np.linalg.norm(first.astype(float), axis=1)      # the axes are another sample's
+    assert np.linalg.norm(other.astype(float), axis=1)[-pool:] == pytest.approx(
+        lengths[:pool], rel=0.05)
 
 
 def test_a_teacher_and_a_student_of_ones_own_run_from_data_to_table(

@@ -8,6 +8,7 @@ import shutil
 import time
 import warnings
 from base64 import b64decode
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 from kd import board, figures, report
 from kd.files import file_digest, write_sealed
 from kd.record import Experiment
+from kd.settings import resolve
 
 HOSTILE = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>",
            "'\"& $x_1$ {{ 7 }}")
@@ -41,7 +43,7 @@ def write_product(folder, name, content, *files, **arrays):
     if arrays:
         np.savez(path.with_suffix(".npz"), **arrays)
         files = [path.with_suffix(".npz")]
-    write_sealed(path, content | {"made_from": {"images": "as it was"}, "files": {
+    write_sealed(path, {"made_from": {"images": "as it was"}} | content | {"files": {
         file.relative_to(folder).as_posix(): file_digest(file) for file in files}})
 
 
@@ -59,6 +61,8 @@ def write_transfer_set(folder, approach, chosen, classes):
     per_class = np.bincount(PREDICTED[[i for _, i in chosen]], minlength=3).tolist()
     write_product(folder, f"transfer/{approach}/summary.json", {
         "size": len(chosen), "bucket": 18, "per_class": per_class, "classes": classes,
+        "made_from": resolve({"target": "digits", "floor": 0.5}).of_stage("transfer"),
+        "per_source": Counter(source for source, _ in chosen),
         "unreadable": {"photos": 30} if approach == "random" else {}, "below_threshold": {},
         "shortfall": {} if approach == "random" else {
             name: 18 - count for name, count in zip(classes, per_class, strict=True)},
@@ -162,12 +166,12 @@ def test_what_is_unknown_is_a_dash(tmp_path):
 @pytest.mark.quick
 def test_what_the_table_must_not_hide_is_said_in_plain_sentences(finished):
     assert report.collect(Experiment(finished))["notes"] == [
-        "Selected with --threshold 0.9 --calibrate target --floor 1 --fill random.",
+        "Selected with --threshold 0.9 --calibrate target --floor 0.5 --fill random.",
         "The supervised student learns from labels and starts from random weights.",
         "Images that can't be read are left out of random: photos (30).",
         "Classes with fewer than 18 images in mms: cat (17), dog (15), owl (0).",
-        "Classes without a threshold in mms: owl. The teacher never predicts them on the "
-        "confidence set.",
+        "Classes without a threshold in mms: owl. No image of the confidence set gives them "
+        "one.",
         "Classes with fewer than 18 images in entropy: cat (15), dog (14), owl (13)."]
 
 

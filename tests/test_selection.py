@@ -49,10 +49,10 @@ def select_slowly(scores, approach, threshold, rules):
         passing, least = [m for m in members if m[2]], math.ceil(rules.floor * room)
         if approach in high and len(passing) < least:
             scored = [m for m in members if not math.isnan(m[1])]
-            best = sorted(scored, key=lambda m: (m[1], m[0]))[:least]
+            best = sorted(scored, key=lambda m: (not m[2], m[1], m[0]))[:least]
             passing = sorted(set(passing) | set(best))
         if rules.fill == "best" and approach in high:
-            passing = sorted(passing, key=lambda m: (m[1], m[0]))
+            passing = sorted(passing, key=lambda m: (not m[2], m[1], m[0]))
         chosen += [m[0] for m in passing[:room]]
     return sorted(chosen)
 
