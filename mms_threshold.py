@@ -1,4 +1,4 @@
-"""Minimal Margin Score: how far an image is from the teacher's nearest decision boundary.
+"""Minimal Margin Score: how far an image is from the boundary between its two likeliest classes.
 
 With z the logits, a and b the two largest and w the rows of the last linear layer,
 

@@ -153,7 +153,8 @@ class Settings:
         "class's confidence set reach (0.25 with --calibrate sources)", "published|R")
     floor: float = _selection(
         "transfer", BY_RECIPE, values.share,
-        "where fewer than this share of a bucket pass, the best ones below the threshold come in",
+        "where fewer than this share of a bucket pass, the best ones below the threshold come in "
+        "(0 with --calibrate sources)",
         "SHARE")
     calibrate: str = _selection(
         "transfer", "target", ("target", "sources"),
