@@ -17,7 +17,6 @@ from pathlib import Path
 import data
 from distill import report_student, train_student
 from kd import engine, models, report
-from kd.architectures import input_size_of
 from kd.command import command
 from kd.files import UserError, is_first, listed, require_none, say
 from kd.flags import parse
@@ -28,7 +27,7 @@ from kd.run import Run
 from kd.scoring import Scoring, load_criteria, no_mms, report_thresholds
 from kd.settings import resolve
 from kd.training import require_batch
-from kd.values import is_own, name_of, name_of_approach
+from kd.values import name_of, name_of_approach
 from TeacherTrain import load_checkpoint, new_teacher, report_teacher, train_teacher, weights_of
 from transfer import bucket_size, make_transfer_set, report_pool, report_transfer_set
 
@@ -47,8 +46,7 @@ def check_everything_is_there(settings):
     what is."""
     runs = [Run(each) for each in of_each_seed(settings)]
     for run in runs:
-        if not settings.restart:
-            run.check()
+        run.check()
     load_criteria(settings)
     reads_sources = set(settings.approaches) != {"supervised"}
     data.locate(settings, reads_sources)
@@ -68,21 +66,13 @@ def check_networks(settings, target):
         return
     require_batch("--teacher-batch-size", settings.teacher_batch_size)
     approaches = set(settings.approaches)
-    if settings.teacher_checkpoint:
-        teacher = load_checkpoint(settings, target)
-    elif is_own(settings.teacher_arch):
-        teacher = new_teacher(settings, target.classes)
-    else:
-        teacher = models.build(settings.teacher_arch, target.classes, "none", (
-            settings.teacher_size or input_size_of(settings.teacher_arch, settings.image_size)))
+    teacher = (load_checkpoint(settings, target) if settings.teacher_checkpoint else
+               new_teacher(settings, target.classes))
     if approaches != {"supervised"}:
-        bucket_size(settings.transfer_size, target.train and len(target.train),
-                    len(teacher.classes))
+        bucket_size(settings, target, teacher.classes)
+    student = models.untrained(settings.student_arch, teacher.classes, "none", settings.image_size)
     if settings.student_weights == "teacher":
-        student = models.build(settings.student_arch, teacher.classes)
         models.inherit(student, teacher, required=True)
-    if is_own(settings.student_arch):
-        models.untrained(settings.student_arch, teacher.classes, "none", settings.image_size)
     if models.head_weight(teacher) is None and not settings.mms_plain and (
             {"mms", "random"} & approaches):
         raise UserError(no_mms(settings.teacher_arch))
@@ -110,9 +100,8 @@ def prepare(settings, device, target):
         for name in (name for name in scoring.criteria if name in selecting):
             report_thresholds(name, scoring)
         report_pool(scoring)
-        target_size = len(target.train) if target.train else None
         for approach in selecting:
-            report_transfer_set(approach, make_transfer_set(run, approach, scoring, target_size))
+            report_transfer_set(approach, make_transfer_set(run, approach, scoring))
     return run, approaches
 
 

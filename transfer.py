@@ -38,7 +38,7 @@ from kd.processes import first_alone, on_all_ranks
 from kd.report import about_transfer_set
 from kd.run import open_stage
 from kd.scoring import Scoring
-from kd.settings import DATA_FREE_SIZE, DRAWN_BY_WEIGHT, EATS_SOURCES
+from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES
 from kd.thresholds import passes
 from kd.values import name_of_approach
 
@@ -48,9 +48,7 @@ AT_CHANCE = 1.5     # times an equal share of the classes: a teacher that knows 
 MOST_OFTEN = 8      # the largest weight of `even`, where 1 is an image's share by chance
 
 
-# --------------------------------------------------------------------------------------------------
-# Selection
-# --------------------------------------------------------------------------------------------------
+# ---- Selection -----------------------------------------------------------------------------------
 
 def fill_buckets(predicted, eligible, bucket, preference=None):
     """Takes at most `bucket` eligible candidates of each predicted class.
@@ -149,32 +147,27 @@ def evenness(predicted):
     return float(np.exp(-np.sum(share[share > 0] * np.log(share[share > 0]))))
 
 
-# --------------------------------------------------------------------------------------------------
-# The stage
-# --------------------------------------------------------------------------------------------------
+# ---- The stage -----------------------------------------------------------------------------------
 
-def bucket_size(transfer_size, target_size, classes):
-    """Images per class: an equal share of `transfer_size`, or, where that is None, of the target's
-    training split (None: there is none)."""
-    size = transfer_size or target_size or DATA_FREE_SIZE
-    if size < classes:
-        raise UserError(f"{size} images are fewer than one for each of {classes} classes. Use a "
-                        f"larger {'--transfer-size' if transfer_size else '--limit'}.")
-    return size // classes
+def bucket_size(settings, target, classes):
+    """Images per class: an equal share of --transfer-size, or of the target's training split."""
+    size = settings.transfer_size or len(target.train)
+    if size < len(classes):
+        flag = "--transfer-size" if settings.transfer_size else "--limit"
+        raise UserError(f"{size} images are fewer than one for each of {len(classes)} classes. "
+                        f"Use a larger {flag}.")
+    return size // len(classes)
 
 
 @on_all_ranks
-def make_transfer_set(run, approach, scoring, target_size):
-    """Makes transfer/<approach>, unless it is there. Returns the content of its summary.json.
-
-    target_size: images of the target's training split; None where there is none.
-    """
+def make_transfer_set(run, approach, scoring):
+    """Makes transfer/<approach>, unless it is there. Returns the content of its summary.json."""
     scoring.require(approach)
     if scoring.held_out:
         make_held_out(run, scoring)
     settings, classes = run.settings, scoring.classes
     candidates, thresholds = scoring.candidates, scoring.thresholds
-    bucket = bucket_size(settings.transfer_size, target_size, len(classes))
+    bucket = bucket_size(settings, scoring.target, classes)
     # An approach without a criterion of its own shows the margin, for comparison.
     shown = approach if approach in scoring.criteria else (
         "mms" if "mms" in scoring.criteria else "confidence")
@@ -202,7 +195,8 @@ def make_transfer_set(run, approach, scoring, target_size):
         summary["shortfall"] = {}
     own = approach in scoring.criteria
     summary |= {
-        "unreadable": {name: scoring.bad(name) for name in candidates.names if scoring.bad(name)},
+        "unreadable": {name: bad for name in candidates.names if (
+            bad := run.content_of(f"scores/{name}.json", "python transfer.py")["bad"])},
         "no_threshold": [classes[c] for c in np.flatnonzero(np.isnan(thresholds[approach]))] if own
         else [], "calibrated_on": settings.calibrate if own or approach == "random" else None}
     folder = run / "transfer" / approach
@@ -307,9 +301,8 @@ def main(argv):
     scoring = Scoring(run, device, data)
     first_alone(lambda: data.obtain(settings))
     first_alone(lambda: run.open(device, given, always=False))
-    train = scoring.target.train
     report_pool(scoring)
-    report_transfer_set(approach, make_transfer_set(run, approach, scoring, train and len(train)))
+    report_transfer_set(approach, make_transfer_set(run, approach, scoring))
     say(f"saved in {run / 'transfer' / approach}")
 
 

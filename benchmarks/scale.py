@@ -71,7 +71,7 @@ def score(where, size):
 def select(count):
     """Fills the buckets from `count` candidates, of which two thirds pass."""
     rng, thresholds = np.random.default_rng(0), {"mms": np.full(CLASSES, 1 / 3)}
-    candidates = transfer.join({"pool": {
+    candidates = scoring.join({"pool": {
         "index": np.arange(count), "predicted": rng.integers(0, CLASSES, count),
         "mms": rng.random(count, np.float32)}})
     took = [measuring.seconds(transfer.select, "mms", candidates, thresholds, transfer.Rules(

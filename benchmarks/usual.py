@@ -121,7 +121,7 @@ def measure(settings, recipe, teacher, thresholds, files, device=CPU):
     with timed("scoring", "here"):
         folded = models.folded(teacher.cpu()).to(device)
         scores, _ = scoring.score_batches(folded, source, None, CRITERIA, device, "files")
-        candidates = transfer.join({"files": scores})
+        candidates = scoring.join({"files": scores})
     for row in ROWS:
         with timed("scoring", "usual"):
             scored = usual_scores(big, dataset, recipe.batch_size, row)

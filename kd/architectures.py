@@ -43,7 +43,11 @@ def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
         made = _of_hub(arch, count) if arch.startswith(HUB) else _of_file(arch, count)
         if not isinstance(made, nn.Module):
             raise UserError(f"{arch} gives a {type(made).__name__}, not a torch.nn.Module.")
-        return _with_sizes(made, input_size), None
+        if any(map(nn.parameter.is_lazy, itertools.chain(made.parameters(), made.buffers()))):
+            with torch.no_grad():       # layers that take their size from their first input
+                made.eval()(torch.zeros(2, 3, input_size, input_size))
+            made.train()
+        return made, None
     if arch.startswith(TIMM):
         network = _of_timm(arch, lambda timm, name: timm.create_model(
             name, pretrained=pretrained, num_classes=count))
@@ -116,16 +120,6 @@ def _of_hub(arch, count):
         return load()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{arch} can't be had ({first_line(error)}).") from None
-
-
-def _with_sizes(made, input_size):
-    """The network, its layers as large as images of that size make them."""
-    tensors = itertools.chain(made.parameters(), made.buffers())
-    if any(isinstance(each, nn.parameter.UninitializedTensorMixin) for each in tensors):
-        with torch.no_grad():       # layers that take their size from their first input
-            made.eval()(torch.zeros(2, 3, input_size, input_size))
-        made.train()
-    return made
 
 
 def _imagenet(arch, weights):

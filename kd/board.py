@@ -5,7 +5,6 @@ H, W), step) and close(), made in WRITERS.
 """
 from pathlib import Path
 
-import torch
 from torchvision.utils import make_grid
 
 from kd.files import digest, is_first
@@ -41,22 +40,17 @@ class _WandbWriter:
 WRITERS = {"tensorboard": _tensorboard, "wandb": _WandbWriter}
 
 
-def open_board(folders, step=0):
-    """A Board of {kind: folder}; without any it writes nothing. step: where the training resumes;
-    what an interrupted one wrote from there on is not shown."""
-    return Board([WRITERS[kind](folder, step) for kind, folder in folders.items() if is_first()])
-
-
 class Board:
-    """Without a writer nothing is written, and nothing waits for the device."""
+    """Of {kind: folder}; without any it writes nothing. step: where the training resumes; what an
+    interrupted one wrote from there on is not shown."""
 
-    def __init__(self, writers):
-        self.writers = writers
+    def __init__(self, folders, step=0):
+        self.writers = [WRITERS[kind](folder, step) for kind, folder in folders.items()
+                        if is_first()]
 
     def losses(self, last, losses):
-        """Of the steps up to `last`, [scalar tensors]."""
-        values = torch.stack(losses).tolist() if self.writers else ()
-        for step, loss in enumerate(values, last + 1 - len(losses)):
+        """Of the steps up to `last`, numbers."""
+        for step, loss in enumerate(losses, last + 1 - len(losses)):
             self._scalar("loss", loss, step)
 
     def epoch(self, step, **figures):

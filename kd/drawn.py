@@ -6,7 +6,6 @@ the faces that come with matplotlib. Glyphs are made as scikit-learn's digits we
 black and white at 32x32, whose 4x4 blocks are counted: 8x8 pixels of 17 grey levels.
 """
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +24,17 @@ IS_INK = [0] * 101 + [255] * 155
 CANVAS = 96     # pixels of the drawing before it is brought to 32x32
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Draws image i, which depends on the name, the seed and i alone."""
-
-    name: str
-    seed: int
-
-    def __call__(self, i):
-        draw = {"glyphs": draw_glyph, "photos": crop_photo, "noise": draw_noise}[self.name]
-        return draw(np.random.default_rng((self.seed, list(COUNTS).index(self.name), i)))
+def _draw(name, seed, i):
+    """Image i of a source, which depends on the name, the seed and i alone."""
+    draw = {"glyphs": draw_glyph, "photos": crop_photo, "noise": draw_noise}[name]
+    return draw(np.random.default_rng((seed, list(COUNTS).index(name), i)))
 
 
 def reader(name):
     """What reads a source: (seed, split) -> Images."""
     code = digest(Path(__file__).read_bytes())      # what is drawn differently is packed again
-    return lambda seed, split: Images(COUNTS[name], Drawn(name, seed), f"{name}/{seed}/{code}")
+    return lambda seed, split: Images(COUNTS[name], functools.partial(_draw, name, seed),
+                                      f"{name}/{seed}/{code}")
 
 
 @functools.cache

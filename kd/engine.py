@@ -149,9 +149,7 @@ def enough_memory(label, device, remedy):
         raise UserError(f"{label}: {where} does not suffice. {remedy}") from None
 
 
-# --------------------------------------------------------------------------------------------------
-# Evaluation
-# --------------------------------------------------------------------------------------------------
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 def evaluation_batch(classifier):
     """Images of a batch that is only answered."""

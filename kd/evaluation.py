@@ -9,20 +9,15 @@ TRAIN_SHARE = 0.8       # of the target's training split; the rest is the confid
 WATCHED = 2000          # images of the confidence set on which accuracy is noted after each epoch
 
 
-def split_target(count, seed):
-    """Cuts `count` images into (train, confidence): int64 indices, disjoint, sorted, together
-    all."""
-    order = np.random.default_rng(engine.seed_for(seed, "split")).permutation(count)
-    cut = round(TRAIN_SHARE * count)
-    return np.sort(order[:cut]), np.sort(order[cut:])
-
-
 @on_all_ranks
 def saved_split(run, count):
-    """The run's (train, confidence), kept in split.npz: the teacher never trains on the second."""
+    """The run's (train, confidence), int64 indices, sorted, together all, kept in split.npz: the
+    teacher never trains on the second."""
     path, product = run / "split.npz", run.product("split.json", images=count)
     if not product.done:
-        train, confidence = split_target(count, run.settings.seed)
+        rng = np.random.default_rng(engine.seed_for(run.settings.seed, "split"))
+        train, confidence = map(np.sort, np.split(rng.permutation(count),
+                                                  [round(TRAIN_SHARE * count)]))
         if len(train) < 2 or not len(confidence):
             raise UserError(f"The target's {count} training images are too few to split off a "
                             "confidence set.")

@@ -22,9 +22,7 @@ class UserError(Exception):
     """Something the user can put right: one plain sentence that names the thing and what to do."""
 
 
-# --------------------------------------------------------------------------------------------------
-# What is said
-# --------------------------------------------------------------------------------------------------
+# ---- What is said --------------------------------------------------------------------------------
 
 def is_first():
     """Whether this process writes and speaks: the only one, or the first that torchrun started."""
@@ -62,9 +60,7 @@ def one_field(text):
     return re.sub("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
-# --------------------------------------------------------------------------------------------------
-# Writing and reading
-# --------------------------------------------------------------------------------------------------
+# ---- Writing and reading -------------------------------------------------------------------------
 
 def write_atomically(path, write):
     """Calls `write(file)` with a binary file beside `path`, which takes its place once all of it is
@@ -145,16 +141,7 @@ def _digest_of_version(path, *version):
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------
-# Disk and locks
-# --------------------------------------------------------------------------------------------------
-
-def nearest_existing(path):
-    path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
+# ---- Disk and locks ------------------------------------------------------------------------------
 
 def _acquire(lock, folder, timeout):
     """Whether the lock was had; None on a file system without locks, which is said."""

@@ -124,23 +124,19 @@ def words_of(settings, given):
     return words
 
 
-def read_words(path):
-    """The command line in a config.json. Raises UserError where there is none."""
+def stored_words(path, given, script):
+    """The words of a config.json that are flags here, less those whose flag (of --steps and
+    --epochs either) is given. Raises UserError where there are none, or where they name code that
+    `given` does not."""
     words = (read_json(path) or {}).get("command")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{path} is damaged, or not a config.json of this version.")
-    return words
-
-
-def stored_words(path, given, script):
-    """The words of a config.json that are flags here, less those whose flag (of --steps and
-    --epochs either) is given. Raises UserError where they name code that `given` does not."""
     replaced = {flag_of(name) for name in given}
     if {"--steps", "--epochs"} & replaced:
         replaced |= {"--steps", "--epochs"}
     known = {flag_of(name) for name in flags_of(script)} - replaced
     known |= {flag.replace("--", "--no-", 1) for flag in known}     # of a switch
-    words = [word for word in read_words(path) if word.partition("=")[0] in known]
+    words = [word for word in words if word.partition("=")[0] in known]
     code = [word for word in words if is_own(word.partition("=")[2]) or any(
         each.strip().endswith(".py") for each in word.split(","))]
     if code:

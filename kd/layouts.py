@@ -38,8 +38,8 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_cifar(root, batches, meta, fine):
-    found = []
+def _read_cifar(train, test, meta, fine, root, split):
+    batches, found = test if split == "test" else train, []
     for name in (*batches, meta):
         with open(root / name, "rb") as file:
             found.append(_Unpickler(file, encoding="latin1").load())
@@ -50,13 +50,9 @@ def _read_cifar(root, batches, meta, fine):
                        names)
 
 
-def read_cifar10(root, split):
-    train = [f"data_batch_{i}" for i in range(1, 6)]
-    return _read_cifar(root, ["test_batch"] if split == "test" else train, "batches.meta", "")
-
-
-def read_cifar100(root, split):
-    return _read_cifar(root, ["test" if split == "test" else "train"], "meta", "fine_")
+read_cifar10 = functools.partial(_read_cifar, [f"data_batch_{i}" for i in range(1, 6)],
+                                 ["test_batch"], "batches.meta", "")
+read_cifar100 = functools.partial(_read_cifar, ["train"], ["test"], "meta", "fine_")
 
 
 def read_svhn(root, split):

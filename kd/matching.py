@@ -63,12 +63,10 @@ def watched(classifier):
         found = torch.cat(seen, 1)
         seen.clear()
         return found
-    hooks = [module.register_forward_pre_hook(look) for module in norms_of(classifier)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for norm in norms_of(classifier):
+            hooks.enter_context(norm.register_forward_pre_hook(look))
         yield shown
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _blocks(scoring, classifier, shown, parts):
@@ -190,11 +188,10 @@ def _dual(values, point, cap, ridge):
 def gap(values, weights=None):
     """How far the mean of `values` (N, K), under `weights` (N,), is from the target's, in standard
     deviations of the pool along its first direction, over all of them."""
-    total, done = np.zeros(values.shape[1]), 0
-    for part in _parts(values):
-        weight = np.ones(len(part)) if weights is None else weights[done:done + len(part)]
-        total, done = total + weight @ part[:, :-1], done + len(part)
-    return float(np.linalg.norm(total / (done if weights is None else weights.sum())))
+    weights = np.ones(len(values)) if weights is None else weights
+    total = sum(weights[at:at + CHUNK] @ np.asarray(values[at:at + CHUNK], np.float64)
+                for at in range(0, len(values), CHUNK))
+    return float(np.linalg.norm(total / weights.sum()))
 
 
 def draw(weights, size, seed):

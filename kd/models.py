@@ -18,9 +18,7 @@ ENOUGH_SHARED = 0.5     # of a student's parameters, for a start from the teache
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-# --------------------------------------------------------------------------------------------------
-# Building
-# --------------------------------------------------------------------------------------------------
+# ---- Building ------------------------------------------------------------------------------------
 
 def build(arch, classes, weights="none", input_size=None, mean=None, std=None):
     """A Classifier with a head for `classes` (names).
@@ -93,9 +91,7 @@ def unavailable(choices, image_size=IMAGE_SIZE):
     return lines
 
 
-# --------------------------------------------------------------------------------------------------
-# Heads
-# --------------------------------------------------------------------------------------------------
+# ---- Heads ---------------------------------------------------------------------------------------
 
 def _gives(module, count):
     """Whether a layer may be the head: linear, or a 1x1 convolution, with `count` outputs."""
@@ -240,9 +236,7 @@ def folded(classifier):
     return copied if _same(copied(images), expected) else classifier
 
 
-# --------------------------------------------------------------------------------------------------
-# What a network must do
-# --------------------------------------------------------------------------------------------------
+# ---- What a network must do ----------------------------------------------------------------------
 
 def _refuse(what, wrong):
     if wrong:

@@ -14,16 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from kd.files import (
-    UserError,
-    file_digest,
-    first_line,
-    holding,
-    one_field,
-    read_json,
-    say,
-    write_json,
-)
+from kd.files import UserError, file_digest, holding, one_field, read_json, say, write_json
 from kd.progress import Progress
 from kd.readers import Chosen, Images, decode
 
@@ -52,7 +43,7 @@ class _Blocks:
                     good.append(i)
                 except Exception as error:      # whatever a broken file makes a decoder raise
                     file = "" if self.images.files is None else self.images.files[i]
-                    what = one_field(f"{type(error).__name__}: {first_line(error)}")
+                    what = one_field(f"{type(error).__name__}: {error}")
                     bad.append((i, one_field(file), what))
         return pixels[:len(good)], good, bad
 
@@ -84,18 +75,16 @@ class Source:
         """(N,) int64, which images of the whole data set these are."""
         return np.arange(len(self)) if self.numbers is None else self.numbers
 
-    def batches(self, rows=None, batch_size=512, part=(0, 1)):
+    def batches(self, rows=None, batch_size=512, share=slice):
         """Yields (pixels (n, size, size, 3) uint8, index (n,) int64, a sequence of n file names).
 
-        rows: (n,) int64, ascending, which images, as `index` numbers them; None for all. part:
-        (rank, world size), for that process's contiguous share of a single process's batches.
+        rows: (n,) int64, ascending, which images, as `index` numbers them; None for all.
+        share(n): the slice of n batches that is wanted, as kd.processes.share_of has it.
         """
         index = self.rows
         where = range(len(self)) if rows is None else np.searchsorted(index, rows)
-        total, (rank, processes) = -(-len(where) // batch_size), part
-        numbers = range(rank * total // processes, (rank + 1) * total // processes)
-        wanted = [where[k * batch_size:(k + 1) * batch_size] for k in numbers]
-        for pixels, at in self._pixels(wanted, rows is None):
+        wanted = [where[k:k + batch_size] for k in range(0, len(where), batch_size)]
+        for pixels, at in self._pixels(wanted[share(len(wanted))], rows is None):
             yield pixels, index[at], (
                 [""] * len(at) if self.files is None else Chosen(self.files, at))
 
@@ -117,29 +106,19 @@ class Packed(Source):
     def __len__(self):
         return len(self.images)
 
-    @property
-    def size(self):
-        return self.images.shape[1]
-
     def _pixels(self, wanted, everything):
         for at in map(np.asarray, wanted):
             yield self.images[at], at
             release_pages(self.images)
 
 
-@dataclass
 class Streamed(Source):
     """Not decoded yet. bad: how many images this process could not read in its last pass."""
 
-    name: str
-    source: Images
-    size: int
-    max_bad: float
-    bad: int = 0
-
-    def __post_init__(self):
-        self.files, self.numbers = self.source.files, self.source.rows
-        self.fingerprint = self.source.fingerprint
+    def __init__(self, name, source, size, max_bad):
+        self.name, self.source, self.size, self.max_bad, self.bad = name, source, size, max_bad, 0
+        self.files, self.numbers = source.files, source.rows
+        self.fingerprint = source.fingerprint
 
     def __len__(self):
         return self.source.count

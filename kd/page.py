@@ -69,11 +69,7 @@ def _sheet(tiles):
         sheet.paste(image, (number % ACROSS * edge, number // ACROSS * edge))
     file = io.BytesIO()
     sheet.save(file, "WEBP", quality=72)
-    return _base64(file.getvalue())
-
-
-def _base64(content):
-    return base64.b64encode(content).decode()
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _pairs(record):
@@ -92,5 +88,6 @@ def render(record, drawn, **content):
     data, sheets = gallery(record) if record.selected else ({"count": 0}, [])
     text = template.render(
         data=data, sheets=sheets, config=record.config, pairs=_pairs(record),
-        figures=[(name, said, _base64(path.read_bytes())) for name, said, path in drawn], **content)
+        figures=[(name, said, base64.b64encode(path.read_bytes()).decode())
+                 for name, said, path in drawn], **content)
     return text.encode("utf-8", "backslashreplace").decode()

@@ -23,17 +23,12 @@ def start_processes():
     distributed.init_process_group(backend, timeout=datetime.timedelta(days=30))
 
 
-def here():
-    """Processes that torchrun started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def own_card():
     """The number of this process's CUDA device; None where there are fewer than processes."""
     number, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if world_size() == 1:
         return torch.cuda.current_device()
-    if max(number + 1, here()) > cards:
+    if max(number + 1, working_here()) > cards:
         return None
     torch.cuda.set_device(number)
     return number
@@ -86,7 +81,7 @@ def on_all_ranks(stage):
 
 def working_here():
     """Processes of this machine that work now: while the first one does alone, the others wait."""
-    return 1 if working_alone else here()
+    return 1 if working_alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def first_alone(make):

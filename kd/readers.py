@@ -251,9 +251,7 @@ def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
     return read_files(root, files, labels, classes.tolist())
 
 
-# --------------------------------------------------------------------------------------------------
-# Tar shards (the WebDataset convention), never unpacked. Labels and captions are not read.
-# --------------------------------------------------------------------------------------------------
+# ---- Tar shards (the WebDataset convention), never unpacked. Labels and captions are not read. ---
 
 def shard_paths(name, pattern):
     """The shards that /data/{000..099}.tar or /data/*.tar stand for, in order. Raises UserError

@@ -36,19 +36,15 @@ RECIPES = {
         teacher_epochs=15, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
         epochs=20, steps=0, batch_size=64, lr=0.1, momentum=0.0, weight_decay=0.0,
         schedule="constant", augment="none", temperature=10.0, ema=0.0,
-        student_weights="none", threshold="published", floor=0.0,
-        fill="first"),
+        student_weights="none", threshold="published", floor=0.0, fill="first"),
     "best": dict(
         teacher_epochs=24, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
         epochs=40, steps=6_000, batch_size=256, lr=0.05, **SGD, augment="crop,flip",
-        temperature=4.0, ema=0.0, student_weights="auto", threshold=0.9, floor=1.0,
-        fill="random"),
-    "quick": dict(
-        teacher_epochs=12, teacher_batch_size=64, teacher_lr=0.02, teacher_augment="crop",
-        epochs=16, steps=352, batch_size=64, lr=0.1, **SGD, augment="none",
-        temperature=4.0, ema=0.0, student_weights="none", threshold=0.9, floor=1.0,
-        fill="random"),
+        temperature=4.0, ema=0.0, student_weights="auto", threshold=0.9, floor=1.0, fill="random"),
 }
+RECIPES["quick"] = RECIPES["best"] | dict(
+    teacher_epochs=12, teacher_batch_size=64, teacher_lr=0.02, teacher_augment="crop", epochs=16,
+    steps=352, batch_size=64, lr=0.1, augment="none", student_weights="none")
 # For pools of another domain: the same with heavy views, from random weights.
 RECIPES["far"] = RECIPES["best"] | dict(
     lr=0.2, augment="rrc,flip,colour,cutmix,mixup", student_weights="none")

@@ -13,17 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from kd.files import (
-    UserError,
-    file_digest,
-    hold,
-    is_first,
-    listed,
-    nearest_existing,
-    read_sealed,
-    say,
-    write_sealed,
-)
+from kd.files import UserError, file_digest, hold, is_first, listed, read_sealed, say, write_sealed
 from kd.flags import MAKER, MAKES, USES, flag_of, parse, stored_words, words_of
 from kd.settings import FIELDS, STAGES, resolve
 from kd.values import is_own, name_of
@@ -51,6 +41,7 @@ class Product:
 
     def __init__(self, run, name, made_from, remake):
         self.run, self.name, self.made_from = run, name, json.loads(json.dumps(made_from))
+        self.label = name.removesuffix(".json").removesuffix("/summary")    # as people say it
         self.content, wrong = read_product(run, name)
         if wrong and name == "teacher.json":    # it costs hours: nobody wants it made again unasked
             raise UserError(f"{wrong}. Restore it, or add --restart-from teacher to make another.")
@@ -60,7 +51,7 @@ class Product:
             run.require_same(name, self.content, self.made_from)
         self.done = self.content is not None and self.content["made_from"] == self.made_from
         if self.done and name not in run.made:
-            run.reused[shorter(name)] = True
+            run.reused[self.label] = True
 
     def write(self, content, files=()):
         """Writes the JSON, after its files (paths), and returns its content."""
@@ -69,7 +60,7 @@ class Product:
         self.content = dict(content) | {"made_from": self.made_from, "files": digests}
         write_sealed(self.run / self.name, self.content)
         self.run.made.add(self.name)
-        self.run.reused.pop(shorter(self.name), None)
+        self.run.reused.pop(self.label, None)
         return self.content
 
 
@@ -87,11 +78,6 @@ def read_product(run, name):
         if file_digest(run / file) != written:
             return None, f"{run / file} is damaged: it is not what was written there"
     return content, None
-
-
-def shorter(name):
-    """A product's name as people say it."""
-    return name.removesuffix(".json").removesuffix("/summary")
 
 
 def stage_of(name):
@@ -174,7 +160,7 @@ class Run:
                 raise UserError(f"--{kind} needs a package: pip install {kind}")
         if (self / "config.json").exists() and not self.settings.restart:
             _config_of(self / "config.json")
-        there = nearest_existing(self.path)
+        there = next(each for each in (self.path, *self.path.parents) if each.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise UserError(f"{self.path} can't be written. Choose another --run-dir.")
         for pattern in CHECKED:

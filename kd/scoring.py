@@ -16,7 +16,7 @@ from kd import checkpoints, engine, models
 from kd.evaluation import saved_split
 from kd.files import UserError, digest, file_digest, listed, say, write_atomically
 from kd.own import import_file
-from kd.processes import first_alone, gathered, on_all_ranks, rank, world_size
+from kd.processes import first_alone, gathered, on_all_ranks, share_of
 from kd.run import open_stage
 from kd.thresholds import share_threshold
 from kd.values import name_of, name_of_approach, name_of_arch
@@ -74,9 +74,7 @@ def load_criteria(settings):
     return {name: load_criterion(path) for name, path in files.items()}
 
 
-# --------------------------------------------------------------------------------------------------
-# Scores
-# --------------------------------------------------------------------------------------------------
+# ---- Scores --------------------------------------------------------------------------------------
 
 def score_batches(teacher, source, rows, criteria, device, label):
     """One pass of the teacher over a source. Returns {"predicted": (N,) int64, "index": (N,) int64,
@@ -88,8 +86,7 @@ def score_batches(teacher, source, rows, criteria, device, label):
     weight, index = models.head_weight(teacher), []
 
     def pixels():
-        batch_size = engine.evaluation_batch(teacher)
-        for images, numbers, _ in source.batches(rows, batch_size, (rank(), world_size())):
+        for images, numbers, _ in source.batches(rows, engine.evaluation_batch(teacher), share_of):
             index.append(numbers)
             yield torch.from_numpy(np.ascontiguousarray(images))
 
@@ -114,13 +111,11 @@ def saved_scores(scoring, name, source, rows=None):
     product = run.product(f"scores/{name}.json", teacher=scoring.digest, images=source.fingerprint,
                           rows=None if rows is None else digest(np.ascontiguousarray(rows)))
     wanted = {key: criterion.digest for key, criterion in criteria.items()}
-    path, known, columns = run / f"scores/{name}.npz", {}, {}
+    path = run / f"scores/{name}.npz"
+    columns = dict(np.load(path)) if product.done else {}
     content = product.content if product.done else {"seconds": 0.0, "criteria": {}}
-    if product.done:
-        with np.load(path) as saved:
-            columns = {key: saved[key] for key in saved.files}
-        known = {key: value for key, value in content["criteria"].items()
-                 if wanted.get(key, value) == value}
+    known = {key: value for key, value in content["criteria"].items()
+             if wanted.get(key, value) == value}
     lacking = {key: criteria[key] for key in wanted if key not in known}
     if lacking:
         began = time.monotonic()
@@ -177,9 +172,7 @@ def join(scores):
     return Candidates(tuple(scores), source, index, columns)
 
 
-# --------------------------------------------------------------------------------------------------
-# Thresholds
-# --------------------------------------------------------------------------------------------------
+# ---- Thresholds ----------------------------------------------------------------------------------
 
 @on_all_ranks
 def make_thresholds(run, scores, criteria, classes):
@@ -190,8 +183,7 @@ def make_thresholds(run, scores, criteria, classes):
     their names. A criterion that is not asked for keeps its thresholds.
     """
     settings = run.settings
-    predicted = scores["predicted"].tobytes()
-    inputs = {name: [criterion.digest, digest(scores[name].tobytes() + predicted)]
+    inputs = {name: [criterion.digest, digest(scores[name], scores["predicted"])]
               for name, criterion in criteria.items()}
     product = run.product("thresholds.json", remake=True, criteria=inputs,
                           threshold=settings.threshold, calibrate=settings.calibrate)
@@ -212,8 +204,7 @@ def make_thresholds(run, scores, criteria, classes):
         sides = {name: criterion.keeps_high for name, criterion in criteria.items()}
         product.write(made | {"calibrated_on": settings.calibrate, "classes": classes,
                               "keeps_high": sides})
-    return {name: np.array([math.nan if value is None else value
-                            for value in product.content[name]]) for name in criteria}
+    return {name: np.array(product.content[name], float) for name in criteria}      # None is NaN
 
 
 def report_thresholds(name, scoring):
@@ -223,9 +214,7 @@ def report_thresholds(name, scoring):
     say(f"thresholds: {name}, {side} ({listed(said)})")
 
 
-# --------------------------------------------------------------------------------------------------
-# What a stage needs of all this
-# --------------------------------------------------------------------------------------------------
+# ---- What a stage needs of all this --------------------------------------------------------------
 
 def no_mms(arch):
     """The sentence about a teacher whose logits come from something else than a linear layer."""
@@ -311,10 +300,6 @@ class Scoring:
         """Raises UserError where this teacher can't have that approach."""
         if "mms" not in self.criteria and approach in ("mms", "random"):
             raise UserError(no_mms(self.figures["arch"]))
-
-    def bad(self, name):
-        """How many images of a source, which has been scored, have no score."""
-        return self.run.content_of(f"scores/{name}.json", "python transfer.py")["bad"]
 
 
 def threshold_command(name, script, description, data, argv):

@@ -30,9 +30,7 @@ TRAINS_TEACHER = ("teacher_weights", "teacher_epochs", "teacher_lr", "teacher_ba
                   "teacher_augment")
 
 
-# --------------------------------------------------------------------------------------------------
-# The settings
-# --------------------------------------------------------------------------------------------------
+# ---- The settings --------------------------------------------------------------------------------
 
 GROUPS = ("everyday", "data", "teacher", "selection", "students", "running")
 BY_RECIPE = None        # the default of what `resolve` takes from the recipe

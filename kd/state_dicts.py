@@ -24,9 +24,7 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 LEFT_OUT = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$|^\w*(criterion|loss|metric)")
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading
-# --------------------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 
 class StandIn(list):
     """In place of what a class named in a file would make. It takes all that a file does to it."""
@@ -95,9 +93,7 @@ def is_ours(content):
         isinstance(content.get(key), kind) for key, kind in OURS.items())
 
 
-# --------------------------------------------------------------------------------------------------
-# Fitting
-# --------------------------------------------------------------------------------------------------
+# ---- Fitting -------------------------------------------------------------------------------------
 
 def tensors_of(content, at="", depth=4):
     """Yields (keys joined by dots, tensor) of the dense real tensors in dicts within dicts."""

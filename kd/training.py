@@ -10,21 +10,13 @@ import zipfile
 from dataclasses import dataclass, field
 
 import torch
+from torch.optim import lr_scheduler
 
 from kd.augment import augment, shuffled_batches, step_generator
-from kd.board import open_board
+from kd.board import Board
 from kd.command import Interrupted, interrupted, orderly
-from kd.engine import (
-    allow_tf32,
-    autocast,
-    enough_memory,
-    prefetched,
-    resident,
-    seed_all,
-    seed_for,
-)
+from kd.engine import allow_tf32, autocast, enough_memory, prefetched, resident, seed_all, seed_for
 from kd.files import UserError, is_first, say, write_atomically
-from kd.optimizers import optimizer_of
 from kd.processes import agreed, rank, share_buffers, share_of, shared, summed, world_size
 from kd.progress import Progress
 
@@ -35,9 +27,18 @@ SAVE_INTERVAL = 20.0        # seconds of work between two checkpoints, at least
 SMALLEST_PART = 8           # images of a batch for each of several processes
 CHECK_STEPS = 50            # on a device: steps between two looks at whether the loss is finite
 AGREE_STEPS = 10            # steps after which several processes agree whether to stop
+SCHEDULES = {       # functions of an optimizer, its peak rate and the number of steps
+    "constant": lambda optimizer, lr, steps: lr_scheduler.ConstantLR(optimizer, 1.0),
+    # a single step would be the last of a cycle, at a rate of 0
+    "onecycle": lambda optimizer, lr, steps: lr_scheduler.OneCycleLR(
+        optimizer, lr, steps, cycle_momentum=False) if steps > 1 else (
+        lr_scheduler.ConstantLR(optimizer, 1.0)),
+    "cosine": lambda optimizer, lr, steps: lr_scheduler.CosineAnnealingLR(optimizer, steps),
+    # as Tian et al. (arXiv 1910.10699) train theirs: 150, 180 and 210 of 240 epochs
+    "multistep": lambda optimizer, lr, steps: lr_scheduler.MultiStepLR(
+        optimizer, [steps * eighths // 8 for eighths in (5, 6, 7)])}
 
 
-@dataclass
 class Training:
     """A network while it learns, and all that its next step depends on.
 
@@ -45,28 +46,17 @@ class Training:
     alone, over all sittings; step: the next one within the epoch; total: the sum of the epoch's
     losses."""
 
-    classifier: object
-    optimizer: object
-    scheduler: object
-    average: object
-    total: torch.Tensor
-    per_epoch: int
-    steps: int
-    history: list = field(default_factory=list)
-    seconds: float = 0.0
-    images: int = 0
-    step: int = 0
-    rate: float = 0.0
-    network: object = None      # the classifier, perhaps compiled or shared among processes
-
-    @classmethod
-    def begin(cls, classifier, count, recipe, device):
+    def __init__(self, classifier, count, recipe, device):
         """The state before the first step on `count` images."""
-        per_epoch, steps = recipe.steps_of_epoch(count), recipe.all_steps(count)
-        optimizer, scheduler = optimizer_of(classifier, recipe, steps)
-        average = copy.deepcopy(classifier) if recipe.ema else None
-        return cls(classifier, optimizer, scheduler, average, torch.zeros((), device=device),
-                   per_epoch, steps, network=shared(classifier, device))
+        self.per_epoch, self.steps = recipe.steps_of_epoch(count), recipe.all_steps(count)
+        self.optimizer = torch.optim.SGD(
+            classifier.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
+            nesterov=recipe.momentum > 0, fused=True)
+        self.scheduler = SCHEDULES[recipe.schedule](self.optimizer, recipe.lr, self.steps)
+        self.average = copy.deepcopy(classifier) if recipe.ema else None
+        self.classifier, self.network = classifier, shared(classifier, device)     # or compiled
+        self.total = torch.zeros((), device=device)
+        self.history, self.seconds, self.images, self.step, self.rate = [], 0.0, 0, 0, 0.0
 
     @property
     def images_per_second(self):
@@ -80,11 +70,6 @@ class Training:
     def done(self):
         """Steps, over all epochs."""
         return self.epoch * self.per_epoch + self.step
-
-    @property
-    def batches_left(self):
-        """Batches of this epoch, the last of which may be a part of one."""
-        return min(self.per_epoch, self.steps - self.epoch * self.per_epoch)
 
     @property
     def result(self):
@@ -166,15 +151,15 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
     remedy = "Use a smaller --batch-size (--teacher-batch-size), or a smaller network."
     with orderly(), enough_memory(watch.label, device, remedy):
         classifier.to(device)
-        state = Training.begin(classifier, len(rows), recipe, device)
+        state = Training(classifier, len(rows), recipe, device)
         keeper = _Keeper(state, watch, min(recipe.batch_size, len(rows)), device)
         tensor, rows = resident(images, device), torch.as_tensor(rows)
         weights = None if weights is None else torch.as_tensor(weights)
         while state.epoch * state.per_epoch < state.steps:
             batches = shuffled_batches(rows, recipe.batch_size,
                                        step_generator(seed, state.epoch), weights)
-            train_one_epoch(state, tensor, batches[:state.batches_left], objective, recipe, seed,
-                            device, keeper)
+            left = state.steps - state.epoch * state.per_epoch      # the last may be a part of one
+            train_one_epoch(state, tensor, batches[:left], objective, recipe, seed, device, keeper)
             keeper.after_epoch()
         keeper.close()
     classifier.load_state_dict(state.result.state_dict())
@@ -239,9 +224,7 @@ def cross_entropy(labels, device):
     return objective
 
 
-# --------------------------------------------------------------------------------------------------
-# What hangs on a training: progress, boards, checkpoints, signals
-# --------------------------------------------------------------------------------------------------
+# ---- What hangs on a training: progress, boards, checkpoints, signals ----------------------------
 
 class Checkpoint:
     """The file from which an interrupted training is resumed. made_from: what the training
@@ -287,7 +270,7 @@ class _Keeper:
         self.epochs = -(-state.steps // state.per_epoch)
         self.progress = Progress(watch.label, state.steps * batch_size,
                                  done=state.done * batch_size)
-        self.board = open_board(watch.board, state.done)
+        self.board = Board(watch.board, state.done)
         self.losses, self.rates = [], []      # of the steps since they were last seen to be finite
         self.began = self.saved = time.monotonic()
 
@@ -364,6 +347,6 @@ class _Keeper:
             what, step = wrong[0]
             raise UserError(f"{self.watch.label}: {what} in step {step} of epoch "
                             f"{state.epoch + 1}. Use {self.watch.remedy}.")
-        self.board.losses(state.done - 1, self.losses)
+        self.board.losses(state.done - 1, losses)
         self.losses.clear()
         self.rates.clear()

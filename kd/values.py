@@ -47,23 +47,20 @@ def _number(kind, right, what):
         except ValueError:
             value = None
         if value is None or not right(value):
-            raise Wrong(f"'{text}' is not a {what}")
+            raise Wrong(f"'{text}' is not {what}")
         return value
     return parse
 
 
-def _share_of(text):
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-
-
-positive = _number(float, lambda x: 0 < x < float("inf"), "positive number")
-temperature = _number(float, lambda x: 1e-6 <= x <= 1e6, "temperature from 1e-6 to 1e6")
-below_one = _number(float, lambda x: 0 <= x < 1, "number from 0 up to, not including, 1")
-share = _number(_share_of, lambda x: 0 <= x <= 1, "share from 0 to 1, as 0.05 or 5%")
-count = _number(int, lambda x: 1 <= x <= 10 ** 12, "positive whole number")
-batch = _number(int, lambda x: 2 <= x <= 10 ** 12, "batch size of 2 or more")
-seed = _number(int, lambda x: 0 <= x < 2 ** 32, "whole number from 0 to 4294967295")
-edge = _number(int, lambda x: 1 <= x <= LARGEST, f"number of pixels from 1 to {LARGEST:,}")
+positive = _number(float, lambda x: 0 < x < float("inf"), "a positive number")
+temperature = _number(float, lambda x: 1e-6 <= x <= 1e6, "a temperature from 1e-6 to 1e6")
+below_one = _number(float, lambda x: 0 <= x < 1, "a number from 0 up to, not including, 1")
+share = _number(lambda text: float(text[:-1]) / 100 if text.endswith("%") else float(text),
+                lambda x: 0 <= x <= 1, "a share from 0 to 1, as 0.05 or 5%")
+count = _number(int, lambda x: 1 <= x <= 10 ** 12, "a positive whole number")
+batch = _number(int, lambda x: 2 <= x <= 10 ** 12, "a batch size of 2 or more")
+seed = _number(int, lambda x: 0 <= x < 2 ** 32, "a whole number from 0 to 4294967295")
+edge = _number(int, lambda x: 1 <= x <= LARGEST, f"a number of pixels from 1 to {LARGEST:,}")
 
 
 def threshold(text):
@@ -145,15 +142,9 @@ def augment(text):
 
 
 def _three(least):
-    def parse(text):
-        try:
-            values = tuple(map(float, text.split(",")))
-        except ValueError:
-            values = ()
-        if len(values) != 3 or not all(least <= value <= 1 for value in values):
-            raise Wrong(f"'{text}' is not three numbers up to 1, one per colour")
-        return values
-    return parse
+    return _number(lambda text: tuple(map(float, text.split(","))),
+                   lambda found: len(found) == 3 and all(least <= value <= 1 for value in found),
+                   "three numbers up to 1, one per colour")
 
 
 mean, std = _three(0.0), _three(1e-6)

@@ -68,8 +68,9 @@ def test_a_teacher_without_batch_norms_is_refused_before_it_is_trained(flags, pa
 
 
 def test_what_is_wrong_with_network_or_size_shows_before_the_training():
-    target = SimpleNamespace(train=None, classes=["a", "b"])
-    flags = {"teacher_arch": "alexnet", "sources": ("web=/w",), "approaches": ("mms", "balanced")}
+    target = SimpleNamespace(train=range(80), classes=["a", "b"])
+    flags = {"teacher_arch": "alexnet", "teacher_weights": "none", "sources": ("web=/w",),
+             "approaches": ("mms", "balanced")}
     check_networks(resolve(flags), target)
     refusal("alexnet can't answer for images of 32x32", check_networks, resolve(
         flags | {"teacher_size": 32}), target)
@@ -238,8 +239,8 @@ def test_without_training_images_of_the_target_thresholds_come_from_the_sources(
     held = len(scores["index"]) // 20
     assert out["images"].shape == (held, 32, 32, 3) and held > 2
     assert all(0 <= row["source_agreement"] <= 1 for row in results["rows"])
-    assert f"Agreement: on {held} images of the sources that no student learned from" in str(
-        results["notes"])
+    assert test_split != (f"Agreement: on {held} images of the sources that no student learned "
+                          "from" in str(results["notes"]))      # the table has one or the other
     kept = {image.tobytes() for image in np.load(run / "transfer/balanced/images.npy")}
     assert not kept & {image.tobytes() for image in out["images"]}
     # Each class is held to the best quarter of its candidates.

@@ -366,9 +366,9 @@ def test_hostile_names_cannot_become_a_part_of_the_page(tmp_path, browser):
 def test_wandb_gets_losses_figures_and_views(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    shown = board.open_board({"wandb": tmp_path / "run" / "wandb" / "student-mms"})
+    shown = board.Board({"wandb": tmp_path / "run" / "wandb" / "student-mms"})
     shown.views(2, torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
-    shown.losses(3, [torch.tensor(0.5), torch.tensor(0.25)])
+    shown.losses(3, [0.5, 0.25])
     shown.epoch(3, epoch_loss=0.375, confidence_accuracy=None)
     shown.close()
     [file], wanted = tmp_path.rglob("run-*.wandb"), (b"run student-mms", b"epoch_loss", b"0.375")
