@@ -6,6 +6,7 @@ of them when one dies.
 import contextlib
 import datetime
 import functools
+import gc
 import os
 import warnings
 
@@ -37,6 +38,7 @@ def own_card():
 def end_processes():
     """Leaves the others once all have come here: an interpreter that ends while their threads work
     may be aborted."""
+    gc.collect()        # networks that DistributedDataParallel holds in a circle
     wait()
     distributed.destroy_process_group()
 
