@@ -269,7 +269,7 @@ def test_torch_hub_loads_a_student_that_takes_pixels_of_any_size(flags, run):
         expected = checkpoints.load(path, arch)(images)
         found = network(images.permute(0, 3, 1, 2) / 255)
         larger = Image.fromarray(images[0].numpy()).resize((80, 64))
-        shrunk = torch.from_numpy(decode(larger, 32)).permute(2, 0, 1)[None] / 255
+        shrunk = torch.from_numpy(decode(larger, 32).copy()).permute(2, 0, 1)[None] / 255
         larger = torch.from_numpy(np.array(larger)).permute(2, 0, 1)[None] / 255
         scale = expected.abs().max().item()
         torch.testing.assert_close(network(larger), network(shrunk), rtol=0, atol=0.02 * scale)
