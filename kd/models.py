@@ -200,6 +200,8 @@ def inherit(student, teacher, required=False):
         student.mean, student.std = teacher.mean, teacher.std
         student.scale.copy_(teacher.scale)
         student.shift.copy_(teacher.shift)
+        if hasattr(student.network, "transform_input"):     # as `build` has it for that mean
+            student.network.transform_input = getattr(teacher.network, "transform_input", False)
     return enough
 
 

@@ -279,10 +279,12 @@ def test_parts_are_contiguous_shares_of_the_batches_of_one_process(tmp_path, how
     found = source(tmp_path / "d", pool(tmp_path / "pool", 90), pack=how)
     whole = [index.tolist() for _, index, _ in found.batches(batch_size=20)]
     assert [len(index) for index in whole] == [20, 20, 20, 20, 10]
+
+    def share(rank, size):
+        return lambda count: slice(rank * count // size, (rank + 1) * count // size)
     for size in (1, 2, 3, 7):
-        parts = [[index.tolist() for _, index, _ in found.batches(
-            None, 20, lambda n, at=(rank, rank + 1), size=size: slice(
-                at[0] * n // size, at[1] * n // size))] for rank in range(size)]
+        parts = [[index.tolist() for _, index, _ in found.batches(None, 20, share(rank, size))]
+                 for rank in range(size)]
         assert [index for part in parts for index in part] == whole
         assert [len(part) for part in parts] == [
             (rank + 1) * 5 // size - rank * 5 // size for rank in range(size)]
