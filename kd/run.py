@@ -49,7 +49,7 @@ class Product:
             say(f"{wrong}. It will be made again.")
         if self.content is not None and not remake:
             run.require_same(name, self.content, self.made_from)
-        self.done = self.content is not None and self.content["made_from"] == self.made_from
+        self.done = self.content is not None and not _changed(self.content, self.made_from)
         if self.done and name not in run.made:
             run.reused[self.label] = True
 
@@ -137,8 +137,7 @@ class Run:
     def require_same(self, name, content, now):
         """Raises UserError where a product was made from something else than `now`, with every key
         that differs and the flag that helps."""
-        before, stage = content["made_from"], stage_of(name)
-        changed = [key for key in now if before.get(key) != now[key]]
+        before, stage, changed = content["made_from"], stage_of(name), _changed(content, now)
         if not changed:
             return
         flags = [key for key in changed if key in FIELDS or key == "seed"]
@@ -204,6 +203,12 @@ class Run:
             say(f"Deleting {listed(names)} in {self.path}.")
         for path in made:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _changed(content, now):
+    """The keys of `now` that differ from those a product was made from. What an older version had
+    besides counts for nothing."""
+    return [key for key in now if content["made_from"].get(key) != now[key]]
 
 
 def _with(key, value):

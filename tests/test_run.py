@@ -12,7 +12,7 @@ from PIL import Image
 from script_files import by_hand, contents, linked, outcome, put, ran, read, run_here
 
 from kd import checkpoints
-from kd.files import write_atomically
+from kd.files import write_atomically, write_sealed
 from kd.readers import decode
 
 APPROACHES = ("supervised", "balanced", "random", "mms", "entropy")
@@ -100,6 +100,14 @@ def test_a_second_run_says_what_it_reuses_and_makes_nothing_again(run, flags):
             "transfer/balanced, transfer/random, transfer/mms, transfer/entropy, students/"
             "supervised, students/balanced, students/random, students/mms, students/entropy\n"
             ) in again.stdout
+
+
+def test_a_setting_that_this_version_has_not_any_more_makes_nothing_again(run, flags):
+    path, content = run / "students/mms.json", read(run, "students/mms.json")
+    path.unlink()       # linked to that of the other tests
+    write_sealed(path, content | {"made_from": content["made_from"] | {"ema": 0.0}})
+    again = run_here("compile.py", *flags)
+    assert again.returncode == 0 and "students/mms" in again.stdout.split("\nreused: ")[1]
 
 
 @pytest.mark.parametrize("more, product, stage, was, new", [
