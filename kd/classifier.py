@@ -27,6 +27,10 @@ class Classifier(nn.Module):
         self.grey = bool(convolutions) and convolutions[0].in_channels == 1
         self.contiguous = False
         self.arch, self.classes, self.input_size = arch, list(classes), input_size
+        self.normalise(mean, std)
+
+    def normalise(self, mean, std):
+        """Has pixels normalised with these, as in the constructor."""
         self.mean, self.std = [float(value) for value in mean], [float(value) for value in std]
         scale = torch.tensor([1 / (255 * s) for s in self.std])
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)])

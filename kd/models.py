@@ -197,9 +197,7 @@ def inherit(student, teacher, required=False):
     if enough:
         for name in shared:
             state[name].copy_(known[name])
-        student.mean, student.std = teacher.mean, teacher.std
-        student.scale.copy_(teacher.scale)
-        student.shift.copy_(teacher.shift)
+        student.normalise(teacher.mean, teacher.std)
         if hasattr(student.network, "transform_input"):     # as `build` has it for that mean
             student.network.transform_input = getattr(teacher.network, "transform_input", False)
     return enough
