@@ -26,7 +26,7 @@ from kd.settings import resolve
 from kd.training import cross_entropy
 
 REFERENCE, BATCH = resolve({}), engine.EVALUATION_BATCH
-LIVE = replace(resolve({"recipe": "best"}).student_recipe, augment="crop,flip")
+LIVE = replace(resolve({"recipe": "best"}).student_recipe, augment="crop,flip", ema=0.0)
 
 
 def random_images(count):

@@ -135,7 +135,8 @@ def shared(network, device):
                                        find_unused_parameters=is_own(network.arch))
 
 
-def share_buffers(network):
+def share_buffers(*networks):
     """Gives every process the batch statistics of the first one, which saves."""
-    for buffer in network.buffers() if world_size() > 1 else ():
-        distributed.broadcast(buffer, 0)
+    for network in dict.fromkeys(networks) if world_size() > 1 else ():     # a set has no order
+        for buffer in network.buffers():
+            distributed.broadcast(buffer, 0)

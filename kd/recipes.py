@@ -15,6 +15,7 @@ class Recipe:
     augment: str = "none"           # or some of AUGMENTATIONS, joined by commas
     temperature: float = 1.0        # of the KD loss
     steps: int = 0
+    ema: float = 0.0                # decay of the average of weights that it ends as
     amp: bool | None = None         # bfloat16 where it pays; None: on cards that have it
     compile: bool | None = None     # torch.compile; None: on CUDA, where much is left to train
 
@@ -34,12 +35,12 @@ RECIPES = {
     "reference": dict(
         teacher_epochs=15, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
         epochs=20, steps=0, batch_size=64, lr=0.1, momentum=0.0, weight_decay=0.0,
-        schedule="constant", augment="none", temperature=10.0,
+        schedule="constant", augment="none", temperature=10.0, ema=0.0,
         student_weights="none", threshold="published", floor=0.0, fill="first"),
     "best": dict(
         teacher_epochs=24, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
         epochs=40, steps=6_000, batch_size=256, lr=0.05, **SGD, augment="crop,flip",
-        temperature=4.0, student_weights="auto", threshold=0.9, floor=1.0, fill="random"),
+        temperature=4.0, ema=0.0, student_weights="auto", threshold=0.9, floor=1.0, fill="random"),
 }
 RECIPES["quick"] = RECIPES["best"] | dict(
     teacher_epochs=12, teacher_batch_size=64, teacher_lr=0.02, teacher_augment="crop", epochs=16,

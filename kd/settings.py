@@ -193,6 +193,8 @@ class Settings:
         "students", BY_RECIPE, values.augment,
         f"what changes the images, of {', '.join(AUGMENTATIONS)}; teacher and student see the same",
         "none|A,B,...")
+    ema: float = _students("students", BY_RECIPE, values.below_one,
+                           "end as the moving average of the weights with this decay", "D")
 
     device: str = _running(None, "auto", ("auto", "cpu", "cuda", "mps"),
                            "where to compute (default: auto)")

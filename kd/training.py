@@ -2,6 +2,7 @@
 
 `train` over `train_one_epoch` is what learns. Everything else is in `_Keeper`, which is called
 after each step and each epoch."""
+import copy
 import io
 import math
 import time
@@ -52,6 +53,7 @@ class Training:
             classifier.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
             nesterov=recipe.momentum > 0, fused=True)
         self.scheduler = SCHEDULES[recipe.schedule](self.optimizer, recipe.lr, self.steps)
+        self.average = copy.deepcopy(classifier) if recipe.ema else None
         self.classifier, self.network = classifier, shared(classifier, device)     # or compiled
         self.total = torch.zeros((), device=device)
         self.history, self.seconds, self.images, self.step, self.rate = [], 0.0, 0, 0, 0.0
@@ -69,6 +71,25 @@ class Training:
         """Steps, over all epochs."""
         return self.epoch * self.per_epoch + self.step
 
+    @property
+    def result(self):
+        """The classifier as it would end now."""
+        return self.classifier if self.average is None else self.average
+
+    @torch.no_grad()
+    def update_average(self, decay):
+        """Moves the average towards the weights and statistics of now. The decay warms up, so that
+        a short training does not end as its beginning: min(decay, (1 + n) / (10 + n)) after n
+        steps."""
+        pairs = list(zip(self.average.state_dict().values(), self.classifier.state_dict().values(),
+                         strict=True))
+        means = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_(*map(list, zip(*means, strict=True)),
+                             1 - min(decay, (1 + self.done) / (10 + self.done)))
+        for kept, value in pairs:
+            if not kept.is_floating_point():
+                kept.copy_(value)
+
     def compile(self, wanted, device):
         """Compiles the network for the steps that are left, on CUDA into graphs that cost the host
         no time. wanted: whether; None: on CUDA, once it pays."""
@@ -84,15 +105,18 @@ class Training:
         scheduler = {name: value for name, value in self.scheduler.state_dict().items()
                      if isinstance(value, (int, float, list, bool))}
         total = summed(self.total) / world_size()
-        return {"network": self.classifier.network.state_dict(), "total": total,
-                "optimizer": self.optimizer.state_dict(), "scheduler": scheduler,
+        average = None if self.average is None else self.average.state_dict()
+        return {"network": self.classifier.network.state_dict(), "average": average,
+                "optimizer": self.optimizer.state_dict(), "scheduler": scheduler, "total": total,
                 **{name: getattr(self, name) for name in (
                     "history", "seconds", "images", "step", "rate")}}
 
     def restore(self, state):
         self.classifier.network.load_state_dict(state.pop("network"))
-        for name in ("optimizer", "scheduler"):
-            getattr(self, name).load_state_dict(state.pop(name))
+        for name in ("optimizer", "scheduler", "average"):
+            if state[name] is not None:
+                getattr(self, name).load_state_dict(state[name])
+            del state[name]
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -138,6 +162,7 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
             train_one_epoch(state, tensor, batches[:left], objective, recipe, seed, device, keeper)
             keeper.after_epoch()
         keeper.close()
+    classifier.load_state_dict(state.result.state_dict())
     return state
 
 
@@ -177,6 +202,8 @@ def train_one_epoch(state, images, batches, objective, recipe, seed, device, kee
         state.total += loss.detach()
         state.images += len(batch)
         state.step = step + 1
+        if state.average is not None:
+            state.update_average(recipe.ema)
         keeper.after_step(loss.detach(), views, step + 1 == len(batches))
 
 
@@ -271,8 +298,8 @@ class _Keeper:
         state, watch = self.state, self.watch
         loss = summed(state.total).item() / state.step / world_size()   # waits for the device
         self._tick()
-        share_buffers(state.classifier)
-        reached = watch.evaluate(state.classifier) if watch.evaluate else None
+        share_buffers(state.classifier, state.result)
+        reached = watch.evaluate(state.result) if watch.evaluate else None
         self.board.epoch(state.done - 1, epoch_loss=loss, learning_rate=state.rate,
                          confidence_accuracy=reached)
         state.history.append({"epoch": state.epoch + 1, "loss": loss, "lr": state.rate,

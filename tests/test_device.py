@@ -25,7 +25,7 @@ from kd.scoring import Scoring, load_criteria, score_batches
 from kd.settings import Recipe, resolve
 from kd.training import Checkpoint, Watch, cross_entropy, train
 
-LIVE = Recipe(3, 8, 0.05, 0.9, 1e-3, "onecycle", "crop,flip,mixup,cutmix")
+LIVE = Recipe(3, 8, 0.05, 0.9, 1e-3, "onecycle", "crop,flip,mixup,cutmix", ema=0.8)
 # Where the host may wait for the device. None of them comes with every step.
 WAITS = {"classifier.py:Classifier.to",
          "training.py:_Keeper._require_finite", "training.py:_Keeper._require_finite_weights",
@@ -73,7 +73,7 @@ def job(root, device, *more):
         "compile.py", "--target", "digits", "--limit", "120", "--device", device, "--run-dir", run,
         "--data-dir", root / "data", "--teacher-arch", net, "--student-arch", net, "--epochs", "2",
         "--teacher-epochs", "8", "--teacher-batch-size", "16", "--batch-size", "16", "--augment",
-        "crop,flip,mixup", "--approaches", "supervised,balanced,mms,matched", *more)
+        "crop,flip,mixup", "--ema", "0.9", "--approaches", "supervised,balanced,mms,matched", *more)
     assert (done.returncode, done.stderr) == (0, "")
     return run
 

@@ -85,7 +85,7 @@ def main(argv):
 command(main)
 """
 # Batches of five, which two processes share unevenly. After ten steps they agree to stop.
-RECIPE = Recipe(3, 5, 0.05, 0.9, schedule="onecycle", augment="crop,flip")
+RECIPE = Recipe(3, 5, 0.05, 0.9, schedule="onecycle", augment="crop,flip", ema=0.5)
 
 
 def without_norms():

@@ -27,12 +27,12 @@ IMAGES[np.arange(COUNT), :, :, LABELS] += 55        # what tells the classes apa
 WATCHED = {"evaluate": lambda network: engine.accuracy(network, IMAGES, LABELS)}
 RECIPES = {
     "constant rate": Recipe(3, 8, 0.05),
-    "everything": Recipe(4, 8, 0.05, 0.9, 1e-3, "onecycle", "crop,flip,mixup,cutmix"),
+    "everything": Recipe(4, 8, 0.05, 0.9, 1e-3, "onecycle", "crop,flip,mixup,cutmix", ema=0.8),
     "cosine": Recipe(4, 8, 0.05, 0.9, schedule="cosine"),
     "multistep": Recipe(4, 8, 0.05, 0.9, schedule="multistep"),
     "fewer steps than an epoch": Recipe(1, 8, 0.05, 0.9, schedule="onecycle", steps=3),
     "part of an epoch at the end": Recipe(1, 8, 0.05, 0.9, augment="crop,cutmix", steps=13),
-    "one batch per epoch": Recipe(9, 64, 0.05, 0.9, schedule="onecycle", augment="mixup"),
+    "one batch per epoch": Recipe(9, 64, 0.05, 0.9, schedule="onecycle", augment="mixup", ema=0.5),
 }
 
 
@@ -174,6 +174,21 @@ def test_the_history_has_the_rate_of_each_epochs_last_step(tmp_path):
                  enumerate((1, 100, 1000))]        # it falls at the steps 11, 13 and 15
     assert found == {"constant": [(1, 0.05), (2, 0.05), (3, 0.05)], "multistep": multistep,
                      "onecycle": [(1, rates[6]), (2, rates[13]), (3, rates[17])]}
+
+
+def test_the_average_of_weights_is_that_of_the_steps(tmp_path):
+    weights, objective, classifier = [], cross_entropy(LABELS, CPU), small()
+
+    def recording(*given):          # the weights that the steps before have left
+        weights.append(classifier.network[5].weight.detach().clone())
+        return objective(*given)
+    learn(tmp_path / "a.part", Recipe(2, 8, 0.05, 0.9), recording, classifier)
+    average = weights[0]
+    for n, each in enumerate([*weights[1:], classifier.network[5].weight], 1):
+        decay = min(0.7, (1 + n) / (10 + n))        # it warms up
+        average = decay * average + (1 - decay) * each
+    averaged, _ = learn(tmp_path / "b.part", Recipe(2, 8, 0.05, 0.9, ema=0.7))
+    torch.testing.assert_close(averaged.network[5].weight, average)
 
 
 def test_auxiliary_heads_count_four_tenths(tmp_path):
