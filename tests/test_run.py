@@ -105,7 +105,7 @@ def test_a_second_run_says_what_it_reuses_and_makes_nothing_again(run, flags):
 def test_a_setting_that_this_version_has_not_any_more_makes_nothing_again(run, flags):
     path, content = run / "students/mms.json", read(run, "students/mms.json")
     path.unlink()       # linked to that of the other tests
-    write_sealed(path, content | {"made_from": content["made_from"] | {"ema": 0.0}})
+    write_sealed(path, content | {"made_from": content["made_from"] | {"gone": 0.0}})
     again = run_here("compile.py", *flags)
     assert again.returncode == 0 and "students/mms" in again.stdout.split("\nreused: ")[1]
 
