@@ -44,12 +44,13 @@ def small(*layers, seed=0):
     return Classifier(nn.Sequential(*layers), "small", ["a", "b", "c"], SIZE)
 
 
-def learn(path, recipe, objective=None, classifier=None, made_from="this training", **watch):
+def learn(path, recipe, objective=None, classifier=None, made_from="this training", device=CPU,
+          **watch):
     """(The classifier after its training, the Training)."""
     classifier = classifier or small()
     watch = Watch(Checkpoint(path, made_from), "student mms", **watch)
     state = train(classifier, IMAGES, np.arange(COUNT), objective or cross_entropy(LABELS, CPU),
-                  recipe, seed=5, device=CPU, watch=watch)
+                  recipe, seed=5, device=device, watch=watch)
     return classifier, state
 
 
