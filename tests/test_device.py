@@ -35,12 +35,6 @@ def card(request, monkeypatch):
         yield card
 
 
-@pytest.fixture
-def cuda(monkeypatch):
-    with pretend.begin("cuda", monkeypatch) as card:
-        yield card
-
-
 def learn(path, device=engine.CPU, objective=None, **more):
     """(The classifier after its training, the losses of its epochs)."""
     classifier, state = test_training.learn(path, LIVE, objective or cross_entropy(LABELS, device),
@@ -94,26 +88,21 @@ def test_the_offline_job_runs_and_learns_what_the_cpu_learns(card, on_cpu):
         assert losses(run, f"students/{approach}") == near
 
 
-def test_only_training_uses_tf32(cuda, tmp_path):
-    classifier, _ = learn(tmp_path / "a.part", cuda.device)
-    assert {what for what, _ in cuda.seen} == {"copy", "wait", "TF32"}
-    cuda.seen.clear()
+@pytest.mark.parametrize("card", ["cuda"], indirect=True)
+def test_only_training_uses_tf32(card, tmp_path):
+    classifier, _ = learn(tmp_path / "a.part", card.device)
+    assert {what for what, _ in card.seen} == {"copy", "wait", "TF32"}
+    card.seen.clear()
     assert torch.backends.cudnn.benchmark
-    found = engine.predict(classifier, IMAGES, device=cuda.device)
-    assert {what for what, _ in cuda.seen} == {"copy", "wait", "product"}
+    found = engine.predict(classifier, IMAGES, device=card.device)
+    assert {what for what, _ in card.seen} == {"copy", "wait", "product"}
     assert not torch.backends.cudnn.benchmark
     here = small()
     here.load_state_dict({name: value.cpu() for name, value in classifier.state_dict().items()})
     torch.testing.assert_close(found, engine.predict(here, IMAGES), rtol=1e-5, atol=1e-6)
     engine.allow_tf32(True)     # and it would make a difference
-    rough = classifier(torch.from_numpy(IMAGES).to(cuda.device)).detach().cpu()
+    rough = classifier(torch.from_numpy(IMAGES).to(card.device)).detach().cpu()
     assert (rough - found).abs().max() > 1e-5
-
-
-def test_folded_folds_whatever_the_device_may(cuda):
-    engine.allow_tf32(True)
-    folded = models.folded(small()).to(cuda.device)
-    assert not any(isinstance(each, nn.BatchNorm2d) for each in folded.modules())
 
 
 @pytest.mark.parametrize("room", [True, False], ids=["resident", "in the host's memory"])
