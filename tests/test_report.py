@@ -16,7 +16,7 @@ from conftest import run_script
 from PIL import Image
 from script_files import manifest, read
 
-from kd import board, figures, report
+from kd import board, report
 from kd.files import file_digest, write_sealed
 from kd.record import Experiment
 from kd.settings import resolve
@@ -214,19 +214,6 @@ def test_runs_are_compared_in_markdown_and_csv(tmp_path):
         row = list(csv.DictReader(file))[6]
     assert (row["run"], row["approach"], row["accuracy_std"]) == ("b", "mms", "")
     assert (row["per_class"], float(row["accuracy"])) == ("12 10 0", pytest.approx(0.6))
-
-
-def test_the_strip_ranks_what_was_kept_and_what_was_rejected(finished):
-    """random took every image, so that each is at hand."""
-    record = Experiment(finished).first
-    for criterion, sign in (("mms", -1), ("entropy", 1)):
-        pool, selected = record.pools[criterion], record.selected[criterion]
-        for label, kinds in figures.ranked(record, criterion).items():
-            of_class = np.flatnonzero(pool.predicted == label)
-            kept = np.isin(pool.key[of_class], selected.key)
-            ours, lost = (sorted(sign * pool.score[of_class[which]]) for which in (kept, ~kept))
-            assert [[sign * pool.score[row] for row in kind] for kind in kinds] == [
-                ours[:4], ours[4:][-4:], lost[:4], lost[4:][-4:]]
 
 
 def test_the_page_tells_what_the_manifests_tell(finished):
