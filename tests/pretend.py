@@ -72,9 +72,6 @@ class OnDevice(torch.Tensor):
         self.card.note("wait")
         return self.values.detach().__reduce_ex__(protocol)
 
-    def __repr__(self, **_):
-        return f"{self.device} {self.values}"
-
 
 class _Names(TorchFunctionMode):
     """C++ would look for a card where the device has the name of one."""
@@ -95,8 +92,8 @@ class _Names(TorchFunctionMode):
 
 class Card(TorchDispatchMode):
     """The device itself; within it, tensors can be put there. seen: Counter of (what, where), what:
-    "wait", "copy" to the device or "product" in full float32 or "TF32"; where: "file.py:function
-    line" of this project."""
+    "wait", "copy" to the device or "product" in full float32 or "TF32"; where: "file.py:function"
+    of this project."""
 
     def __init__(self, kind):
         super().__init__()
@@ -115,19 +112,18 @@ class Card(TorchDispatchMode):
         return self
 
     def waits(self):
-        """{"file.py:function"} in which the host waits for the device."""
-        return {where.partition(" ")[0] for what, where in self.seen if what == "wait"}
+        """{"file.py:function": how often the host waits for the device there}."""
+        return {where: count for (what, where), count in self.seen.items() if what == "wait"}
 
     def note(self, what):
         frame = sys._getframe(1)
-        while frame and (frame.f_code.co_filename == __file__ or
-                         "site-packages" in frame.f_code.co_filename or     # perhaps below ROOT
-                         not frame.f_code.co_filename.startswith(str(ROOT))):
+        while (frame.f_code.co_filename == __file__ or
+               "site-packages" in frame.f_code.co_filename or       # perhaps below ROOT
+               not frame.f_code.co_filename.startswith(str(ROOT))):
             frame = frame.f_back
-        code = frame and frame.f_code
-        name = frame and code.co_qualname.removesuffix(".<locals>.<listcomp>")     # none since 3.12
-        self.seen[what, f"{code.co_filename.rpartition('/')[2]}:{name} {frame.f_lineno}"
-                  if frame else "nowhere"] += 1
+        code = frame.f_code
+        name = code.co_qualname.removesuffix(".<locals>.<listcomp>")        # none since 3.12
+        self.seen[what, f"{code.co_filename.rpartition('/')[2]}:{name}"] += 1
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return self.call(function, args, kwargs or {})

@@ -49,10 +49,10 @@ def put(path, content):
     path.write_bytes(content)
 
 
-def by_hand(script, painted, run):
+def by_hand(painted, run):
     """The flags of a stage run by hand: the folder, and the code that its config.json names."""
-    code = ["--teacher-arch", "--student-arch"][:1 + (script == "distill.py")]
-    return ["--run-dir", run, *(f"{flag}={painted / 'net.py'}:make" for flag in code)]
+    net = f"{painted / 'net.py'}:make"
+    return ["--run-dir", run, "--teacher-arch", net, "--student-arch", net]
 
 
 def contents(run):

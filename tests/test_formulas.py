@@ -101,16 +101,6 @@ def test_a_share_threshold_lets_the_surest_quarter_of_a_class_pass(high, expecte
     assert np.isnan(thresholds[1])
 
 
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 1.0])
-def test_a_share_threshold_is_that_of_conformal_prediction(share):
-    rng = np.random.default_rng(0)
-    real, foreign = rng.random(99), rng.random(1000)        # 99: (n + 1) divides by 100
-    threshold = share_threshold(real, np.zeros(99, int), 1, True, share)
-    kept = passes(foreign, np.zeros(1000, int), threshold, True)
-    p_value = (1 + (real[None] <= foreign[:, None]).sum(1)) / 100
-    assert (kept == (p_value > 1 - share + 1e-9)).mean() > 0.97
-
-
 def test_kd_loss_of_a_worked_pair():
     teacher = torch.tensor([[math.log(3.0), 0.0]]) * 2      # at T=2: p = (3/4, 1/4)
     student = torch.zeros(1, 2)                             # q = (1/2, 1/2)

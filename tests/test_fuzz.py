@@ -11,6 +11,7 @@ from conftest import NET, ROOT
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from script_files import by_hand, contents, linked, put, run_here
+from script_files import given as flags_given
 
 import data
 from kd import download, packing, run, scoring
@@ -159,7 +160,7 @@ def test_anything_in_a_run_folder_is_refused_in_a_line_or_made_again(
     @given(st.sampled_from(names), anything, st.sampled_from(["transfer.py", "distill.py"]))
     def check(name, content, script):
         put(copy / name, content)
-        done = run_here(script, *by_hand(script, painted, copy))
+        done = run_here(script, *flags_given(script, by_hand(painted, copy)))
         assert done.returncode in (0, 2) and done.stderr.count("\n") == (done.returncode == 2)
         put(copy / name, before[name])
     check()

@@ -85,7 +85,7 @@ def main(argv):
 command(main)
 """
 # Batches of five, which two processes share unevenly. After ten steps they agree to stop.
-RECIPE = Recipe(3, 5, 0.05, 0.9, schedule="onecycle", augment="crop,flip", ema=0.5)
+RECIPE = Recipe(3, 5, 0.05, 0.9, schedule="onecycle", augment="crop,flip,rrc,colour", ema=0.5)
 
 
 def without_norms():
@@ -132,8 +132,7 @@ def test_what_goes_wrong_ends_all_processes_and_is_said_once(tmp_path, which, wh
     assert done.returncode != 0 and said == [f"{who}: the disk is full."]
 
 
-@pytest.mark.parametrize("cards, here, rank, found", [
-    (8, 8, 7, 7), (1, 8, 0, None), (1, 8, 3, None), (2, 2, 0, 0)])
+@pytest.mark.parametrize("cards, here, rank, found", [(8, 8, 7, 7), (1, 8, 3, None)])
 def test_each_process_has_a_card_of_its_own_or_says_so(monkeypatch, cards, here, rank, found):
     chosen = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))

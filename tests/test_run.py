@@ -9,10 +9,10 @@ import script_files as scripts
 import torch
 from conftest import ROOT, run_script, small_run
 from PIL import Image
-from script_files import by_hand, contents, linked, outcome, put, ran, read, run_here
+from script_files import by_hand, contents, linked, outcome, put, ran, read, refused
 
 from kd import checkpoints
-from kd.files import write_atomically, write_sealed
+from kd.files import write_sealed
 from kd.readers import decode
 
 APPROACHES = ("supervised", "balanced", "random", "mms", "entropy")
@@ -68,11 +68,11 @@ def test_what_is_damaged_is_named_and_made_again_with_the_same_bits(
     script, *approach = command.split()
     before = outcome(run)
     damage(run, name, way)
-    done = run_here(script, *by_hand(script, painted, run), *approach)
-    assert (done.returncode, done.stderr) == (0, "") and outcome(run) == before
+    said = ran(script, by_hand(painted, run), *approach)
+    assert outcome(run) == before
     wrong = "missing" if way == "removed" else "damaged: it is not what was written there"
     if way != "removed" or not name.endswith(".json"):      # without its JSON nothing was made yet
-        assert f"{run / name} is {wrong}. It will be made again.\n" in done.stdout
+        assert f"{run / name} is {wrong}. It will be made again.\n" in said
 
 
 @pytest.mark.parametrize("script", [*STAGES, "compile.py"])
@@ -82,32 +82,29 @@ def test_what_took_hours_or_was_given_is_refused_and_left_as_it_is(
         run, painted, flags, name, way, script):
     damage(run, name, way)
     left = (run / name).exists() and (run / name).read_bytes()
-    done = run_here(script, *(flags if script == "compile.py" else by_hand(script, painted, run)))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    said = refused(script, flags if script == "compile.py" else by_hand(painted, run))
     wrong = "missing" if way == "removed" else "damaged"
-    assert done.stderr.startswith(f"{script}: {run / name} is {wrong}")
-    assert "Restore it, " in done.stderr or "Make it with `python TeacherTrain.py" in done.stderr
+    assert said.startswith(f"{script}: {run / name} is {wrong}")
+    assert "Restore it, " in said or "Make it with `python TeacherTrain.py" in said
     assert left == ((run / name).exists() and (run / name).read_bytes())
 
 
 def test_a_second_run_says_what_it_reuses_and_makes_nothing_again(run, flags):
     before = contents(run)
-    again = run_here("compile.py", *flags)
-    assert (again.returncode, again.stderr) == (0, "")
+    said = ran("compile.py", flags)
     assert {name for name, content in contents(run).items() if content != before[name]} <= {
         "config.json", "report.html"}       # which name the folder
     assert ("\nreused: teacher, split, scores/confidence, thresholds, scores/pool, scores/more, "
             "transfer/balanced, transfer/random, transfer/mms, transfer/entropy, students/"
             "supervised, students/balanced, students/random, students/mms, students/entropy\n"
-            ) in again.stdout
+            ) in said
 
 
 def test_a_setting_that_this_version_has_not_any_more_makes_nothing_again(run, flags):
     path, content = run / "students/mms.json", read(run, "students/mms.json")
     path.unlink()       # linked to that of the other tests
     write_sealed(path, content | {"made_from": content["made_from"] | {"gone": 0.0}})
-    again = run_here("compile.py", *flags)
-    assert again.returncode == 0 and "students/mms" in again.stdout.split("\nreused: ")[1]
+    assert "students/mms" in ran("compile.py", *flags).split("\nreused: ")[1]
 
 
 @pytest.mark.parametrize("more, product, stage, was, new", [
@@ -121,44 +118,37 @@ def test_a_setting_that_this_version_has_not_any_more_makes_nothing_again(run, f
 def test_a_setting_that_differs_is_named_with_both_values_and_what_helps(
         run, flags, more, product, stage, was, new):
     before = contents(run)
-    done = run_here("compile.py", *flags, *more.split())
-    assert done.returncode == 2 and contents(run) == before
-    assert done.stderr == (
+    said = refused("compile.py", flags, *more.split())
+    assert contents(run) == before and said == (
         f"compile.py: {run / product} was made {was}, not {new}. To make it again, add "
         f"--restart-from {stage}{', which keeps what comes before,' * (stage != 'teacher')} or "
         "choose another --run-dir.\n")
 
 
 def test_a_stage_makes_nothing_again_that_another_one_makes(run, painted):
-    before, argv = contents(run), by_hand("mms_threshold.py", painted, run)
-    done = run_here("mms_threshold.py", *argv, "--limit", "50")
-    assert "without --limit, not with --limit 50. To make it again, run TeacherTrain.py with " in (
-        done.stderr)
-    done = run_here("mms_threshold.py", *argv, "--limit", "50", "--restart-from", "teacher")
-    assert done.returncode == 2 and done.stderr == (
-        "mms_threshold.py: argument --restart-from: that is for TeacherTrain.py, which makes "
-        "teacher (see --help)\n")
+    before, argv = contents(run), by_hand(painted, run)
+    said = refused("mms_threshold.py", argv, "--limit", "50")
+    assert "not with --limit 50. To make it again, run TeacherTrain.py with " in said
+    said = refused("mms_threshold.py", argv, "--limit", "50", "--restart-from", "teacher")
+    assert "--restart-from: that is for TeacherTrain.py, which makes teacher" in said
     assert contents(run) == before
 
 
 def test_another_version_of_a_criterion_is_noticed(run, painted, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text((ROOT / "criteria/energy.py").read_text())
-    argv = [*by_hand("transfer.py", painted, run), "--approach", mine]
-    assert run_here("transfer.py", *argv).returncode == 0
-    assert "scores" not in run_here("transfer.py", *argv).stdout
+    ran("transfer.py", by_hand(painted, run), "--approach", mine)
     mine.write_text(mine.read_text() + "\n")
-    done = run_here("transfer.py", *argv)
-    assert done.returncode == 2 and "scores: pool, 120 images" in done.stdout
+    said = refused("transfer.py", by_hand(painted, run), "--approach", mine)
     assert ("mine/summary.json was made with another version of its criterion. To make it again, "
-            "add --restart-from transfer") in done.stderr
+            "add --restart-from transfer") in said
 
 
 @pytest.mark.parametrize("script", STAGES)
 def test_a_stage_run_by_hand_takes_what_is_not_given_from_the_run(run, painted, script):
     before = contents(run)
-    done = run_here(script, *by_hand(script, painted, run))
-    assert (done.returncode, done.stderr) == (0, "") and contents(run) == before
+    ran(script, by_hand(painted, run))
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("restart, first, kept", [
@@ -170,59 +160,43 @@ def test_restart_keeps_what_comes_before_and_what_is_not_the_runs(run, flags, re
     for name in [*foreign, "students/.mms.pt.99.part"]:     # what a killed process leaves
         put(run / name, b"1")
     before, flags = contents(run), [*flags, "--approaches", "mms", "--lr", "0.02"]
-    done, now = run_here("compile.py", *flags, restart), contents(run)
-    assert (done.returncode, done.stderr) == (0, "") and f"\nDeleting {first}, " in done.stdout
+    assert f"\nDeleting {first}, " in ran("compile.py", flags, restart)
+    now = contents(run)
     assert not [name for name in before if name.startswith((*foreign, *kept))
                 and now.get(name) != before[name]]
     assert now["students/mms.pt"] != before["students/mms.pt"]
     assert not [name for name in now if name.endswith(".part") or name == "students/entropy.pt"]
-    assert "Deleting" not in run_here("compile.py", *flags).stdout
-    assert "--lr 0.02, not with --lr 0.1." in run_here("compile.py", *flags[:-2]).stderr
+    assert "Deleting" not in ran("compile.py", flags)
+    assert "--lr 0.02, not with --lr 0.1." in refused("compile.py", flags[:-2])
 
 
 @pytest.mark.parametrize("restart", ["--restart", "--restart-from=teacher"])
 def test_restart_does_not_delete_what_is_given(run, flags, restart):
     before = contents(run)
-    done = run_here("compile.py", *flags, restart, "--teacher-checkpoint", run / "teacher.pt")
-    assert done.returncode == 2 and contents(run) == before
-    assert done.stderr == (f"compile.py: --restart would delete {run}/teacher.pt, which is given "
-                           "as an input. Copy it to another folder first.\n")
+    said = refused("compile.py", flags, restart, "--teacher-checkpoint", run / "teacher.pt")
+    assert contents(run) == before
+    assert said == (f"compile.py: --restart would delete {run}/teacher.pt, which is given as an "
+                    "input. Copy it to another folder first.\n")
 
 
 def test_of_two_commands_in_one_folder_the_second_says_who_holds_it(run, painted):
     program = f"from kd.files import hold; hold({str(run)!r}); print(flush=True); input()"
-    argv = by_hand("distill.py", painted, run)
+    argv = by_hand(painted, run)
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
-        done = run_here("distill.py", *argv)
+        said = refused("distill.py", argv)
         holder.communicate(b"\n")
-    assert done.returncode == 2
-    assert f"{run} is in use by process {holder.pid} on " in done.stderr
-    assert done.stderr.endswith(". Wait for it, or choose another --run-dir.\n")
-    assert run_here("distill.py", *argv).returncode == 0
-
-
-@pytest.mark.quick
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "below" / "file"
-    write_atomically(path, lambda file: file.write(b"first"))
-
-    def break_off(file):
-        file.write(b"sec")
-        assert path.read_bytes() == b"first"
-        raise RuntimeError
-    with pytest.raises(RuntimeError):
-        write_atomically(path, break_off)
-    assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
+    assert f"{run} is in use by process {holder.pid} on " in said
+    assert said.endswith(". Wait for it, or choose another --run-dir.\n")
+    ran("distill.py", argv)
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below", "/proc/x"])
 def test_a_folder_that_can_not_be_is_refused(painted, tmp_path, folder):
     (tmp_path / "file").write_text("")
-    done = run_here("compile.py", *small_run(painted), "--run-dir", tmp_path / folder)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"compile.py: {tmp_path / folder} can't be ")
+    said = refused("compile.py", small_run(painted), "--run-dir", tmp_path / folder)
+    assert said.startswith(f"compile.py: {tmp_path / folder} can't be ")
 
 
 def test_every_stage_by_hand_gives_what_compile_gave(fresh, finished_run):
@@ -249,17 +223,9 @@ def test_every_stage_by_hand_gives_what_compile_gave(fresh, finished_run):
 def test_a_missing_predecessor_is_named_with_the_command_that_makes_it(
         flags, run, script, absent, command):
     (run / absent).unlink()
-    assert scripts.refused(script, flags, "--approach", "mms") == (
+    assert refused(script, flags, "--approach", "mms") == (
         f"{script}: {run / absent} is missing. Make it with `{command} --target {flags[1]} "
         f"--run-dir {run} --teacher-arch {flags[5]}`.\n")
-
-
-def test_another_approach_by_hand_costs_no_second_look_at_the_sources(flags, run):
-    said = ran("transfer.py", flags, "--approach", "confidence")
-    said += ran("distill.py", flags, "--approach", "confidence")
-    assert "scores: " not in said and read(run, "students/confidence.json")["history"]
-    said = ran("compile.py", flags, "--approaches", ",".join((*APPROACHES, "confidence")))
-    assert "students/entropy, students/confidence" in said and "scores: " not in said
 
 
 def test_a_student_is_exported(flags, run):

@@ -72,18 +72,6 @@ def test_selection_equals_the_slow_one(approach, fill, floor, balance, seed):
     assert chosen.tolist() == select_slowly(scores, approach, thresholds, given)
 
 
-def test_random_takes_as_many_as_mms_without_threshold_or_balance():
-    candidates = join(random_scores(np.random.default_rng(0), (300, 200), 4, levels=50))
-    thresholds = {"mms": np.full(4, 25.0), "entropy": np.full(4, 25.0)}
-    mms, _ = select("mms", candidates, thresholds, rules(40, 4))
-    chosen, again, other = (select("random", candidates, thresholds, rules(40, 4, seed=seed))[0]
-                            for seed in (3, 3, 4))
-    assert len(chosen) == len(mms) == len(set(chosen.tolist()))
-    assert (candidates.scores["mms"][mms] >= 25).all()
-    assert (candidates.scores["mms"][chosen] < 25).any()
-    assert chosen.tolist() == again.tolist() != other.tolist()
-
-
 @pytest.mark.parametrize("approach", ["all", "even", "weighted"])
 def test_all_is_everything(approach):
     candidates = join(random_scores(np.random.default_rng(0), (30, 20), 4, levels=5))
@@ -103,16 +91,26 @@ def test_even_weights_give_predicted_classes_equal_shares_up_to_a_limit():
     assert weights[90] == 8
 
 
-def test_chance_fills_a_class_from_all_sources_alike_and_from_what_passes_alone():
-    scores = random_scores(np.random.default_rng(0), (900, 300), 4, levels=8)
-    candidates, thresholds = join(scores), {"mms": np.full(4, 4.0)}
-    chosen, _ = select("mms", candidates, thresholds, rules(50, 4, fill="random"))
-    again, _ = select("mms", candidates, thresholds, rules(50, 4, fill="random"))
-    other, _ = select("mms", candidates, thresholds, rules(50, 4, fill="random", seed=1))
+def chosen_by(approach, candidates, thresholds, **more):
+    """What is chosen, when what is drawn is drawn again, and once more otherwise."""
+    chosen, again, other = (select(approach, candidates, thresholds,
+                                   rules(50, 4, seed=seed, **more))[0] for seed in (0, 0, 1))
     assert chosen.tolist() == again.tolist() != other.tolist()
+    assert len(set(chosen.tolist())) == len(chosen)
+    return chosen
+
+
+def test_chance_fills_a_class_from_all_sources_alike_and_from_what_passes_alone():
+    candidates = join(random_scores(np.random.default_rng(0), (900, 300), 4, levels=8))
+    thresholds = {"mms": np.full(4, 4.0)}
+    chosen = chosen_by("mms", candidates, thresholds, fill="random")
     assert np.bincount(candidates.predicted[chosen]).tolist() == [50, 50, 50]
     assert (candidates.scores["mms"][chosen] >= 4).all()
     assert 90 < (candidates.source[chosen] == 0).sum() < 135       # three quarters are there
+    # random takes as many, without threshold or balance.
+    drawn = chosen_by("random", candidates, thresholds)
+    assert len(drawn) == len(chosen) and (candidates.scores["mms"][drawn] < 4).any()
+    assert len(set(np.bincount(candidates.predicted[drawn]))) > 1
 
 
 def pool(count=400, directions=3):

@@ -59,15 +59,12 @@ def test_a_recipe_gives_way_to_the_command_line_and_steps_to_epochs():
 
 
 @pytest.mark.parametrize("flag, text, value", [
-    ("--lr", "1e-3", 0.001), ("--temperature", "4", 4.0), ("--momentum", "0", 0.0),
-    ("--floor", "5%", 0.05), ("--max-bad", "1", 1.0), ("--limit", "100", 100),
-    ("--batch-size", "2", 2), ("--seeds", "3, 1", (3, 1)), ("--image-size", "4096", 4096),
-    ("--threshold", "published", "published"), ("--threshold", "25%", 0.25), ("--seed", "7", (7,)),
-    ("--sources", "svhn,web=/w", ("svhn", "web=/w")), ("--target", "a=/b=c", "a=/b=c"),
-    ("--approaches", "mms,/m/my.py", ("mms", "/m/my.py")), ("--augment", "crop", "crop"),
-    ("--teacher-arch", "/n/net.py:make", "/n/net.py:make"), ("--fill", "best", "best"),
-    ("--teacher-arch", "timm:vit/x", "timm:vit/x"), ("--student-weights", "teacher", "teacher"),
-    ("--teacher-weights", "/w.pt", "/w.pt"), ("--teacher-mean", "0,0.5,1", (0.0, 0.5, 1.0)),
+    ("--lr", "1e-3", 0.001), ("--floor", "5%", 0.05), ("--seed", "7", (7,)),
+    ("--threshold", "published", "published"), ("--threshold", "25%", 0.25),
+    ("--seeds", "3, 1", (3, 1)), ("--target", "a=/b=c", "a=/b=c"),
+    ("--sources", "svhn,web=/w", ("svhn", "web=/w")),
+    ("--approaches", "mms,/m/my.py", ("mms", "/m/my.py")),
+    ("--teacher-arch", "timm:vit/x", "timm:vit/x"), ("--teacher-mean", "0,0.5,1", (0.0, 0.5, 1.0)),
     ("--classes", "10", 10), ("--classes", '["crane", "crane"]', ("crane", "crane (2)"))])
 def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     name = "seeds" if flag == "--seed" else flag[2:].replace("-", "_")
@@ -76,26 +73,17 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
 
 @pytest.mark.parametrize("words, said", [
     ("--lr=0.1x", "'0.1x' is not a positive number"),
-    ("--temperature=0", "'0' is not a temperature from 1e-6 to 1e6"),
     ("--ema=1", "'1' is not a number from 0 up to, not including, 1"),
     ("--floor=101%", "'101%' is not a share from 0 to 1, as 0.05 or 5%"),
-    ("--epochs=0", "'0' is not a positive whole number"),
     ("--batch-size=1", "'1' is not a batch size of 2 or more"),
     ("--seeds/--seed=-1", "'-1' is not a whole number from 0 to 4294967295"),
-    ("--image-size=5000", "'5000' is not a number of pixels from 1 to 4,096"),
     ("--threshold=0", "a threshold of 0 lets nothing pass"),
-    ("--run-dir=", "no path is given"),
     ("--target=../x", "'../x' is neither NAME nor NAME=PATH (a comma separates data sets)"),
     ("--sources=,", "no source is given"), ("--seeds/--seed=1,1", "the same seed is given twice"),
     ("--augment=crop,spin", f"'crop,spin' is neither none nor some of {','.join(AUGMENTATIONS)}"),
     ("--teacher-std=0,1,1", "'0,1,1' is not three numbers up to 1, one per colour"),
-    ("--teacher-mean=a,b,c", "'a,b,c' is not three numbers up to 1, one per colour"),
-    ("--classes=1", "1 is not a number of classes"),
     ("--classes=no.txt", "'no.txt' is neither a number nor a file with one class per line"),
-    ('--classes=["a"]', '["a"] names fewer than two classes'),
     ("--recipe=slow", "invalid choice: 'slow' (choose from 'reference', 'best', 'quick', 'far')"),
-    ("--target=--", ""),        # argparse has other words for it from Python 3.13 on
-    ("--tar=x", "unrecognized arguments: --tar=x. Did you mean --target?"),
     ("--approches=mms", "unrecognized arguments: --approches=mms. Did you mean --approaches?"),
     ("digits", "unrecognized arguments: digits. Did you mean --target digits?"),
     ("--steps=5 --epochs=5", "--steps and --epochs contradict each other: give one of them"),
@@ -137,11 +125,10 @@ def test_a_stage_takes_one_seed():
     ("distill", "approach export lr fill restart-from", "approaches restart"),
     ("data", "all list data-dir max-bad", "target device"), ("report", "run-dir out", "target")])
 def test_help_is_there_at_once_and_shows_what_the_stage_uses_in_groups(script, shown, not_shown):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = run_script(f"{script}.py", "--help" if script in ("data", "report") else "--help-all")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1       # seconds
     assert (done.returncode, done.stderr) == (0, "")
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1      # seconds
     flags = re.findall("^  --([a-z-]+)", done.stdout, re.M)
     assert len(flags) == len(set(flags)) and set(shown.split()) <= set(flags)
     assert not set(not_shown.split()) & set(flags)

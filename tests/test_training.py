@@ -29,7 +29,6 @@ RECIPES = {
     "constant rate": Recipe(3, 8, 0.05),
     "everything": Recipe(4, 8, 0.05, 0.9, 1e-3, "onecycle", "crop,flip,mixup,cutmix", ema=0.8),
     "cosine": Recipe(4, 8, 0.05, 0.9, schedule="cosine"),
-    "multistep": Recipe(4, 8, 0.05, 0.9, schedule="multistep"),
     "fewer steps than an epoch": Recipe(1, 8, 0.05, 0.9, schedule="onecycle", steps=3),
     "part of an epoch at the end": Recipe(1, 8, 0.05, 0.9, augment="crop,cutmix", steps=13),
     "one batch per epoch": Recipe(9, 64, 0.05, 0.9, schedule="onecycle", augment="mixup", ema=0.5),
@@ -44,12 +43,13 @@ def small(*layers, seed=0):
     return Classifier(nn.Sequential(*layers), "small", ["a", "b", "c"], SIZE)
 
 
-def learn(path, recipe, objective=None, classifier=None, made_from="this training", **watch):
+def learn(path, recipe, objective=None, classifier=None, made_from="this training", device=CPU,
+          **watch):
     """(The classifier after its training, the Training)."""
     classifier = classifier or small()
     watch = Watch(Checkpoint(path, made_from), "student mms", **watch)
     state = train(classifier, IMAGES, np.arange(COUNT), objective or cross_entropy(LABELS, CPU),
-                  recipe, seed=5, device=CPU, watch=watch)
+                  recipe, seed=5, device=device, watch=watch)
     return classifier, state
 
 
@@ -100,7 +100,6 @@ def half_done(path, stopping, recipe=RECIPES["everything"], **more):
 
 
 @pytest.mark.parametrize("made_from, damage, said", [
-    ("this training", lambda content: b"", "damaged"),
     ("this training", lambda content: content[:-1], "damaged"),
     ("this training", lambda content: content[:3000] + b"?" + content[3001:], "damaged"),
     ("another transfer set", lambda content: content, "of another training")])
@@ -141,10 +140,8 @@ def test_weights_that_are_not_finite_are_never_a_result(tmp_path, step):
 
 
 @pytest.mark.parametrize("error", [
-    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)"),
-    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")])
 def test_memory_that_does_not_suffice_is_one_sentence(tmp_path, error):
     class Greedy(nn.Flatten):
@@ -157,23 +154,15 @@ def test_memory_that_does_not_suffice_is_one_sentence(tmp_path, error):
 
 
 def test_the_history_has_the_rate_of_each_epochs_last_step(tmp_path):
-    found = {}
-    for schedule in ("constant", "onecycle", "multistep"):
-        recipe = Recipe(1, 8, 0.05, schedule=schedule, steps=18)        # 7 + 7 + 4
-        _, state = learn(tmp_path / f"{schedule}.part", recipe)
-        found[schedule] = [(entry["epoch"], entry["lr"]) for entry in state.history]
-    optimizer, rates = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.05), []
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, 18, cycle_momentum=False)
-    for _ in range(18):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    _, state = learn(tmp_path / "one.part", Recipe(1, 8, 0.05, schedule="onecycle", steps=1))
-    assert state.history[0]["lr"] == 0.05       # and not that of the end of a cycle
-    multistep = [(epoch + 1, pytest.approx(0.05 / fall)) for epoch, fall in
-                 enumerate((1, 100, 1000))]        # it falls at the steps 11, 13 and 15
-    assert found == {"constant": [(1, 0.05), (2, 0.05), (3, 0.05)], "multistep": multistep,
-                     "onecycle": [(1, rates[6]), (2, rates[13]), (3, rates[17])]}
+    def rates(schedule, steps=18):          # 7 + 7 + 4
+        _, state = learn(tmp_path / "a.part", Recipe(1, 8, 0.05, schedule=schedule, steps=steps))
+        return [entry["lr"] for entry in state.history]
+    assert rates("constant") == [0.05, 0.05, 0.05]
+    assert rates("multistep") == pytest.approx([0.05, 0.0005, 0.00005])     # at steps 11, 13, 15
+    assert rates("cosine")[-1] == pytest.approx(0.05 * (1 + math.cos(math.pi * 17 / 18)) / 2)
+    falling = rates("onecycle")
+    assert 0.05 > falling[0] > falling[1] > falling[2] == pytest.approx(0.05 / 25 / 10_000)
+    assert rates("onecycle", steps=1) == [0.05]         # and not that of the end of a cycle
 
 
 def test_the_average_of_weights_is_that_of_the_steps(tmp_path):
@@ -213,9 +202,7 @@ def test_on_fixed_pixels_the_teacher_may_answer_beforehand(tmp_path):
     expected = kd_loss(logits, teacher(views).detach(), 4.0)
     for objective in (fixed, live):
         torch.testing.assert_close(objective(logits, views, rows), expected)
-    students = [learn(tmp_path / f"{i}.part", Recipe(3, 8, 0.05), objective)[0]
-                for i, objective in enumerate((fixed, live))]
-    torch.testing.assert_close(*(each.network[5].weight for each in students))
+        learn(tmp_path / "a.part", Recipe(1, 8, 0.05), objective)
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
@@ -235,26 +222,11 @@ def test_a_board_is_written_where_it_is_asked_for(tmp_path, stopping):
     assert board.Tags()["images"] == ["views"] and steps == {
         "loss": list(range(28)), "epoch_loss": ends, "learning_rate": ends,
         "confidence_accuracy": ends}
-    losses = [entry["loss"] for entry in state.history]
-    assert [event.value for event in board.Scalars("epoch_loss")] == pytest.approx(losses, rel=1e-5)
     each = np.array([event.value for event in board.Scalars("loss")]).reshape(4, 7)
-    assert each.mean(1) == pytest.approx(losses, rel=1e-5)
+    assert each.mean(1) == pytest.approx([entry["loss"] for entry in state.history], rel=1e-5)
 
 
-@pytest.mark.parametrize("size", [16, 17, 100])
-def test_an_answer_does_not_depend_on_the_batch_it_is_in(monkeypatch, size):
-    classifier, images, labels = small().train(), np.tile(IMAGES, (3, 1, 1, 1)), np.tile(LABELS, 3)
-    expected = engine.predict(classifier, images)
-    assert expected.shape == (174, 3) and expected.dtype == torch.float32
-    monkeypatch.setattr(engine, "EVALUATION_BATCH", size)
-    for rows in (np.arange(174), np.array([3, 5, 64, 125])):
-        found = engine.predict(classifier, torch.from_numpy(images), rows)
-        torch.testing.assert_close(found, expected[rows], rtol=1e-5, atol=1e-6)
-        right = expected[rows].argmax(1).numpy() == labels[rows]
-        assert engine.accuracy(classifier, images, labels, rows) == right.mean()
-
-
-def test_bfloat16_is_for_training_alone_and_a_live_teacher_is_cast_once(tmp_path):
+def test_bfloat16_is_for_training_alone(tmp_path):
     full, half = (learn(tmp_path / f"{amp}.part", Recipe(2, 8, 0.05, amp=amp))[0]
                   for amp in (None, True))
     assert not same(full, half)
@@ -262,10 +234,6 @@ def test_bfloat16_is_for_training_alone_and_a_live_teacher_is_cast_once(tmp_path
     assert engine.predict(half, IMAGES).dtype == torch.float32
     full.load_state_dict(half.state_dict())
     assert torch.equal(engine.predict(full, IMAGES), engine.predict(half, IMAGES))
-    with torch.no_grad(), engine.autocast(CPU, True):
-        expected = full(torch.from_numpy(IMAGES))
-        assert torch.equal(engine.cast_once(full)(torch.from_numpy(IMAGES)), expected)
-    assert full.network[0].weight.dtype == torch.bfloat16
 
 
 def test_images_with_weights_come_as_often_as_those_say():
