@@ -187,13 +187,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         script = self.server.scripts[self.path]
         (script.pop(0) if len(script) > 1 else script[0])(self)
 
-    def answer(self, code, content=b"", **headers):
-        self.send_response(code)
-        for name, value in ({"Content_Length": str(len(content))} | headers).items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content)
-
     def log_message(self, *args):
         pass
 
@@ -207,10 +200,3 @@ def server(monkeypatch):
     yield server
     server.shutdown()
     server.server_close()
-
-
-def flip(path, place):
-    """Changes one bit of the byte at `place` of a file."""
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)

@@ -2,12 +2,10 @@
 import argparse
 import collections
 import copy
-import enum
 import json
 import os
 import pickle
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from torch import nn
 from kd import checkpoints, models, own
 from kd.classifier import Classifier
 from kd.engine import predict
-from kd.export import export, require_packages
+from kd.export import export
 from kd.files import UserError
 
 CLASSES = ["ant, small", "bee", "cow é"]
@@ -89,8 +87,6 @@ def test_code_that_only_a_checkpoint_names_does_not_run(net):
         refusal("evil.py:make", call, "ours.pt")
     assert not Path("ran").exists()
     assert checkpoints.load("ours.pt", "net.py:make").arch == "net.py:make"
-    assert set(checkpoints.files_of("net.py:make", "ours.pt", "none", None, "IMAGENET1K_V1")) == {
-        "net.py", "ours.pt"}
 
 
 class Attributes(dict):
@@ -98,60 +94,32 @@ class Attributes(dict):
     __getattr__ = dict.__getitem__
 
 
-class Colour(enum.Enum):
-    RED = 1
-
-
 def under(prefix, state):
     return {prefix + key: value for key, value in state.items()}
-
-
-def averaged(network):
-    return torch.optim.swa_utils.AveragedModel(network, use_buffers=True).state_dict()
 
 
 SAVED = {
     "bare": lambda net: net.state_dict(),
     "parallel": lambda net: nn.DataParallel(net).state_dict(),
-    **{f"{name} in the middle": lambda net, name=name: {
-        key.replace("features.", f"features.{name}."): value
-        for key, value in net.state_dict().items()}
-       for name in ("module", "_orig_mod", "_checkpoint_wrapped_module")},
     "compiled": lambda net: torch.compile(net).state_dict(),
-    "averaged": averaged,
-    "no counters": lambda net: {key: value for key, value in net.state_dict().items()
-                                if "num_batches" not in key},
-    "counted by thop": lambda net: net.state_dict() | {
-        f"{of}total_ops": torch.zeros(1) for of in ("", "head.", "features.0.")},
-    "halved": lambda net: {key: value.half() for key, value in net.half().state_dict().items()},
-    "a key of its own": lambda net: {"weights_of_mine": net.state_dict(), "args": {"lr": 0.1}},
+    "averaged": lambda net: torch.optim.swa_utils.AveragedModel(net).state_dict(),
+    "halved": lambda net: net.half().state_dict(),
     "two keys": lambda net: {"epoch": 3, "model": {"net": under("module.", net.state_dict())}},
     "a student beside": lambda net: {
         "model": {key: torch.ones_like(value) for key, value in net.state_dict().items()},
         "teacher": net.state_dict()},
-    "criterion beside": lambda net: net.state_dict() | {"criterion.weight": torch.ones(3)},
     "things beside": lambda net: {
         "state_dict": net.state_dict(), "best": np.float64(0.9), "array": np.zeros(3),
-        "opt": argparse.Namespace(lr=0.05, data=Path("/data")), "kind": Colour.RED,
-        "cfg": Attributes(a=Attributes(b=1)), "last": collections.deque([1], 3),
-        "log": collections.defaultdict(list, {"loss": [1.0]})},
-    "torchvision's references": lambda net: {
-        "model": net.state_dict(), "model_ema": averaged(net), "epoch": 3,
-        "optimizer": (optimizer := torch.optim.AdamW(net.parameters())).state_dict(),
-        "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3).state_dict(),
-        "args": argparse.Namespace(model="resnet18", data_path=Path("/data"))},
+        "opt": argparse.Namespace(lr=0.05, data=Path("/data")),
+        "cfg": Attributes(a=Attributes(b=1)), "last": collections.deque([1], 3)},
 }
 
 
 @pytest.mark.parametrize("how", SAVED)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_state_dict_is_read_however_it_was_saved(net, how, zipped):
-    optimizer = torch.optim.AdamW(net.parameters())
-    net(torch.zeros(2, 3, 32, 32)).sum().backward()
-    optimizer.step()
-    content = SAVED[how](copy.deepcopy(net))
-    assert same(given(content, _use_new_zipfile_serialization=zipped),
-                net.half() if how == "halved" else net)
+    content = SAVED[how](net)
+    assert same(given(content, _use_new_zipfile_serialization=zipped), net)
 
 
 def test_what_timms_own_script_saves_is_read(net, capsys):
@@ -189,21 +157,6 @@ def test_what_lightnings_trainer_saves_is_read(net):
     assert same(checkpoints.load_teacher("last.ckpt", "net.py:make", CLASSES), net)
 
 
-@pytest.mark.parametrize("place", ["model.safetensors", "hub/model.safetensors",
-                                   "hub/pytorch_model.bin"])
-def test_safetensors_and_the_folder_of_a_hub_are_read(net, place, monkeypatch):
-    save = pytest.importorskip("safetensors.torch", reason="an optional extra").save_file
-    Path("hub").mkdir()
-    (torch.save if place.endswith("bin") else save)(net.state_dict(), place)
-    Path("hub/config.json").write_text("{}")
-    path = place.rpartition("/")[0] or place
-    assert same(checkpoints.load_teacher(path, "net.py:make", CLASSES), net)
-    assert list(checkpoints.files_of("resnet18", path)) == [path]
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    if place.endswith("safetensors"):
-        refusal("pip install safetensors", checkpoints.load_teacher, path, "net.py:make", CLASSES)
-
-
 def older(key):
     """As torchvision's published weights of DenseNets have it."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key)
@@ -211,10 +164,10 @@ def older(key):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")        # torchvision's, about random weights
 @pytest.mark.parametrize("arch, size, key_of", [
-    ("densenet121", 32, older), ("densenet121", 32, lambda key: f"module.{older(key)}"),
+    ("densenet121", 32, lambda key: f"module.{older(key)}"),
     ("mnasnet0_5", 32, str),        # whose loading depends on the versions of its layers: lost here
-    ("inception_v3", 75, str), ("inception_v3", 75, lambda key: key * ("AuxLogits" not in key)),
-    ("googlenet", 32, str), ("googlenet", 32, lambda key: key * (key[:3] != "aux"))])
+    ("inception_v3", 75, lambda key: key * ("AuxLogits" not in key)),
+    ("googlenet", 32, lambda key: key * (key[:3] != "aux"))])
 def test_torchvisions_weights_are_read_with_older_keys_and_without_auxiliary_heads(
         tmp_path, arch, size, key_of):
     network = torchvision.models.get_model(arch, num_classes=3)
@@ -236,39 +189,12 @@ def test_what_is_assumed_of_the_pixels_is_said(net, capsys):
             "w.pth", "net.py:make", None)
 
 
-def test_a_state_dict_for_a_network_of_timm_takes_the_mean_and_deviation_that_timm_has(tmp_path):
-    timm = pytest.importorskip("timm", reason="timm is an optional extra")
-    state = timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict()
-    torch.save({"state_dict": under("module.", state)}, tmp_path / "w.pth")
-    loaded = checkpoints.load_teacher(tmp_path / "w.pth", "timm:vit_tiny_patch16_224", CLASSES)
-    assert (loaded.input_size, loaded.mean, loaded.std) == (224, [0.5] * 3, [0.5] * 3)
-    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "w.pth")
-    loaded = checkpoints.load_teacher(tmp_path / "w.pth", "timm:resnet10t", CLASSES)
-    assert (loaded.input_size, loaded.mean) == (32, [0.485, 0.456, 0.406])
-
-
-def test_with_imagenets_mean_googlenet_transforms_its_input_as_in_torchvision(tmp_path):
-    mean, std = models.IMAGENET
-    theirs = torchvision.models.googlenet(num_classes=3, aux_logits=False, transform_input=True,
-                                          init_weights=False).eval()
-    torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    ours = checkpoints.load_teacher(tmp_path / "w.pth", "googlenet", CLASSES, 64, mean, std, 64)
-    images = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
-    pixels = images.permute(0, 3, 1, 2) / 255
-    with torch.no_grad():
-        expected = theirs(torchvision.transforms.functional.normalize(pixels, mean, std))
-        scale = (expected - expected.mean(0)).abs().max()
-        assert (ours(images) - expected).abs().max() < 1e-2 * scale
-    assert ours.takes().endswith("transform_input")
-
-
 @pytest.mark.parametrize("classes", [CLASSES, ["a", "b", "c", "d", "e"]])
-@pytest.mark.parametrize("form", ["bare", "wrapped", "ours"])
-def test_a_start_may_be_a_state_dict_or_a_checkpoint_that_knows_other_classes(net, form, classes):
-    state = net.state_dict()
-    torch.save({"state_dict": under("module.", state)} if form == "wrapped" else state, "w.pth")
-    if form == "ours":
-        checkpoints.save("w.pth", given(state))
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_start_may_be_a_state_dict_or_a_checkpoint_that_knows_other_classes(net, ours, classes):
+    torch.save({"state_dict": under("module.", net.state_dict())}, "w.pth")
+    if ours:
+        checkpoints.save("w.pth", given(net.state_dict()))
     started = models.build("net.py:make", classes, "w.pth")
     assert torch.equal(started.network.features[0].weight, net.features[0].weight)
     assert started.classes == classes and len(started.network.head.weight) == len(classes)
@@ -282,25 +208,13 @@ def test_a_start_may_be_a_state_dict_or_a_checkpoint_that_knows_other_classes(ne
      r"size mismatch for head.bias: .* torch.Size\(\[4\]\) .* torch.Size\(\[3\]\)"),
     (lambda state: state.update({"head.bias": torch.zeros(1).expand(10 ** 12)}), "size mismatch"),
     (lambda state: state["head.bias"].fill_(float("nan")), "it has NaN or infinity in head.bias"),
-    (lambda state: state.update({"head.bias": torch.zeros(3).to_sparse()}), "lacks head.bias"),
-    (lambda state: state.update({"head.bias": torch.empty(3, device="meta")}), "lacks head.bias"),
     (lambda state: [state.pop(key) for key in list(state)], "it holds no state dict"),
-    (lambda state: [state.update({f"other{i}": state.pop(key)})
-                    for i, key in enumerate(list(state))],
-     "it has besides other0, other1, other2 and")])
-@pytest.mark.filterwarnings("ignore::UserWarning")
+    (lambda state: state.update({"head.weight": torch.zeros(4, 16), "head.bias": torch.zeros(4)}),
+     r"has 4 outputs, and there are 3 classes \(ant, small, .*\). Name its own with --classes")])
 def test_keys_that_do_not_fit_are_named_with_what_to_do(net, change, said):
     state = copy.deepcopy(net.state_dict())
     change(state)
-    assert refusal(said, given, state).startswith("given.pth does not fit net.py:make: ")
-
-
-def test_weights_of_another_number_of_classes_say_how_many(net):
-    state = {**net.state_dict(), "head.weight": torch.zeros(4, *net.head.weight.shape[1:]),
-             "head.bias": torch.zeros(4)}
-    assert refusal("given.pth has 4 outputs", given, state) == (
-        "given.pth has 4 outputs, and there are 3 classes (ant, small, bee, cow é). Name its own "
-        "with --classes.")
+    assert refusal(said, given, state).startswith("given.pth ")
 
 
 class Bomb:
@@ -323,9 +237,8 @@ class Built(dict):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("bomb", [
-    Bomb(eval, "open('ran', 'w')"), Bomb(open, "ran", "w"), Bomb(os.system, "touch ran"),
-    Bomb(np.save, "ran", np.zeros(1)), Bomb(torch.save, 1, "ran"), Built()],
-    ids=["eval", "open", "system", "numpy", "torch", "state"])
+    Bomb(eval, "open('ran', 'w')"), Bomb(os.system, "touch ran"),
+    Bomb(np.save, "ran", np.zeros(1)), Built()], ids=["eval", "system", "numpy", "state"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_no_code_from_a_file_runs(net, bomb, zipped):
     pickle.loads(pickle.dumps(bomb))
@@ -348,11 +261,8 @@ def test_no_code_from_a_file_runs(net, bomb, zipped):
      r"it holds no state dict. Where it was made, use torch.save\(network.state_dict\(\), FILE\)"),
     (lambda net: torch.jit.save(torch.jit.script(nn.Linear(3, 3)), "given.pth"), "TorchScript"),
     (lambda net: Path("given.pth").write_bytes(b"junk"), "can't be read as tensors and plain"),
-    (lambda net: Path("given.pth").write_bytes(b""), "can't be read as tensors and plain types"),
     (lambda net: torch.save({"epoch": 3}, "given.pth"), "it holds no state dict"),
-    (lambda net: torch.save([1, 2], "given.pth"), "it holds no state dict"),
     (lambda net: None, "no such file"),
-    (lambda net: Path("given.pth").mkdir(), "a folder without model"),
 ])
 def test_what_is_no_state_dict_is_refused_with_the_way_out(net, save, said):
     save(net)
@@ -368,17 +278,12 @@ def pixels(count=30):
     return torch.from_numpy(images())[:count].permute(0, 3, 1, 2) / 255
 
 
-@pytest.fixture(scope="module")
-def student():
-    torch.manual_seed(0)
-    return models.build("resnet18", CLASSES).eval()
-
-
 @pytest.mark.quick
 @pytest.mark.parametrize("form", ["state_dict", "safetensors"])
-def test_a_student_is_torchvisions_own_state_dict(student, form, tmp_path, capsys):
+def test_a_student_is_torchvisions_own_state_dict(form, tmp_path, capsys):
     if form == "safetensors":
         pytest.importorskip("safetensors", reason="safetensors is an optional extra")
+    student = models.build("resnet18", CLASSES).eval()
     export(student, form, tmp_path / f"student.{form}", images())
     assert "On 30 images it gives the student's class for 30" in capsys.readouterr().out
     plain = torchvision.models.resnet18(num_classes=3).eval()
@@ -394,37 +299,29 @@ def test_a_student_is_torchvisions_own_state_dict(student, form, tmp_path, capsy
     assert torch.equal(predict(again, images()), predict(student, images()))
 
 
-def of_channels(channels):
-    """A student with a size, colours and a normalisation of its own."""
-    network = nn.Sequential(nn.Conv2d(channels, 4, 3, 4), nn.BatchNorm2d(4), nn.Flatten(),
+def grey():
+    """A student of grey images, with a size and a normalisation of its own."""
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, 4), nn.BatchNorm2d(4), nn.Flatten(),
                             nn.Linear(576, 3))
     return Classifier(network, "small", CLASSES, 48, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)).eval()
 
 
-@pytest.mark.parametrize("make", [
-    lambda: models.build("squeezenet1_1", CLASSES).eval(), lambda: of_channels(1),
-    lambda: of_channels(3)])
-def test_onnx_has_all_that_the_student_does_for_any_batch_and_can_be_quantised(make, tmp_path):
+@pytest.mark.parametrize("make", [lambda: models.build("squeezenet1_1", CLASSES).eval(), grey])
+def test_onnx_has_all_that_the_student_does_for_any_batch(make, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install '.[export]'")
-    from onnxruntime.quantization import quantize_dynamic
-    student, path, small = make(), tmp_path / "student.onnx", tmp_path / "int8.onnx"
+    student, path = make(), tmp_path / "student.onnx"
     export(student, "onnx", path, images())
     assert list(tmp_path.iterdir()) == [path]
-    quantize_dynamic(path, small)
-    expected = predict(student, images())
-    for file in (path, small):
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        for count in (1, 3, 17):
-            found = session.run(["logits"], {"pixels": pixels(count).numpy()})[0]
-            assert found.shape == (count, 3)
-            if file == path:
-                torch.testing.assert_close(torch.from_numpy(found), expected[:count], rtol=1e-3,
-                                           atol=1e-3)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == CLASSES
+    for count in (1, 3, 17):
+        [found] = session.run(["logits"], {"pixels": pixels(count).numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), predict(student, images())[:count],
+                                   rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.quick
-def test_an_export_that_gives_other_answers_is_not_written(tmp_path, monkeypatch):
+def test_an_export_that_gives_other_answers_is_not_written(tmp_path):
     class Drawn(nn.Linear):
         def forward(self, x):
             return nn.functional.dropout(super().forward(x.flatten(1)), 0.5)
@@ -432,7 +329,3 @@ def test_an_export_that_gives_other_answers_is_not_written(tmp_path, monkeypatch
     refusal("can't be exported as state_dict .it gives other logits", export, drawn, "state_dict",
             tmp_path / "drawn.pth", images())
     assert not list(tmp_path.iterdir())
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        monkeypatch.setitem(sys.modules, name, None)
-    refusal("needs onnx and onnxscript and onnxruntime: pip install onnx onnxscript onnxruntime",
-            require_packages, "onnx")

@@ -4,7 +4,6 @@ All files are generated, small, in the official layouts; torchvision's own class
 """
 import os
 import shutil
-import tarfile
 import unicodedata
 
 import layout_files as made
@@ -17,8 +16,6 @@ from PIL import Image
 from torchvision.transforms import Resize
 
 import data
-from kd.files import UserError
-from kd.readers import FORMATS
 
 small = made.small
 pytestmark = pytest.mark.usefixtures("small")
@@ -102,7 +99,6 @@ DAMAGE = {      # what it is: (data set, what is done to its layout)
     "a batch that calls a function": ("cifar10", lambda root: (root / "data_batch_3").write_bytes(
         f"cos\nsystem\n(S'touch {root.parent}/run'\ntR.".encode())),
     "a batch cut short": ("cifar10", lambda root: cut(root / "data_batch_2", 500)),
-    "a missing batch": ("cifar10", lambda root: (root / "data_batch_5").unlink()),
     "STL10 cut short": ("stl10", lambda root: cut(root / "test_X.bin", 1)),
     "no annotations": ("tinyimagenet", lambda root: shutil.rmtree(root / "val")),
     "a class without images": ("caltech101", lambda root: shutil.rmtree(root / "Motorbikes"))}
@@ -138,33 +134,19 @@ def test_a_folder_with_a_data_sets_name_serves_as_it_and_may_hold_links(tmp_path
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("form", ["folder", "shard"])
-def test_what_counts_as_an_image_is_said_by_its_name_or_by_its_content(tmp_path, capsys, form):
-    root, names = tmp_path / "pool", ["b/2.PNG", "b/10.png", "a.b/x.png", "a/1.gif", "a/y/z.jpeg"]
-    names.append("x/" * 90 + "long.png")        # whose header in a shard is several
+def test_what_counts_as_an_image_is_said_by_its_name_or_by_its_content(tmp_path, capsys):
+    root, elsewhere = tmp_path / "pool", tmp_path / "elsewhere"
+    names = ["b/2.PNG", "b/10.png", "a.b/x.png", "a/1.gif", "a/y/z.jpeg"]
     save(root, *names, ".hidden.png", ".cache/a.png", "__MACOSX/a.png", "a/._1.png")
-    for name, kind in (("c.jfif", "JPEG"), ("d", "PNG"), ("e.orig", "WEBP"),
-                       ("f.avif", "AVIF" if "AVIF" in FORMATS else "PNG")):
-        save(root, name, kind=kind)
-        names.append(name)
-    for name in ("notes.txt", "labels.json", "a/page", "b/c.heic", "broken.jpg"):
-        (root / name).write_text("no image")
-    (root / "empty.png").write_bytes(b"")
-    (tmp_path / "elsewhere").mkdir()
-    (root / "link").symlink_to(tmp_path / "elsewhere")
+    save(root, "c.jfif", "d", kind="JPEG")
+    for name in ("notes.txt", "labels.json", "a/page", "b/c.heic", "broken.jpg", "empty.png"):
+        (root / name).write_text("no image" * (name != "empty.png"))
+    save(elsewhere, "a.png")
+    (root / "link").symlink_to(elsewhere)
     (root / "link.png").symlink_to("b/2.PNG")
-    (tmp_path / "elsewhere" / "loop").symlink_to(root)
-    save(tmp_path / "elsewhere", "a.png")
-    spec = f"pool={root}"
-    if form == "shard":
-        spec = f"pool={tmp_path}/000.tar"
-        with tarfile.open(tmp_path / "000.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-            for path in sorted(root.rglob("*")):
-                if path.is_symlink() or path.is_file():
-                    tar.add(path, f"./{path.relative_to(root)}")
-    found = source(tmp_path / "d", spec, max_bad=1.0)
-    assert sorted(name.removeprefix("000.tar/./") for name in found.files) == sorted(
-        [*names, "link.png", "link/a.png"] if form == "folder" else names)
+    (elsewhere / "loop").symlink_to(root)
+    found = source(tmp_path / "d", f"pool={root}", max_bad=1.0)
+    assert sorted(found.files) == sorted([*names, "c.jfif", "d", "link.png", "link/a.png"])
     said = capsys.readouterr().out
     assert "pool: passing over what is not an image (4 hidden" in said and "1 .heic" in said
     assert found.bad == 2
@@ -187,24 +169,17 @@ def test_a_target_has_a_class_per_folder_hidden_ones_and_empty_ones_left_out(tmp
     assert "pets train: cow holds no image and is not taken for a class." in capsys.readouterr().out
 
 
-def test_classes_are_the_same_however_their_accents_are_written(tmp_path):
-    forms = [[unicodedata.normalize(form, "café"), "ant"] for form in ("NFC", "NFD")]
-    pets(tmp_path / "pets", names=forms[0])
-    shutil.rmtree(tmp_path / "pets" / "train")
-    save(tmp_path / "pets" / "train", *(f"{name}/1.png" for name in forms[1]))
-    found = target(tmp_path / "d", f"pets={tmp_path / 'pets'}", classes=tuple(forms[1]))
-    assert found.classes == forms[0] and found.train.labels.tolist() == [1, 0]
-
-
 @pytest.mark.quick
 def test_classes_take_the_order_of_the_names_that_are_given(tmp_path, capsys):
-    spec = pets(tmp_path / "pets")
-    plain, turned = (target(tmp_path / "d", spec, classes=names) for names in (2, ("bee", "ant")))
-    assert plain.classes == ["ant", "bee"] and turned.classes == ["bee", "ant"]
+    composed, split = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    spec = pets(tmp_path / "pets", names=("ant", split))        # as macOS writes the accent
+    plain, turned = (target(tmp_path / "d", spec, classes=names) for names in (
+        2, (composed, "ant")))
+    assert plain.classes == ["ant", composed] and turned.classes == [composed, "ant"]
     assert turned.train.labels.tolist() == [1, 1, 1, 0, 0, 0]
     assert turned.train.fingerprint != plain.train.fingerprint
     assert "made again" not in capsys.readouterr().out      # one pack serves all orders
-    for wrong in (3, ("bee", "cow"), ("bee", "ant", "cow")):
+    for wrong in (3, ("ant", "cow"), ("ant", composed, "cow")):
         refusal("--classes gives . classes", target, tmp_path / "d", spec, classes=wrong)
 
 
@@ -217,9 +192,6 @@ REFUSED = {     # what it is: (target, sources, what the line says), in the work
     "no shards": ("pets={}/pets", "pool={}/{{000..002}}.tar", r"there is no .*000.tar.*\*.tar"),
     "the target": ("pets={}/pets", "pool={}/pets", "pool and the target are the same folder"),
     "a class of it": ("pets={}/pets", "pool={}/pets/train/ant", "pool and the target"),
-    "the data folder": ("pets={}/pets", "pool={}/d", "pool and the data folder"),
-    "the run folder": ("pets={}/pets", "pool={}/d/run", "pool and the run folder"),
-    "a link to it": ("pets={}/pets", "pool={}/link", "pool and the target"),
     "what holds it": ("pets={}/pets", "pool={}", "the same folder"),
     "its named layout": ("cifar10", "pool={}/d/cifar-10-batches-py", "pool and the target"),
     "a folder twice": ("pets={}/pets", "a={}/pool,b={}/again", "b and the source a are the same"),
@@ -232,8 +204,6 @@ def test_what_can_not_be_used_is_one_line_before_any_work(tmp_path, given, sourc
     pets(tmp_path / "pets")
     made.write_cifar10(tmp_path / "d")
     save(tmp_path / "pool", "x/a.png")
-    (tmp_path / "d" / "run").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "pets" / "test")
     (tmp_path / "again").symlink_to(tmp_path / "pool")
     (tmp_path / "a.tar.gz").write_bytes(b"")
     sources = [spec.format(tmp_path) for spec in sources.split(",")]
@@ -248,12 +218,6 @@ def test_links_below_a_source_lead_to_no_image_of_the_target_but_its_neighbours_
     assert len(data.load_source(settings, settings.sources[0])) == 1
     (tmp_path / "pets" / "unlabelled" / "b").symlink_to(tmp_path / "pets" / "test" / "ant")
     refusal("pool and the target", data.load_source, settings, settings.sources[0])
-
-
-def test_everything_that_is_wrong_is_said_at_once(tmp_path):
-    with pytest.raises(UserError) as refusal:
-        data.obtain(settings_of(tmp_path, "pets=/nowhere", ("cifar11", "pool=/nowhere/else")))
-    assert len(str(refusal.value).splitlines()) == 3
 
 
 @pytest.mark.parametrize("change, said", [

@@ -8,8 +8,8 @@ import multiprocessing
 import os
 import random
 import re
-import stat
 import tarfile
+import threading
 import time
 import tracemalloc
 
@@ -54,8 +54,13 @@ def serve(body=BODY, until=None, ranges=True, pause=0, after=0):
     return behave
 
 
-def status(code, content=b"", **headers):
-    return lambda handler: handler.answer(code, content, **headers)
+def status(code, **headers):
+    def behave(handler):
+        handler.send_response(code)
+        for name, value in ({"Content-Length": "0"} | headers).items():
+            handler.send_header(name, value)
+        handler.end_headers()
+    return behave
 
 
 def hang_up(handler):
@@ -81,12 +86,9 @@ SERVERS = {     # how it behaves: (its answers, why another mirror is asked then
     "does not know ranges": ([serve(until=CUT, ranges=False), serve(ranges=False)], ""),
     "redirects": ([status(302, Location="/b.tar")], ""),
     "404": ([status(404)], "answers 404"),
-    "always 503": ([status(503)], "answers 503"),
     "always hangs up": ([hang_up], "can't be reached, or breaks off (ConnectionError)"),
-    "always breaks off": ([serve(until=1000)], "can't be reached, or breaks off (ProtocolError)"),
     "another file": ([serve(OTHER)], "sent a file that has the md5"),
     "a shorter file": ([serve(BODY[:-1])], "offers 299,999 bytes instead of 300,000"),
-    "a web page": ([status(200, b"<html>Sign in</html>")], "offers 20 bytes instead"),
 }
 
 
@@ -128,14 +130,14 @@ def test_a_mirror_that_crawls_is_followed_by_the_next_or_better_than_none(
         server, path, monkeypatch, capsys):
     monkeypatch.setattr(download, "CRAWL", 1_000_000)
     monkeypatch.setattr(download, "PATIENCE", 0.1)
-    slow = serve(pause=0.002)
-    fetch(remote(BODY, server.url("a.tar", slow), server.url("b.tar", serve())), path)
+    slow = server.url("a.tar", serve(pause=0.002))
+    fetch(remote(BODY, slow, server.url("b.tar", serve())), path)
     assert_whole(path)
     assert re.search(r"a.tar crawls \([\d.]+ kB/s\)", capsys.readouterr().out)
     [(_, first), (_, second)] = server.asked
     assert int(second["Range"][6:-1]) > 0
     path.unlink()
-    fetch(remote(BODY, server.url("a.tar", slow), server.url("b.tar", status(404))), path)
+    fetch(remote(BODY, slow), path)
     assert_whole(path)
 
 
@@ -152,17 +154,18 @@ def test_a_file_that_is_there_is_verified_and_never_deleted(path):
     assert path.read_bytes() == OTHER
 
 
-def test_several_files_are_fetched_at_once_and_one_that_fails_stops_no_other(
-        server, tmp_path):
-    wanted = {tmp_path / f"{i}.tar": remote(BODY, server.url(f"{i}.tar", serve(pause=0.001)))
+def test_several_files_are_fetched_at_once_and_one_that_fails_stops_no_other(server, tmp_path):
+    three = threading.Barrier(3, timeout=10)
+
+    def beside_two_others(handler):
+        three.wait()
+        serve()(handler)
+    wanted = {tmp_path / f"{i}.tar": remote(BODY, server.url(f"{i}.tar", beside_two_others))
               for i in range(3)}
     wanted[tmp_path / "bad.tar"] = remote(BODY, server.url("bad.tar", status(404)))
-    began = time.monotonic()
     [line] = fetch_all(wanted)
     assert line.startswith("bad.tar can't be fetched")
     assert names_in(tmp_path) == ["0.tar", "1.tar", "2.tar"]
-    assert {path for path, _ in server.asked} == {"/0.tar", "/1.tar", "/2.tar", "/bad.tar"}
-    assert time.monotonic() - began < 10
 
 
 def test_two_processes_that_want_a_file_fetch_it_once(server, path):
@@ -198,7 +201,7 @@ def official(tmp_path, name):
 def test_an_archive_is_fetched_verified_extracted_and_read(
         tmp_path, monkeypatch, server, small, name):
     content, file = official(tmp_path, name), data.DATA_SETS[name].files[0].name
-    url = server.url(file, lambda handler: handler.answer(200, content))
+    url = server.url(file, serve(content))
     register(monkeypatch, name, files=(remote(content, url),))
     for _ in range(2):
         found = source(tmp_path / "d", name)
@@ -216,19 +219,16 @@ def test_an_archive_that_is_put_there_by_hand_is_used(tmp_path, monkeypatch, sma
     assert names_in(tmp_path / "d" / "Caltech-256") == ["256_ObjectCategories", "c.tar"]
 
 
-def test_an_archive_that_is_not_whole_is_refused_and_named(
-        tmp_path, monkeypatch, small):
+def test_an_archive_that_is_not_whole_is_refused_and_named(tmp_path, monkeypatch, small):
     root = made.write_cifar10(tmp_path / "made")
     (root / "data_batch_4").unlink()
     content = tar_of(root.parent, root.name)
+    register(monkeypatch, "cifar10", files=(remote(content, "http://127.0.0.1:9/c.tar.gz"),))
     (tmp_path / "d").mkdir()
-    archive = tmp_path / "d" / "cifar-10-python.tar.gz"
-    archive.write_bytes(content)
-    url = "http://127.0.0.1:9/cifar-10-python.tar.gz"
-    register(monkeypatch, "cifar10", files=(remote(content, url),))
-    refusal(rf"^{archive} is incomplete or damaged .*data_batch_4", source, tmp_path / "d",
-            "cifar10")
-    assert names_in(tmp_path / "d") == [archive.name]
+    (tmp_path / "d" / "c.tar.gz").write_bytes(content)
+    refusal(rf"^{tmp_path}/d/c.tar.gz is incomplete or damaged .*data_batch_4", source,
+            tmp_path / "d", "cifar10")
+    assert names_in(tmp_path / "d") == ["c.tar.gz"]
 
 
 def tar_with(*members):
@@ -246,8 +246,8 @@ def zip_with(**files):
     return zip_of({"pictures/first.txt": b"1", **files})
 
 
-def header(name, kind):
-    member = tarfile.TarInfo(name)
+def header(kind):
+    member = tarfile.TarInfo("pictures/0")
     member.type, member.size = kind, 60 * MEGABYTE
     return gzip.compress(member.tobuf(tarfile.GNU_FORMAT))
 
@@ -283,12 +283,11 @@ HOSTILE = {     # what it is: (suffix, content, what the line says)
     "a file with holes": (".tar.gz", with_holes(), "with holes"),
     "a tar in a zip that climbs": (".zip", zip_with(**{"inner.tar.gz": tar_with(
         ("../../evil", REGULAR, "", b"evil"))}), "leads out of"),
-    "zeros in a tar": (".tar.gz", header("pictures/0", REGULAR) + ZEROS, "several times"),
+    "zeros in a tar": (".tar.gz", header(REGULAR) + ZEROS, "several times"),
     "zeros in a zip": (".zip", zip_with(zeros=bytes(60 * MEGABYTE)), "several times"),
     "zeros in a zip that says less": (".zip", lying_zip(), "Bad CRC-32"),
-    "a large header": (".tar.gz", header("pictures/0", tarfile.XHDTYPE) + ZEROS, "several times"),
+    "a large header": (".tar.gz", header(tarfile.XHDTYPE) + ZEROS, "several times"),
     "a tar cut short": (".tar.gz", CUT, "can't be used"),
-    "no tar": (".tar.gz", b"<html>not found</html>" * 100, "can't be used"),
     "an empty file": (".tar", b"", "can't be used"),
     "a zip cut short": (".zip", zip_with(a=os.urandom(100_000))[:60_000], "can't be used"),
     "another content": (".zip", zip_of({"drawings/a.jpg": b""}), "does not hold pictures/"),
@@ -313,15 +312,11 @@ def test_a_hostile_or_damaged_archive_is_refused_and_leaves_nothing(
     assert names_in(folder) == [archive.name] and names_in(tmp_path) == ["d"]
 
 
-def test_an_archive_is_extracted_with_plain_modes_and_what_was_begun_is_begun_again(tmp_path):
+def test_an_extraction_that_was_killed_is_begun_again(tmp_path):
     archive, place = tmp_path / "pictures.tar.gz", tmp_path / "pictures"
     archive.write_bytes(tar_with(("pictures/deep/last.txt", REGULAR, "", b"2")))
     (tmp_path / ".pictures.part" / "pictures").mkdir(parents=True)
     (tmp_path / ".pictures.part" / "pictures" / "junk").write_text("")
     extract(archive, place, MEGABYTE, lambda folder: None)
-    assert names_in(place) == ["deep", "first.txt"] and names_in(tmp_path) == [
-        "pictures", "pictures.tar.gz"]
-    assert not stat.S_IMODE((place / "first.txt").stat().st_mode) & 0o111
-    (place / "first.txt").write_text("mine")
-    extract(archive, place, MEGABYTE, lambda folder: None)
-    assert (place / "first.txt").read_text() == "mine"
+    assert names_in(place) == ["deep", "first.txt"]
+    assert names_in(tmp_path) == ["pictures", "pictures.tar.gz"]

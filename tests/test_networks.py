@@ -1,6 +1,5 @@
 """Networks: what they are given, their heads, and what is asked of them before any long work."""
 import copy
-import hashlib
 import sys
 
 import pytest
@@ -11,72 +10,44 @@ from torch import nn
 
 from kd import architectures, checkpoints, models, own
 from kd.download import RemoteFile
+from kd.files import file_digest
 from kd.small_conv import SmallInputConv2d
 
 CLASSES = ["cat", "dog", "frog"]
 NETWORKS = '''
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 class Net(nn.Module):
     """The mean of 4 feature maps and one linear layer; `end` is what becomes of its output."""
-    def __init__(self, classes, channels=3, end=lambda self, z: z, start=lambda self, x: x):
+    def __init__(self, classes, channels=3, end=lambda z: z):
         super().__init__()
-        self.start, self.end = start, end
-        self.conv1, self.fc = nn.Conv2d(channels, 4, 3), nn.Linear(4, classes)
+        self.end, self.conv1, self.fc = end, nn.Conv2d(channels, 4, 3), nn.Linear(4, classes)
     def forward(self, x):
-        return self.end(self, self.fc(self.conv1(self.start(self, x)).relu().mean((2, 3))))
+        return self.end(self.fc(self.conv1(x).relu().mean((2, 3))))
 
 def make(num_classes): return Net(num_classes)
 def positional(count, width=3): return Net(count)
 def three(): return Net(3)
 def four(): return Net(4)
-def half(num_classes): return Net(num_classes).half()
 def grey(num_classes): return Net(num_classes, 1)
-def softmax(num_classes): return Net(num_classes, end=lambda self, z: z.softmax(1))
-def sigmoid(num_classes): return Net(num_classes, end=lambda self, z: z.sigmoid())
-def log_softmax(num_classes): return Net(num_classes, end=lambda self, z: z.log_softmax(1))
-def in_place(num_classes): return Net(num_classes, end=lambda self, z: z.tanh_())
-def pair(num_classes): return Net(num_classes, end=lambda self, z: (z, z))
-def nan(num_classes): return Net(num_classes, end=lambda self, z: z * torch.nan)
-def scaled(num_classes): return Net(num_classes, end=lambda self, z: 2 * z)
-def in_train(num_classes):
-    return Net(num_classes, end=lambda self, z: {"out": z} if self.training else z)
-def dropout(num_classes): return Net(num_classes, end=lambda self, z: F.dropout(z, 0.5))
-def company(num_classes):
-    norm = nn.BatchNorm2d(3, affine=False, track_running_stats=False)
-    return Net(num_classes, start=lambda self, x: norm(x))
-def contrast(num_classes):
-    return Net(num_classes, start=lambda self, x: x / x.std((1, 2, 3), keepdim=True))
-class Twice(Net):
+def softmax(num_classes): return Net(num_classes, end=lambda z: z.softmax(1))
+def sigmoid(num_classes): return Net(num_classes, end=lambda z: z.sigmoid())
+def log_softmax(num_classes): return Net(num_classes, end=lambda z: z.log_softmax(1))
+def pair(num_classes): return Net(num_classes, end=lambda z: (z, z))
+def nan(num_classes): return Net(num_classes, end=lambda z: z * torch.nan)
+def scaled(num_classes): return Net(num_classes, end=lambda z: 2 * z)
+def dropout(num_classes): return Net(num_classes, end=lambda z: F.dropout(z, 0.5))
+class Views(Net):
     def __init__(self, classes):
         super().__init__(classes)
-        self.norm = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(3600, classes)
     def forward(self, x):
-        x = self.conv1(x)
-        return self.fc((x + self.norm(x)).mean((2, 3)))
-def twice(num_classes): return Twice(num_classes)
-def lazy(num_classes):
-    return nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(num_classes))
-def weight_norm(num_classes):
-    net = make(num_classes)
-    net.conv1 = nn.utils.parametrizations.weight_norm(net.conv1)
-    return net
-class LeNet(nn.Module):
-    def __init__(self, classes):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5)
-        self.last = nn.Conv2d(16, 8, 3, stride=4, padding=1)
-        self.fc = nn.Linear(32, classes)
-    def forward(self, x):
-        x = F.max_pool2d(self.conv1(x).relu(), 2)
-        x = self.last(F.max_pool2d(self.conv2(x).relu(), 2))
-        return self.fc(x.view(x.size(0), -1))
-def lenet(num_classes): return LeNet(num_classes)
+        return self.fc(self.conv1(x).view(len(x), -1))
+def views(num_classes): return Views(num_classes)
 def broken(num_classes): raise RuntimeError("no such layer")
-def fails(num_classes): return Net(num_classes, end=lambda self, z: z.view(7, 7, 7))
+def fails(num_classes): return Net(num_classes, end=lambda z: z.view(7, 7, 7))
 def nothing(): return 7
 '''
 
@@ -108,9 +79,9 @@ def with_statistics(classifier, count=16):
 @pytest.mark.quick
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("options", [
-    dict(kernel_size=3, padding=1), dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=1),
+    dict(kernel_size=3, padding=1), dict(kernel_size=3, stride=2, padding=1, bias=False),
     dict(kernel_size=1, stride=2), dict(kernel_size=3, padding="same"),
-    dict(kernel_size=3, padding=1, groups=2), dict(kernel_size=3, padding=1, bias=False)])
+    dict(kernel_size=3, padding=1, groups=2)])
 def test_small_inputs_are_convolved_as_torch_does(size, options):
     torch.manual_seed(0)
     reference = nn.Conv2d(4, 6, **options)
@@ -126,23 +97,17 @@ def test_small_inputs_are_convolved_as_torch_does(size, options):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_network_of_one_channel_gets_the_grey_images_that_torchvision_makes(nets):
-    classifier = models.require_logits(models.build(f"{nets}:grey", CLASSES).eval())
-    pixels = random_images(4).permute(0, 3, 1, 2) / 255 * 2 - 1
-    grey = torchvision.transforms.functional.rgb_to_grayscale(pixels)
-    torch.testing.assert_close(classifier(random_images(4)), classifier.network(grey),
-                               rtol=1e-3, atol=1e-4)
-    assert classifier.takes().startswith("grey images of 32x32 pixels, mean 0.5, 0.5, 0.5")
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_a_network_that_views_its_maps_runs_as_it_does_in_pytorch(nets, mode):
-    classifier = models.build(f"{nets}:lenet", CLASSES).eval()
-    plain = own.import_file(nets).lenet(3).eval()
+@pytest.mark.parametrize("factory", ["make", "grey", "views"])
+def test_a_network_of_ones_own_answers_as_it_does_in_pytorch(nets, factory):
+    classifier = models.build(f"{nets}:{factory}", CLASSES).eval()
+    plain = getattr(own.import_file(nets), factory)(3).eval()
     plain.load_state_dict(classifier.network.state_dict())
-    with mode():
-        expected = plain((random_images(4).permute(0, 3, 1, 2) / 255 * 2 - 1).contiguous())
-        torch.testing.assert_close(classifier(random_images(4)), expected, rtol=1e-4, atol=1e-5)
+    pixels = (random_images(4).permute(0, 3, 1, 2) / 255 * 2 - 1).contiguous()
+    if factory == "grey":
+        pixels = torchvision.transforms.functional.rgb_to_grayscale(pixels)
+    with torch.inference_mode():
+        torch.testing.assert_close(classifier(random_images(4)), plain(pixels), rtol=1e-3,
+                                   atol=1e-4)
     classifier.train()(random_images(4)).sum().backward()
 
 
@@ -163,6 +128,7 @@ def test_the_head_of_every_family_is_found_replaced_trained_saved_and_loaded(arc
     assert len(new) == 5 and models.require_trainable(classifier).training
     answer = with_statistics(classifier).train()(random_images(8))
     answers = answer if isinstance(answer, tuple) else (answer,)
+    assert {each.shape for each in answers} == {(8, 5)}
     sum(each.square().mean() for each in answers).backward()
     assert new.grad.abs().sum() > 0
     with torch.no_grad():
@@ -172,17 +138,9 @@ def test_the_head_of_every_family_is_found_replaced_trained_saved_and_loaded(arc
         assert torch.equal(loaded(random_images(4)), expected) and loaded.classes == list("abcde")
 
 
-def test_inception_has_its_auxiliary_head_from_299_pixels_on_and_both_are_replaced():
-    assert models.build("inception_v3", CLASSES, input_size=298).network.AuxLogits is None
-    classifier = models.build("inception_v3", CLASSES)
-    models.replace_head(classifier, list("abcde"))
-    network = classifier.network
-    assert (network.fc.out_features, network.AuxLogits.fc.out_features) == (5, 5)
-
-
 @pytest.mark.parametrize("factory, found", [
     ("make", True), ("positional", True), ("three", True), ("log_softmax", True),
-    ("weight_norm", True), ("lazy", True), ("scaled", False), ("in_place", False)])
+    ("scaled", False)])
 def test_only_a_layer_that_makes_the_logits_is_taken_for_the_head(nets, factory, found):
     classifier = models.build(f"{nets}:{factory}", CLASSES)
     assert (models.head_weight(classifier) is not None) == found
@@ -190,14 +148,12 @@ def test_only_a_layer_that_makes_the_logits_is_taken_for_the_head(nets, factory,
         refusal("has no linear layer that makes its logits", models.replace_head, classifier, "ab")
 
 
-@pytest.mark.parametrize("arch, left", [("resnet18", 0), ("mobilenet_v2", 0), ("densenet121", 62),
-                                        ("{nets}:weight_norm", 0), ("{nets}:twice", 1)])
-def test_batch_norms_are_folded_where_the_logits_stay_the_same(nets, arch, left):
-    classifier = with_statistics(models.build(arch.format(nets=nets), CLASSES))
-    before = copy.deepcopy(classifier.state_dict())
+@pytest.mark.parametrize("arch, left", [("resnet18", 0), ("mobilenet_v2", 0), ("densenet121", 62)])
+def test_batch_norms_are_folded_where_the_logits_stay_the_same(arch, left):
+    torch.manual_seed(0)
+    classifier = with_statistics(models.build(arch, CLASSES))
     folded = models.folded(classifier)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == left
-    assert all(torch.equal(before[name], value) for name, value in classifier.state_dict().items())
     with torch.no_grad():
         expected = classifier(random_images(32, 1))
         torch.testing.assert_close(folded(random_images(32, 1)), expected, rtol=1e-3,
@@ -213,9 +169,6 @@ def test_a_student_of_the_same_family_inherits_what_its_teacher_has():
     known = teacher.network.state_dict()
     assert all(torch.equal(value, known[name])
                for name, value in student.network.state_dict().items())
-    teacher, student = (models.build("googlenet", CLASSES, "none", 32, *each)
-                        for each in (models.IMAGENET, ()))
-    assert models.inherit(student, teacher) and student.takes() == teacher.takes()
     before = copy.deepcopy(stranger.state_dict())
     assert not models.inherit(stranger, teacher)
     assert all(torch.equal(value, before[name]) for name, value in stranger.state_dict().items())
@@ -236,29 +189,33 @@ def test_a_network_that_can_not_be_had_is_one_sentence(nets, arch, size, said):
 
 
 def test_weights_that_do_not_exist_are_a_line_each(nets):
-    one, other = models.unavailable([("student", "resnet18", "IMAGENET1K_V9", None),
-                                     ("teacher", f"{nets}:make", "imagenet", None)])
-    assert one == ("resnet18 has no weights IMAGENET1K_V9, but IMAGENET1K_V1, DEFAULT. Or use "
-                   "--student-weights none.")
-    assert other == f"There are no ImageNet weights for {nets}:make. Or use --teacher-weights none."
+    assert models.unavailable([("student", "resnet18", "IMAGENET1K_V9", None),
+                               ("teacher", f"{nets}:make", "imagenet", None)]) == [
+        "resnet18 has no weights IMAGENET1K_V9, but IMAGENET1K_V1, DEFAULT. Or use "
+        "--student-weights none.",
+        f"There are no ImageNet weights for {nets}:make. Or use --teacher-weights none."]
 
 
-def test_torchvisions_weights_bring_their_mean_and_deviation(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("arch, options", [
+    ("resnet18", {}), ("googlenet", {"transform_input": True, "init_weights": False})])
+def test_torchvisions_weights_bring_their_mean_and_deviation(
+        tmp_path, monkeypatch, capsys, arch, options):
     """The cache holds a file of our own, since there is none to fetch."""
-    theirs = torchvision.models.resnet18().eval()
-    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
-    digest = hashlib.sha256((tmp_path / "resnet18.pth").read_bytes()).hexdigest()
-    preset = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
-    monkeypatch.setattr(architectures, "_imagenet", lambda arch, weights: (
-        preset, RemoteFile(("http://127.0.0.1:9/",), sha256=digest), tmp_path / "resnet18.pth"))
-    ours = models.build("resnet18", CLASSES, "imagenet").eval()
+    theirs, path = torchvision.models.get_model(arch, **options).eval(), tmp_path / "weights.pth"
+    torch.save(theirs.state_dict(), path)
+    preset = torchvision.models.get_model_weights(arch).DEFAULT.transforms()
+    remote = RemoteFile(("http://127.0.0.1:9/",), sha256=file_digest(path))
+    monkeypatch.setattr(architectures, "_imagenet", lambda *_: (preset, remote, path))
+    ours = models.build(arch, CLASSES, "imagenet").eval()
     assert ours.network.fc.out_features == 3
     assert "weights, which take images of 32x32 pixels, mean 0.485," in capsys.readouterr().out
     ours.network.fc = theirs.fc
-    pixels = torchvision.transforms.functional.normalize(
-        random_images(4).permute(0, 3, 1, 2) / 255, preset.mean, preset.std)
-    torch.testing.assert_close(ours(random_images(4)), theirs(pixels), rtol=1e-3, atol=1e-4)
-    assert models.build("resnet18", CLASSES, "imagenet", mean=(0.5,) * 3).mean == [0.5] * 3
+    with torch.no_grad():
+        expected = theirs(torchvision.transforms.functional.normalize(
+            random_images(4).permute(0, 3, 1, 2) / 255, preset.mean, preset.std))
+        scale = (expected - expected.mean(0)).abs().max()
+        assert (ours(random_images(4)) - expected).abs().max() < 1e-2 * scale
+    assert models.build(arch, CLASSES, "imagenet", mean=(0.5,) * 3).mean == [0.5] * 3
 
 
 def test_timms_weights_bring_their_mean_and_deviation(tmp_path):
@@ -281,18 +238,11 @@ def test_what_a_network_of_the_users_raises_is_shown_with_what_it_was_given(nets
     assert "was given images of 32x32 pixels" in raised.value.__notes__[0]
 
 
-@pytest.mark.parametrize("added", ["insert(0, ", "append("])
-def test_names_of_ours_do_not_shadow_the_users(tmp_path, added):
-    """Beside the file, and on a path that it adds; at import, and when a function is called."""
-    for folder, width in (("mine", 5), ("repository", 7)):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "data.py").write_text(f"WIDTH = {width}\n")
-    (tmp_path / "repository" / "transfer").mkdir()
-    (tmp_path / "repository" / "transfer" / "__init__.py").write_text("from .sizes import DEPTH\n")
-    (tmp_path / "repository" / "transfer" / "sizes.py").write_text("DEPTH = 11\n")
-    (tmp_path / "mine" / "nets.py").write_text(f"""
-import sys
-sys.path.{added}{str(tmp_path / 'repository')!r})
+def test_names_of_ours_do_not_shadow_the_users(tmp_path):
+    """At import, and when a function is called."""
+    (tmp_path / "data.py").write_text("WIDTH = 5\n")
+    (tmp_path / "transfer.py").write_text("DEPTH = 11\n")
+    (tmp_path / "nets.py").write_text("""
 from torch import nn
 from data import WIDTH
 from mms_threshold import KEEP      # one of ours, where they have none
@@ -302,15 +252,11 @@ def make(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, DEPTH), nn.Linear(DEPTH, num_classes))
 """)
     import data
-    before = list(sys.path)
-    for _ in range(2):
-        network = models.build(f"{tmp_path}/mine/nets.py:make", CLASSES).network
-        assert network[1].out_features == 11
-        module = own.import_file(tmp_path / "mine" / "nets.py")
-        assert (module.KEEP, module.WIDTH) == (">=", 7 if "insert" in added else 5)
     import transfer
-    assert sys.modules["data"] is data and "repository" not in transfer.__file__
-    sys.path[:] = before
+    network = models.build(f"{tmp_path}/nets.py:make", CLASSES).network
+    module = own.import_file(tmp_path / "nets.py")
+    assert (network[1].out_features, module.KEEP, module.WIDTH) == (11, ">=", 5)
+    assert sys.modules["data"] is data and sys.modules["transfer"] is transfer
 
 
 @pytest.mark.quick
@@ -320,9 +266,7 @@ def make(num_classes):
     ("pair", "gives a tuple for three images of 3 classes"),
     ("four", r"gives \(3, 4\) for three images of 3 classes, not"),
     ("nan", "NaN or infinite for images of noise"),
-    ("in_train", "gives a dict for two images in train mode"),
-    ("dropout", "gives other answers when asked twice for the same images"),
-    ("company", "another answer beside other images: its batch norm has no running statistics")])
+    ("dropout", "gives other answers when asked twice for the same images")])
 def test_what_can_not_be_a_teacher_or_learn_is_named_before_any_work(nets, factory, said):
     def question():
         classifier = models.build(f"{nets}:{factory}", CLASSES)
@@ -332,38 +276,15 @@ def test_what_can_not_be_a_teacher_or_learn_is_named_before_any_work(nets, facto
     refusal(f"nets.py:{factory} .*{said}", question)
 
 
-def test_a_look_at_how_a_network_trains_leaves_it_as_it_was():
-    network = models.build("googlenet", CLASSES).eval()
-    before = copy.deepcopy(network.state_dict())
-    models.require_trainable(models.require_logits(network))
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-
-
-@pytest.mark.quick
-def test_what_else_is_odd_about_a_teacher_is_said(nets, capsys):
-    models.question_teacher(models.build(f"{nets}:make", CLASSES), random_images(40).numpy())
-    assert capsys.readouterr().out == ""
-    models.question_teacher(models.build(f"{nets}:contrast", CLASSES), random_images(3).numpy())
-    assert "gives NaN for images of one colour. Such images are left" in capsys.readouterr().out
-    teacher = models.build(f"{nets}:make", ["ant", "bee", "cow", "dog"])
-    with torch.no_grad():
-        teacher.network.fc.weight[3] = teacher.network.fc.weight[1]
-    models.question_teacher(teacher, random_images(40).numpy())
-    assert "equal rows in its last layer for bee, dog." in capsys.readouterr().out
-
-
 def test_an_entry_of_a_repository_is_a_network(tmp_path):
     (tmp_path / "hubconf.py").write_text("""
 from torch import nn
 
-def wide(num_classes=7, pretrained=False):
+def wide(num_classes=7):
     return nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Flatten(), nn.Linear(64, num_classes))
 
 def fixed():
     return wide(2)
-
-def odd(num_classes):
-    return "no network"
 """)
     for entry in ("fixed", "wide"):
         classifier = models.build(f"hub:{tmp_path}:{entry}", ["a", "b"])
@@ -372,7 +293,5 @@ def odd(num_classes):
     refusal("code runs only where the command line names it", checkpoints.load,
             tmp_path / "wide.pt")
     again = checkpoints.load(tmp_path / "wide.pt", f"hub:{tmp_path}:wide")
-    assert torch.equal(again(models.noise(again)), classifier.eval()(models.noise(classifier)))
-    for entry, said in ((f"{tmp_path}:odd", "odd gives a str, not a torch.nn.Module"),
-                        ("/nowhere:wide", "hub:/nowhere:wide can't be had")):
-        refusal(said, models.build, f"hub:{entry}", ["a", "b"])
+    assert torch.equal(again(random_images(2)), classifier.eval()(random_images(2)))
+    refusal("hub:/nowhere:wide can't be had", models.build, "hub:/nowhere:wide", ["a", "b"])

@@ -2,18 +2,15 @@
 import os
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import NET, refusal, run_script, small_run
+from conftest import NET, run_script, small_run
 from PIL import Image
 from script_files import given, linked, manifest, pool, ran, read, refused
 from test_selection import select_slowly
 
-from compile import check_networks
-from kd.settings import resolve
 from kd.thresholds import passes
 from TeacherTrain import misreading
 from transfer import Rules
@@ -60,36 +57,25 @@ def run(taught, tmp_path):
     return linked(taught[0], tmp_path / "run")
 
 
-def test_a_teacher_without_batch_norms_is_refused_before_it_is_trained(flags, painted, tmp_path):
-    said = refused("compile.py", flags, "--teacher-arch", f"{painted}/networks.py:three",
-                   "--approaches", "mms,weighted")
-    assert "matched and weighted need a teacher with batch norms" in said
+@pytest.mark.parametrize("words, said", [
+    ("--teacher-arch {}/networks.py:three --approaches mms,weighted",
+     "matched and weighted need a teacher with batch norms"),
+    ("--teacher-arch alexnet --teacher-weights none --teacher-size 32",
+     "alexnet can't answer for images of 32x32"),
+    ("--transfer-size 1", "1 images are fewer than one for each of 3 classes")])
+def test_what_can_not_work_is_refused_before_the_teacher_is_trained(
+        flags, painted, tmp_path, words, said):
+    assert said in refused("compile.py", flags, *words.format(painted).split())
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_wrong_with_network_or_size_shows_before_the_training():
-    target = SimpleNamespace(train=range(80), classes=["a", "b"])
-    flags = {"teacher_arch": "alexnet", "teacher_weights": "none", "sources": ("web=/w",),
-             "approaches": ("mms", "balanced")}
-    check_networks(resolve(flags), target)
-    refusal("alexnet can't answer for images of 32x32", check_networks, resolve(
-        flags | {"teacher_size": 32}), target)
-    refusal("1 images are fewer than one for each of 2 classes", check_networks, resolve(
-        flags | {"transfer_size": 1}), target)
-
-
 def test_matched_weighs_the_images_of_sources_in_another_order(run, flags):
-    def weighed():
+    def lengths():      # of what the batch norms see; the axes are another sample's
         ran("transfer.py", flags, "--approach", "matched", "--restart-from", "transfer")
-        return np.load(run / "scores/matched.npy")
-    first, order = weighed(), flags.index("--sources") + 1
+        return np.linalg.norm(np.load(run / "scores/matched.npy").astype(float), axis=1)
+    first, order = lengths(), flags.index("--sources") + 1
     flags[order] = ",".join(reversed(flags[order].split(",")))
-    pool = len(np.load(run / "scores/pool.npz")["index"])
-    other = weighed()
-    assert other.shape == first.shape and not np.array_equal(first, other)
-    lengths = np.linalg.norm(first.astype(float), axis=1)      # the axes are another sample's
-    assert np.linalg.norm(other.astype(float), axis=1)[-pool:] == pytest.approx(
-        lengths[:pool], rel=0.05)
+    assert lengths() == pytest.approx(np.roll(first, 60), rel=0.05)
 
 
 def test_a_teacher_and_a_student_of_ones_own_run_from_data_to_table(
@@ -117,12 +103,10 @@ def test_a_teacher_and_a_student_of_ones_own_run_from_data_to_table(
 
 def test_without_a_linear_head_mms_is_refused_and_the_plain_margin_taken_when_asked(
         taught, flags, painted, tmp_path):
-    own, run = [*flags, "--teacher-arch", f"{painted / 'networks.py'}:squashed"], tmp_path / "run"
+    own = [*flags, "--teacher-arch", f"{painted / 'networks.py'}:squashed"]
     said = refused("compile.py", own)
-    assert "No linear layer makes the logits of networks.py:squashed" in said and (
-        "Add --mms-plain" in said and not run.exists())
-    ran("compile.py", own, "--approaches", "balanced,entropy")
-    assert "No linear layer" in refused("transfer.py", own, "--approach", "random")
+    assert "No linear layer makes the logits of networks.py:squashed" in said
+    assert "Add --mms-plain" in said and not (tmp_path / "run").exists()
     (tmp_path / "plain.py").write_text("from mms_threshold import KEEP, threshold\n\n"
                                        "def score(logits, weight):\n    assert weight is None\n"
                                        "    return -logits.topk(2).values.diff()[:, 0]\n")
@@ -158,7 +142,6 @@ def criterion(score, thresholds="[0] * classes"):
 @pytest.mark.parametrize("text, said", [
     ("KEEP = '>'\n", "is not a criterion: it lacks score and threshold and KEEP = '>=' or '<='"),
     (criterion("logits"), "score must give one number per image, (120,), and gives "),
-    (criterion("3"), "score must give one number per image, (120,), and gives int"),
     (criterion("logits[:, 0]", "[0]"),
      "threshold must give one number per class, (3,), and gives (1,)"),
     (criterion("logits[:, 0]", "[float('inf')] * classes"), "the threshold of blue is infinite")])
@@ -189,7 +172,7 @@ def test_a_criterion_that_nothing_passes_leaves_no_student_and_the_table_says_so
 
 
 @pytest.mark.parametrize("pack", ["always", "never"])
-@pytest.mark.parametrize("form", ["", "/{000..002}.tar", "/*.tar"])
+@pytest.mark.parametrize("form", ["", "/{000..002}.tar"])
 def test_shards_and_folders_packed_or_not_select_alike(run, flags, painted, tmp_path, pack, form):
     expected = manifest(run, "mms"), (run / "transfer/mms/images.npy").read_bytes()
     for name in ("scores", "transfer"):
@@ -256,9 +239,6 @@ def test_a_teacher_whose_classes_stand_in_another_order_is_told_that_order():
     right, order = misreading(shift, labels, classes)
     assert right == 0 and [order[k] for k in (2, 3)] == ["c0", "c1"]
     assert misreading(labels, labels, classes) is None
-    assert misreading(labels // 3, labels // 3, ["cat", "dog"]) is None
-    chance = np.random.default_rng(0).integers(0, 6, 120)
-    assert misreading(chance, labels, classes)[1] is None
 
 
 def taken(run, approach):
