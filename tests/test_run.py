@@ -104,7 +104,7 @@ def test_a_setting_that_this_version_has_not_any_more_makes_nothing_again(run, f
     path, content = run / "students/mms.json", read(run, "students/mms.json")
     path.unlink()       # linked to that of the other tests
     write_sealed(path, content | {"made_from": content["made_from"] | {"gone": 0.0}})
-    assert "students/mms" in ran("compile.py", *flags).split("\nreused: ")[1]
+    assert "students/mms" in ran("compile.py", flags).split("\nreused: ")[1]
 
 
 @pytest.mark.parametrize("more, product, stage, was, new", [
