@@ -10,14 +10,11 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
     from kd.flags import parser_of
     parser_of("TeacherTrain", __doc__).parse_args()
 
-import numpy as np
-from scipy.optimize import linear_sum_assignment
-
 import data
 from kd import checkpoints, engine, models
 from kd.command import command
 from kd.evaluation import evaluate, saved_split, watcher
-from kd.files import listed, require_none, say
+from kd.files import require_none, say
 from kd.processes import first_alone, on_all_ranks
 from kd.run import open_stage
 from kd.settings import default_teacher
@@ -54,14 +51,11 @@ def train_teacher(run, target, device):
                          cross_entropy(target.train.labels, device), settings.teacher_recipe,
                          seed=seed, device=device, watch=watch)
         figures = {name: getattr(training, name) for name in figures}
-    accuracies, predicted = evaluate(teacher, target, confidence, run / "teacher.npz", device)
+    accuracies, _ = evaluate(teacher, target, confidence, run / "teacher.npz", device)
     figures = {"arch": teacher.arch, "input_size": teacher.input_size, "classes": teacher.classes,
                **accuracies, "linear_head": models.head_weight(teacher) is not None} | figures
-    if settings.teacher_checkpoint and target.train:
-        _warn(engine.answers(teacher, target.train.images, confidence, device),
-              target.train.labels[confidence], teacher.classes)
-    elif settings.teacher_checkpoint and target.test:
-        _warn(predicted, target.test.labels, teacher.classes, "test split")
+    if settings.teacher_checkpoint:
+        say_if_low(accuracies, len(teacher.classes))
     checkpoints.save(path, teacher, accuracy=figures["accuracy"])
     files = [path, run / "teacher.npz"] if target.test else [path]
     content = product.write(figures, files)
@@ -88,30 +82,13 @@ def load_checkpoint(settings, target):
     return teacher
 
 
-def misreading(predicted, labels, classes):
-    """What is wrong where a teacher is near chance: (accuracy, the order of its logits under
-    which it is not, or None). predicted, labels: (N,) int64; classes: names. None where nothing
-    is wrong."""
-    count, right = len(classes), float((predicted == labels).mean())
-    if right > max(1.2 / count, 0.3) or not len(labels):
-        return None
-    seen = np.bincount(predicted * count + labels, minlength=count * count).reshape(count, count)
-    logit, label = linear_sum_assignment(-seen)
-    better = seen[logit, label].sum() / len(labels)
-    found = better > 0.5 and better > 2 * right
-    return right, [classes[each] for each in label] if found else None
-
-
-def _warn(predicted, labels, classes, where="confidence set"):
-    found = misreading(predicted, labels, classes)
-    if found is None:
-        return
-    say(f"teacher: {found[0]:.2%} on the {where} is low. Are its pixels and the order of its "
-        "classes what it was trained with (--teacher-mean, --teacher-std, --teacher-size, "
-        "--classes)?")
-    if found[1] and where != "test split":      # which decides nothing
-        say("  It would be right with its classes in this order, as --classes FILE states it: "
-            f"{listed(found[1], 30)}")
+def say_if_low(accuracies, classes):
+    """Says where a teacher that was given is near chance: its images or classes are misread."""
+    measured = accuracies["confidence_accuracy"]
+    right = accuracies["accuracy"] if measured is None else measured
+    if right is not None and right <= max(1.2 / classes, 0.3):
+        say(f"teacher: {right:.2%} is low. Are its pixels and the order of its classes what it was "
+            "trained with (--teacher-mean, --teacher-std, --teacher-size, --classes)?")
 
 
 def report_teacher(figures):

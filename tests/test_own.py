@@ -12,7 +12,7 @@ from script_files import given, linked, manifest, pool, ran, read, refused
 from test_selection import select_slowly
 
 from kd.thresholds import passes
-from TeacherTrain import misreading
+from TeacherTrain import say_if_low
 from transfer import Rules
 
 NETWORKS = NET + """
@@ -233,12 +233,13 @@ def test_without_training_images_of_the_target_thresholds_come_from_the_sources(
         assert value == members[-(-len(members) // 4) - 1]
 
 
-def test_a_teacher_whose_classes_stand_in_another_order_is_told_that_order():
-    classes, labels = [f"c{k}" for k in range(6)], np.repeat(np.arange(6), 20)
-    shift = (labels + 2) % 6
-    right, order = misreading(shift, labels, classes)
-    assert right == 0 and [order[k] for k in (2, 3)] == ["c0", "c1"]
-    assert misreading(labels, labels, classes) is None
+def test_a_teacher_near_chance_is_asked_for_its_pixels_and_the_order_of_its_classes(capsys):
+    for accuracy, on_confidence, classes in ((0.9, 0.1, 12), (0.1, None, 12), (None, 0.55, 2)):
+        say_if_low({"accuracy": accuracy, "confidence_accuracy": on_confidence}, classes)
+        assert "is low. Are its pixels and the order of its classes" in capsys.readouterr().out
+    for accuracy, on_confidence, classes in ((0.1, 0.9, 12), (None, None, 12), (0.65, None, 2)):
+        say_if_low({"accuracy": accuracy, "confidence_accuracy": on_confidence}, classes)
+    assert capsys.readouterr().out == ""
 
 
 def taken(run, approach):
