@@ -22,7 +22,6 @@ from kd.progress import Progress
 
 CPU = torch.device("cpu")
 EVALUATION_BATCH = 512      # images of up to 96 pixels (CUDA: 160); fewer where they are larger
-READ_AT_ONCE = 100_000_000  # bytes of a memory-mapped array that may lie in memory
 BLOCK = 32                  # batches whose answers wait on the device to be copied
 PREFETCHED = 2              # batches that wait on the device, where the images stay on the CPU
 
@@ -106,14 +105,7 @@ def resident(images, device):
         return tensor
     memory = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda"
               else torch.mps.recommended_max_memory())
-    if tensor.nbytes > memory / 2:
-        return tensor
-    found = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    chunk = max(1, READ_AT_ONCE // max(1, tensor[:1].nbytes))
-    for start in range(0, len(tensor), chunk):
-        found[start:start + chunk] = tensor[start:start + chunk].to(device)
-        release_pages(images)
-    return found
+    return tensor if tensor.nbytes > memory / 2 else tensor.to(device)
 
 
 def prefetched(batches, device):
