@@ -9,7 +9,7 @@ import script_files as scripts
 import torch
 from conftest import ROOT, run_script, small_run
 from PIL import Image
-from script_files import by_hand, contents, linked, outcome, put, ran, read, refused
+from script_files import by_hand, contents, linked, outcome, put, ran, read, refused, run_here
 
 from kd import checkpoints
 from kd.files import write_sealed
@@ -214,6 +214,15 @@ def test_every_stage_by_hand_gives_what_compile_gave(fresh, finished_run):
     expected, ended = outcome(finished_run), outcome(run)
     assert expected.keys() - ended.keys() == {"results.json"}
     assert [name for name in ended if ended[name] != expected[name]] == []
+
+
+def test_the_report_has_the_sources_that_a_stage_by_hand_took(run, painted):
+    """config.json names those of the first command."""
+    others = ["--approach", "mms", "--sources", f"others={painted / 'more'}", "--restart-from"]
+    ran("transfer.py", by_hand(painted, run), *others, "scores")
+    ran("distill.py", by_hand(painted, run), *others, "students")
+    done = run_here("report.py", "--run-dir", run)
+    assert (done.returncode, done.stderr) == (0, "") and "| others |" in done.stdout
 
 
 @pytest.mark.parametrize("script, absent, command", [
