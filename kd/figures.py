@@ -121,8 +121,9 @@ def curves(record):
                       markevery=max(1, len(history) // 8))
         axes.set(xlabel="training done, %", ylabel=label)
     panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
+    panels[0].yaxis.set_minor_formatter(ticker.NullFormatter())
     if record.teacher.get("confidence_accuracy") is not None:
         axes.axhline(100 * record.teacher["confidence_accuracy"], **DASHED, label="teacher")
     _legend(drawn, axes)
