@@ -105,28 +105,33 @@ def score_batches(teacher, source, rows, criteria, device, label):
 
 @on_all_ranks
 def saved_scores(scoring, name, source, rows=None):
-    """The scores of a source, as from `score_batches`, kept in scores/<name>.npz. Where a criterion
-    is not there, or was another version, all are made in one more pass. scoring: a Scoring."""
+    """The scores of a source, as from `score_batches`, kept in scores/<name>.npz. A criterion
+    that is not there, or was another version, is scored in one more pass. scoring: a Scoring."""
     run, criteria = scoring.run, scoring.criteria
     product = run.product(f"scores/{name}.json", teacher=scoring.digest, images=source.fingerprint,
                           rows=None if rows is None else digest(np.ascontiguousarray(rows)))
     wanted = {key: criterion.digest for key, criterion in criteria.items()}
     path = run / f"scores/{name}.npz"
-    if product.done and wanted.items() <= product.content["criteria"].items():
-        return dict(np.load(path))
-    began = time.monotonic()
-    found, unanswered = score_batches(scoring.teacher, source, rows, criteria, scoring.device,
-                                      f"scoring {name}")
-    seconds, count = time.monotonic() - began, len(found["predicted"])
-    say(f"scores: {name}, {count:,} images in {seconds:,.1f} s, {count / seconds:,.0f} img/s")
-    if unanswered:
-        say(f"  {unanswered:,} images are left out: the teacher's logits are not finite.")
-    if not count:
-        raise UserError(f"{name}: the teacher gives finite logits for none of its images.")
-    write_atomically(path, lambda file: np.savez(file, **found))
-    product.write({"images": count, "bad": source.bad + unanswered, "seconds": seconds,
-                   "criteria": wanted}, [path])
-    return found
+    columns = dict(np.load(path)) if product.done else {}
+    content = product.content if product.done else {"seconds": 0.0, "criteria": {}}
+    known = {key: value for key, value in content["criteria"].items()
+             if wanted.get(key, value) == value}
+    lacking = {key: criteria[key] for key in wanted if key not in known}
+    if lacking:
+        began = time.monotonic()
+        found, unanswered = score_batches(scoring.teacher, source, rows, lacking, scoring.device,
+                                          f"scoring {name}")
+        seconds, count = time.monotonic() - began, len(found["predicted"])
+        say(f"scores: {name}, {count:,} images in {seconds:,.1f} s, {count / seconds:,.0f} img/s")
+        if unanswered:
+            say(f"  {unanswered:,} images are left out: the teacher's logits are not finite.")
+        if not count:
+            raise UserError(f"{name}: the teacher gives finite logits for none of its images.")
+        columns = {key: value for key, value in columns.items() if key in known} | found
+        write_atomically(path, lambda file: np.savez(file, **columns))
+        product.write({"images": count, "bad": source.bad + unanswered,
+                       "seconds": content["seconds"] + seconds, "criteria": known | wanted}, [path])
+    return columns
 
 
 @dataclasses.dataclass(frozen=True)
