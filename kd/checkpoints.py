@@ -90,5 +90,5 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
         raise UserError(f"{path} has {known} outputs, and there are {len(classes)} classes "
                         f"({listed(classes, 3)}). Name its own with --classes.")
     fit(classifier.network, state, path, arch, "Use the --teacher-arch that it was saved from.")
-    say_once(f"{path} is given {classifier.takes()} ({'as asked' if mean and std else origin}).")
+    say_once(f"{path} is given {classifier.takes()} ({'as asked' if mean or std else origin}).")
     return require_logits(classifier.eval(), image_size)

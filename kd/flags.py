@@ -18,8 +18,9 @@ MAKES = {"TeacherTrain": ("teacher",), "mms_threshold": ("scores",), "entropy": 
          "transfer": ("scores", "transfer"), "distill": ("students",)}
 MAKER = {stage: f"{script}.py" for script, stages in MAKES.items() for stage in stages}
 APPROACH = dict(type=values.approach, metavar="A", default="mms",
-                help=f"one of {', '.join(APPROACHES + MORE_APPROACHES)}, or a Python file with a "
-                     "criterion of your own (default: mms)")
+                help=f"one of {', '.join(APPROACHES[1:] + MORE_APPROACHES)}, for distill.py "
+                     "supervised as well, or a Python file with a criterion of your own (default: "
+                     "mms)")
 # Flags that are not settings, {script: {flag: (its group, keywords of argparse)}}.
 MORE = {
     "compile": {"config": ("running", dict(metavar="FILE", help="a config.json whose flags hold "

@@ -180,7 +180,7 @@ def make_thresholds(run, scores, criteria, classes):
     float64, NaN where a class has none}.
 
     scores: those of the confidence set, or, with --calibrate sources, of all candidates; classes:
-    their names. A criterion that is not asked for keeps its thresholds.
+    their names.
     """
     settings = run.settings
     inputs = {name: [criterion.digest, digest(scores[name], scores["predicted"])]

@@ -118,7 +118,8 @@ class Settings:
         "FILE")
     teacher_weights: str = _teacher(
         "teacher", "", values.weights,
-        "what its training starts from (default: imagenet; none for digits and FILE.py:FACTORY)",
+        "what its training starts from (default: imagenet; none for digits, FILE.py:FACTORY and "
+        "hub:)",
         "imagenet|none|FILE")
     teacher_size: int | None = _teacher(
         "teacher", None, values.edge,

@@ -24,7 +24,7 @@ stopping = test_training.stopping
 LIVE = Recipe(3, 8, 0.05, 0.9, 1e-3, "onecycle", "crop,flip,mixup,cutmix", ema=0.8)
 # Where the host may wait for the device. None of them comes with every step.
 WAITS = {"classifier.py:Classifier.to",
-         "training.py:_Keeper._require_finite", "training.py:_Keeper._require_finite_weights",
+         "training.py:_Keeper._require_finite",
          "training.py:_Keeper.after_epoch", "training.py:train", "engine.py:resident",
          "training.py:cross_entropy", "training.py:train_one_epoch.<locals>.<genexpr>"}
 
@@ -127,6 +127,7 @@ def test_no_step_waits_for_the_device(card, tmp_path, monkeypatch, room, teacher
     assert waits.keys() <= WAITS | copies
     assert waits["training.py:_Keeper.after_epoch"] == len(expected) == 3
     assert waits["training.py:train_one_epoch.<locals>.<genexpr>"] <= 6
+    assert waits["training.py:_Keeper._require_finite"] < 21        # steps
 
 
 def test_a_training_on_a_device_resumes_in_the_same_bits(card, tmp_path, stopping):

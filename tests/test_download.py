@@ -137,7 +137,7 @@ def test_a_mirror_that_crawls_is_followed_by_the_next_or_better_than_none(
     [(_, first), (_, second)] = server.asked
     assert int(second["Range"][6:-1]) > 0
     path.unlink()
-    fetch(remote(BODY, slow), path)
+    fetch(remote(BODY, slow, server.url("b.tar", status(404))), path)
     assert_whole(path)
 
 

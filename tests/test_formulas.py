@@ -8,6 +8,8 @@ import torch
 import entropy
 import mms_threshold
 from distill import kd_loss
+from kd.scoring import load_criteria
+from kd.settings import resolve
 from kd.thresholds import passes, share_threshold
 
 pytestmark = pytest.mark.quick
@@ -115,3 +117,11 @@ def test_kd_loss_averages_over_images_and_not_over_classes():
     assert kd_loss(student, teacher, 10.0).item() == pytest.approx(sum(each) / 3, rel=1e-5)
     p, q = torch.softmax(teacher / 10, 1), torch.softmax(student / 10, 1)
     assert sum(each) / 3 == pytest.approx(100 * (p * (p / q).log()).sum().item() / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("confidence", 1 / 2), ("energy", math.log(4)), ("cross_entropy", math.log(2))])
+def test_other_criteria_of_a_worked_distribution(name, expected):
+    criterion, logits = load_criteria(resolve({}))[name], torch.tensor([[math.log(2), 0.0, 0.0]])
+    assert criterion.score(logits, None).tolist() == pytest.approx([expected], rel=1e-6)
+    assert criterion.threshold(np.array([1.0, 3.0]), np.array([0, 0]), 2)[0] == 2.0     # the mean

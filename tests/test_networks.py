@@ -295,3 +295,11 @@ def fixed():
     again = checkpoints.load(tmp_path / "wide.pt", f"hub:{tmp_path}:wide")
     assert torch.equal(again(random_images(2)), classifier.eval()(random_images(2)))
     refusal("hub:/nowhere:wide can't be had", models.build, "hub:/nowhere:wide", ["a", "b"])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("arch, images, taken", [
+    ("inception_v3", 32, 299), ("inception_v3", 320, 320), ("vit_b_16", 32, 224),
+    ("resnet18", 224, 224)])
+def test_a_network_is_given_the_size_that_it_needs(arch, images, taken):
+    assert architectures.input_size_of(arch, images) == taken

@@ -13,7 +13,7 @@ from test_selection import select_slowly
 
 from kd.thresholds import passes
 from TeacherTrain import say_if_low
-from transfer import Rules
+from transfer import Rules, even_weights
 
 NETWORKS = NET + """
 def three(num_classes):
@@ -240,6 +240,36 @@ def test_a_teacher_near_chance_is_asked_for_its_pixels_and_the_order_of_its_clas
     for accuracy, on_confidence, classes in ((0.1, 0.9, 12), (None, None, 12), (0.65, None, 2)):
         say_if_low({"accuracy": accuracy, "confidence_accuracy": on_confidence}, classes)
     assert capsys.readouterr().out == ""
+
+
+def test_even_has_the_images_of_all_and_draws_rare_classes_as_often(run, flags):
+    ran("compile.py", flags, "--approaches", "all,even")
+    one, other = ((run / f"transfer/{name}/images.npy").read_bytes() for name in ("all", "even"))
+    weights = np.load(run / "transfer/even/weights.npy")
+    assert one == other and weights == pytest.approx(even_weights(pool(run)["predicted"]))
+    heads = [torch.load(run / f"students/{name}.pt", weights_only=True)["state_dict"]["head.weight"]
+             for name in ("all", "even")]
+    assert not torch.equal(*heads)      # all else is the same: start, images, order of numbers
+
+
+def test_matched_aims_at_the_confidence_set(run, flags, painted, tmp_path):
+    files = sorted((painted / "colours/train").rglob("*.png"))      # in the order of the data set
+    (tmp_path / "same").mkdir()
+    for i in np.load(run / "split.npz")["confidence"]:
+        shutil.copy(files[i], tmp_path / f"same/{i:03}.png")
+    ran("transfer.py", flags, "--approach", "matched", "--restart-from", "scores",
+        "--sources", f"same={tmp_path / 'same'}", "--data-dir", tmp_path / "data")
+    found = np.load(run / "scores/matched.npy").astype(float)
+    assert np.abs(found.mean(0)).max() < 0.01 < np.abs(found).max()
+
+
+def test_a_student_starts_with_its_teachers_layers_and_a_live_teacher_in_bfloat16(run, flags):
+    ran("distill.py", flags, "--approach", "mms", "--student-weights", "auto", "--lr", "1e-12",
+        "--augment", "crop", "--amp")
+    teacher, student = (torch.load(run / name, weights_only=True)["state_dict"]["head.weight"]
+                        for name in ("teacher.pt", "students/mms.pt"))
+    torch.testing.assert_close(student, teacher)
+    assert read(run, "students/mms.json")["weights"] == "teacher"
 
 
 def taken(run, approach):

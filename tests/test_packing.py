@@ -105,6 +105,18 @@ def test_odd_images_are_read_as_a_viewer_shows_them(tmp_path, capfd):
 
 
 @pytest.mark.quick
+def test_a_shard_is_read_as_a_folder_is(tmp_path):
+    root, names = tmp_path / "pool", ["a/1.png", "x/" * 90 + "long.png", "d"]
+    save(root, *names[:2], "a/._1.png", ".hidden.png", "__MACOSX/a.png")
+    save(root, "d", kind="JPEG")
+    (root / "notes.txt").write_text("no image")
+    with tarfile.open(tmp_path / "000.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.add(root, ".")
+    found = source(tmp_path / "d", f"pool={tmp_path}/000.tar")
+    assert sorted(found.files) == sorted(f"000.tar/./{name}" for name in names)
+
+
+@pytest.mark.quick
 def test_broken_images_are_left_out_and_listed_with_their_reason(tmp_path, capfd):
     save(tmp_path / "odd", "zz.png")
     for number, (content, _) in enumerate(BROKEN.values()):

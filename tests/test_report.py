@@ -314,14 +314,14 @@ def test_the_gallery_in_a_browser(browser, finished, width, scheme):
 
 
 @pytest.mark.filterwarnings("error")
-def test_hostile_names_cannot_become_a_part_of_the_page(tmp_path, browser, capsys):
+def test_hostile_names_cannot_become_a_part_of_the_page(tmp_path, request, capsys):
     run = write_run(tmp_path / "run", classes=HOSTILE)
     report.illustrate(Experiment(run))
     assert capsys.readouterr().out.startswith("No font here has all letters of the class names")
     html = (run / "report.html").read_text()
     assert "<img src=x" not in html and "<script>alert" not in html
     assert data_in(html)["classes"] == list(HOSTILE)
-    shown, complaints = opened(browser, run / "report.html")
+    shown, complaints = opened(request.getfixturevalue("browser"), run / "report.html")
     assert all(name in shown.inner_text("main ul") for name in HOSTILE) and complaints == []
     shown.close()
 

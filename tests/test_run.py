@@ -273,6 +273,20 @@ def test_the_run_folder_is_as_documented(finished_run):
     for row in read(finished_run, "results.json")["rows"]:
         assert sum(row["per_class"]) == row["transfer_size"]
         assert row["retention"] == pytest.approx(row["accuracy"] / accuracy)
+    config, rows = read(finished_run, "config.json"), read(finished_run, "results.json")["rows"]
+    assert config.keys() >= {"target", "seed", "device", "commit", "machine", "command"}
+    assert config["versions"]["torch"] == torch.__version__
+    assert rows[0]["transfer_size"] == 96       # supervised: four fifths of 120
+    teacher = np.load(finished_run / "teacher.npz")
+    for row in rows:
+        answers = np.load(finished_run / f"students/{row['approach']}.npz")
+        assert answers["labels"].tolist() == np.repeat(np.arange(3), 10).tolist()
+        assert row["accuracy"] == (answers["predicted"] == answers["labels"]).mean()
+        assert row["agreement"] == (answers["predicted"] == teacher["predicted"]).mean()
+
+
+def test_another_approach_by_hand_costs_no_second_look_at_the_sources(flags, run):
+    assert "scores: " not in ran("transfer.py", flags, "--approach", "confidence")
 
 
 def test_a_row_of_a_manifest_is_the_image_of_that_row(finished_run, painted):

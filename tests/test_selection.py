@@ -1,5 +1,6 @@
 """The fast selection against one written the slow way, on random scores; matched pools."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from kd.matching import directions, draw, gap, match, watched
 from kd.scoring import join
-from transfer import Rules, even_weights, evenness, select
+from transfer import Rules, even_weights, evenness, report_pool, select
 
 HIGH = {"mms": True, "entropy": False}
 pytestmark = pytest.mark.quick
@@ -179,3 +180,17 @@ def test_a_criterion_that_only_some_sources_have_is_left_out():
     scores = random_scores(np.random.default_rng(0), (3, 2), 4, levels=5)
     scores["cifar100"]["mine"] = np.zeros(3)        # by a run that had this source alone
     assert set(join(scores).scores) == {"predicted", "mms", "entropy"}
+
+
+@pytest.mark.parametrize("spread, right, recipe, said", [
+    (4, 0.9, "best", "try --recipe far"), (4, None, "best", "try --recipe far"),
+    (4, 0.9, "far", ""), (8, 0.9, "best", ""), (4, 0.12, "best", "near chance")])
+def test_a_pool_of_another_domain_is_said(capsys, spread, right, recipe, said):
+    answers = np.repeat(np.arange(spread), 9)
+    report_pool(SimpleNamespace(
+        candidates=join({"web": {"predicted": answers, "index": np.arange(len(answers))}}),
+        classes=range(10), figures={"confidence_accuracy": right},
+        run=SimpleNamespace(settings=SimpleNamespace(recipe=recipe))))
+    first, *more = capsys.readouterr().out.splitlines()
+    assert f"spreads over {spread}.0 of 10 classes" in first
+    assert len(more) == bool(said) and said in "".join(more)

@@ -43,7 +43,10 @@ STANDS_FOR = {
         transfer_size=50_000),
     "--calibrate sources": dict(transfer_size=None),
     "--recipe best": dict(
-        steps=6_000, batch_size=256, student_weights="auto", threshold=0.9, floor=1.0)}
+        steps=6_000, batch_size=256, student_weights="auto", threshold=0.9, floor=1.0),
+    "--recipe far": dict(
+        steps=6_000, batch_size=256, lr=0.2, schedule="onecycle", temperature=4.0, floor=1.0,
+        augment="rrc,flip,colour,cutmix,mixup", student_weights="none", threshold=0.9)}
 
 
 @pytest.mark.parametrize("words, expected", STANDS_FOR.items())
@@ -137,6 +140,9 @@ def test_help_is_there_at_once_and_shows_what_the_stage_uses_in_groups(script, s
         assert groups == [group for group in GROUPS if group in groups]
         assert f"\n    python {script}.py" in done.stdout and "\neveryday:\n  --target" in (
             done.stdout)
+        short = run_script(f"{script}.py", "--help").stdout
+        assert "--target" in short and set(re.findall("^  --([a-z-]+)", short, re.M)) <= set(
+            "help-all target sources approaches approach recipe seeds run-dir".split())
 
 
 def kept(folder, *argv):

@@ -226,14 +226,27 @@ def test_a_board_is_written_where_it_is_asked_for(tmp_path, stopping):
     assert each.mean(1) == pytest.approx([entry["loss"] for entry in state.history], rel=1e-5)
 
 
-def test_bfloat16_is_for_training_alone(tmp_path):
+def test_bfloat16_is_for_training_alone(tmp_path, monkeypatch):
     full, half = (learn(tmp_path / f"{amp}.part", Recipe(2, 8, 0.05, amp=amp))[0]
                   for amp in (None, True))
     assert not same(full, half)
     assert all(value.dtype != torch.bfloat16 for value in half.state_dict().values())
-    assert engine.predict(half, IMAGES).dtype == torch.float32
-    full.load_state_dict(half.state_dict())
-    assert torch.equal(engine.predict(full, IMAGES), engine.predict(half, IMAGES))
+    with torch.no_grad(), engine.autocast(CPU, True):       # a live teacher is cast once
+        expected = full.eval()(torch.from_numpy(IMAGES))
+        assert torch.equal(engine.cast_once(full)(torch.from_numpy(IMAGES)), expected)
+    expected = engine.predict(small(), IMAGES)
+    monkeypatch.setattr(engine, "in_bfloat16", lambda *_: True)
+    assert torch.equal(engine.predict(small(), IMAGES), expected)
+
+
+def test_a_long_epoch_is_saved_in_between(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "ROUND", 3)
+    monkeypatch.setattr(training, "SAVE_INTERVAL", 0.0)
+    path, recipe = tmp_path / "student.part", RECIPES["constant rate"]
+    with pytest.raises(ZeroDivisionError):      # in the sixth step, as a kill ends it
+        learn(path, recipe, spoilt(6, lambda loss: 1 / 0))
+    assert torch.load(path, weights_only=True)["step"] == 3
+    assert same(learn(path, recipe)[0], learn(tmp_path / "undisturbed.part", recipe)[0])
 
 
 def test_images_with_weights_come_as_often_as_those_say():
