@@ -21,9 +21,9 @@ from kd.command import command
 from kd.files import UserError, is_first, listed, require_none, say
 from kd.flags import parse
 from kd.matching import norms_of
-from kd.processes import alone, first_alone, rank, wait, world_size
+from kd.processes import alone, first_alone, gathered, rank, wait, world_size
 from kd.record import Experiment
-from kd.run import Run
+from kd.run import Run, read_product
 from kd.scoring import Scoring, load_criteria, no_mms, report_thresholds
 from kd.settings import resolve
 from kd.training import require_batch
@@ -97,6 +97,8 @@ def prepare(settings, device, target):
     selecting = [approach for approach in approaches if approach != "supervised"]
     if selecting:
         scoring = Scoring(run, device, data, target)
+        for approach in selecting:
+            scoring.require(approach)
         for name in (name for name in scoring.criteria if name in selecting):
             report_thresholds(name, scoring)
         report_pool(scoring)
@@ -109,15 +111,15 @@ def train_students(runs, target, device):
     """All rows of all seeds. runs: [(Run, its approaches)]. Several processes share the students
     out, one to a device, and each trains its own as a single process would."""
     pairs = [(run, approach) for run, approaches in runs for approach in approaches]
-    lacking = [(run, approach) for run, approach in pairs
-               if not run.has(f"students/{approach}.json")]
-    if world_size() > 1 and len(lacking) > 1:
+    if world_size() > 1 and len(pairs) > 1:
+        lacking = gathered([at for at, (run, approach) in enumerate(pairs) if read_product(
+            run, f"students/{approach}.json")[0] is None])[0]       # as the first process sees it
         mine = lacking[rank()::world_size()]
         with alone():
-            for run, approach in mine:
+            for run, approach in map(pairs.__getitem__, mine):
                 train_student(run, approach, target, device)
         wait()
-        for run, approach in lacking:       # by this process or another one
+        for run, approach in map(pairs.__getitem__, lacking):   # by this process or another one
             run.made.add(f"students/{approach}.json")
     for run, approaches in runs:
         if len(runs) > 1:

@@ -153,7 +153,7 @@ def bucket_size(settings, target, classes):
     """Images per class: an equal share of --transfer-size, or of the target's training split."""
     size = settings.transfer_size or len(target.train)
     if size < len(classes):
-        flag = "--transfer-size" if settings.transfer_size else "--limit"
+        flag = "--limit" if settings.limit and not settings.transfer_size else "--transfer-size"
         raise UserError(f"{size} images are fewer than one for each of {len(classes)} classes. "
                         f"Use a larger {flag}.")
     return size // len(classes)
@@ -213,8 +213,8 @@ def make_held_out(run, scoring):
     """Makes scores/held_out.npz, unless it is there: images of the sources that no student learns
     from, (n, size, size, 3) uint8, and the teacher's answers to them, (n,) int64."""
     held, path = scoring.held_out, run / "scores/held_out.npz"
-    product = run.product("scores/held_out.json", teacher=scoring.digest, scores=digest(
-        held.source, held.index, held.predicted))
+    product = run.product("scores/held_out.json", remake=True, teacher=scoring.digest,
+                          scores=digest(held.source, held.index, held.predicted))
     if not product.done:
         images = [pixels for number, name in enumerate(held.names) for pixels, _, _ in
                   scoring.sources[name].batches(held.index[held.source == number])]
@@ -301,6 +301,8 @@ def main(argv):
     scoring = Scoring(run, device, data)
     first_alone(lambda: data.obtain(settings))
     first_alone(lambda: run.open(device, given, always=False))
+    scoring.require(approach)
+    bucket_size(settings, scoring.target, scoring.classes)
     report_pool(scoring)
     report_transfer_set(approach, make_transfer_set(run, approach, scoring))
     say(f"saved in {run / 'transfer' / approach}")

@@ -102,8 +102,7 @@ def _of_file(arch, count):
     required = [each for each in parameters.values() if each.default is each.empty
                 and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     if required and "num_classes" not in parameters:
-        say_once(f"{name_of_arch(arch)} is given the number of classes, {count}, as "
-                 f"{required[0].name}.")
+        say_once(f"{name_of_arch(arch)} is given the number of classes as {required[0].name}.")
     with running_own(path):
         return (factory(num_classes=count) if "num_classes" in parameters else
                 factory(count) if required else factory())

@@ -9,6 +9,7 @@ import os
 import posixpath
 import shutil
 import tarfile
+import time
 import zipfile
 import zlib
 
@@ -75,7 +76,7 @@ def _extract(archive, folder, budget):
             for member in content.infolist():
                 _require_inside(member.filename)
                 budget.take(member.file_size)       # a member never yields more than it declares
-                content.extract(member, folder)
+                _date(content.extract(member, folder), time.mktime((*member.date_time, 0, 0, -1)))
         return
     opening = gzip.open if archive.name.endswith("gz") else open
     with opening(archive, "rb") as budget.stream:
@@ -86,6 +87,12 @@ def _extract(archive, folder, budget):
                 if not (member.isreg() or member.isdir()) or member.issparse():
                     raise ValueError(f"{member.name!r} is a link, a device or a file with holes")
                 content.extract(member, folder, set_attrs=False)
+                _date(folder / member.name, member.mtime)
+
+
+def _date(path, seconds):
+    """As in the archive: what is extracted once more must not look like other files."""
+    os.utime(path, (seconds, seconds))
 
 
 def _require_inside(name):

@@ -29,7 +29,8 @@ class RowReader(Sequence):
         return opened(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
 
     def __getitem__(self, i):
-        return os.path.basename(self.rows[int(i)][self.column]["path"] or f"row {i}")
+        image = self.rows[int(i)][self.column] or {}        # a row may have none
+        return os.path.basename(image.get("path") or f"row {i}")
 
 
 def open_rows(where, files):

@@ -113,7 +113,7 @@ class Packed(Source):
 
 
 class Streamed(Source):
-    """Not decoded yet. bad: how many images this process could not read in its last pass."""
+    """Not decoded yet: nobody knows what can't be read (bad: 0)."""
 
     def __init__(self, name, source, size, max_bad):
         self.name, self.source, self.size, self.max_bad, self.bad = name, source, size, max_bad, 0
@@ -124,15 +124,20 @@ class Streamed(Source):
         return self.source.count
 
     def _pixels(self, wanted, everything):
-        """What can't be read is missing in its batch. Raises UserError where that is too much, or
-        was asked for by its number."""
-        unreadable, self.bad = [], 0
+        """What can't be read is missing in its batch. Raises UserError at the end where that is too
+        much, at once where it was asked for by its number."""
+        unreadable, count = [], 0
         for pixels, good, bad in decoded(self.source, self.size, wanted):
+            count += len(good) + len(bad)
             unreadable += bad
-            self.bad = len(unreadable)
-            _require_few(self.name, unreadable, len(self), self.max_bad * everything)
+            if bad and not everything:
+                number, file, what = bad[0]
+                raise UserError(f"{self.name} has changed since it was scored: {file or number} "
+                                f"can't be read ({what}). Add --restart-from scores.")
             if good:
                 yield pixels, np.array(good, np.int64)
+        if unreadable:
+            _require_few(self.name, unreadable, count, self.max_bad)
 
 
 def release_pages(images):

@@ -331,4 +331,6 @@ def open_shards(name, paths):
             header.append(member.offset)
     say_passed(name, passed)
     reader = ShardReader(paths, np.asarray(shard), np.asarray(header))
-    return Images(len(shard), reader, state_of("/", map(os.path.abspath, paths)), files=reader)
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    state = state_of(root, (os.path.relpath(path, root) for path in paths))
+    return Images(len(shard), reader, state, files=reader)

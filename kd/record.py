@@ -127,7 +127,9 @@ class Experiment:
 
     def __init__(self, folder, settings=None):
         self.folder, self.name = Path(folder), shown(folder)
-        own, below = self.folder / "config.json", list(self.folder.glob("seed-*/config.json"))
+        own, below = self.folder / "config.json", [
+            path for path in self.folder.glob("seed-*/config.json")
+            if path.parent.name[5:].isdecimal()]
         if settings:
             below = [self.folder / f"seed-{seed}/config.json"
                      for seed in settings.seeds if len(settings.seeds) > 1]

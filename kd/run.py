@@ -145,11 +145,12 @@ class Run:
         was += [f"with another version of its {key.replace('_', ' ')}" for key in changed
                 if key not in flags]
         new = ", ".join(_with(key, now[key]) for key in flags)
+        keep = "" if stage in self.makes else "To keep it, give here what it was made with. "
         how = "add" if stage in self.makes else f"run {MAKER[stage]} with"
         keeps = ", which keeps what comes before," if stage != "teacher" else ""
         raise UserError(
-            f"{self / name} was made {', '.join(was)}{f', not {new}' if new else ''}. To make it "
-            f"again, {how} --restart-from {stage}{keeps} or choose another --run-dir.")
+            f"{self / name} was made {', '.join(was)}{f', not {new}' if new else ''}. {keep}To "
+            f"make it again, {how} --restart-from {stage}{keeps} or choose another --run-dir.")
 
     def check(self):
         """Raises UserError, before any long work, where a setting differs from the one with which a
@@ -262,7 +263,8 @@ def environment():
     here = Path(__file__).resolve().parent.parent
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True,
-        text=True, check=False).stdout.strip() if (here / ".git").exists() else None
+        text=True, check=False).stdout.strip() if (
+        shutil.which("git") and (here / ".git").exists()) else None
     return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__, "numpy": numpy.__version__},
             "commit": commit or None,

@@ -42,9 +42,10 @@ class Criterion:
     def score(self, logits, weight):
         """(N,) float32 of a batch. Raises UserError where the file gives anything else."""
         scores = self.module.score(logits.clone(), None if weight is None else weight.clone())
-        if getattr(scores, "shape", None) != logits.shape[:1]:
-            raise UserError(f"{self.path}: score must give one number per image, ({len(logits)},), "
-                            f"and gives {getattr(scores, 'shape', type(scores).__name__)}.")
+        if type(scores) is not type(logits) or scores.shape != logits.shape[:1]:
+            raise UserError(f"{self.path}: score must give a tensor of one number per image, "
+                            f"({len(logits)},), and gives a {type(scores).__name__} of "
+                            f"{getattr(scores, 'shape', 'no shape')}.")
         return scores.float()
 
     def threshold(self, scores, predicted, classes):
@@ -129,7 +130,8 @@ def saved_scores(scoring, name, source, rows=None):
             raise UserError(f"{name}: the teacher gives finite logits for none of its images.")
         columns = {key: value for key, value in columns.items() if key in known} | found
         write_atomically(path, lambda file: np.savez(file, **columns))
-        product.write({"images": count, "bad": source.bad + unanswered,
+        asked = len(source) if rows is None else len(rows)      # by all processes
+        product.write({"images": count, "bad": source.bad + asked - count,
                        "seconds": content["seconds"] + seconds, "criteria": known | wanted}, [path])
     return columns
 

@@ -26,6 +26,9 @@ PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "ca
                    "caltech256")
 BUILT_IN_SOURCES = ("noise", "photos", "glyphs")
 STAGES = ("teacher", "scores", "transfer", "students")
+# What is beside the criteria in scores/, thresholds.json and numpy's arguments.
+OURS = ("predicted", "index", "source", "file", "classes", "calibrated_on", "keeps_high",
+        "made_from", "files", "digest")
 TRAINS_TEACHER = ("teacher_weights", "teacher_epochs", "teacher_lr", "teacher_batch_size",
                   "teacher_augment")
 
@@ -315,7 +318,7 @@ def _require_consistent(settings):
     known = APPROACHES + MORE_APPROACHES
     for file in settings.criteria:
         name = name_of_approach(file)
-        if name in known + ("predicted", "index", "classes", "calibrated_on") or not plain(name):
+        if name in (*known, *OURS) or not plain(name):
             raise UserError(f"{file}: {name!r} can't be the name of an approach. Rename the file.")
     unknown = [each for each in settings.approaches if each not in known and each[-3:] != ".py"]
     contradictions = (

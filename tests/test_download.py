@@ -319,4 +319,5 @@ def test_an_extraction_that_was_killed_is_begun_again(tmp_path):
     (tmp_path / ".pictures.part" / "pictures" / "junk").write_text("")
     extract(archive, place, MEGABYTE, lambda folder: None)
     assert names_in(place) == ["deep", "first.txt"]
+    assert (place / "first.txt").stat().st_mtime == 0       # as in the archive, each time
     assert names_in(tmp_path) == ["pictures", "pictures.tar.gz"]

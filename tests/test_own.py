@@ -141,7 +141,8 @@ def criterion(score, thresholds="[0] * classes"):
 
 @pytest.mark.parametrize("text, said", [
     ("KEEP = '>'\n", "is not a criterion: it lacks score and threshold and KEEP = '>=' or '<='"),
-    (criterion("logits"), "score must give one number per image, (120,), and gives "),
+    (criterion("logits"), "score must give a tensor of one number per image, (120,), and gives a "),
+    (criterion("logits[:, 0].numpy()"), "and gives a ndarray of (120,)"),
     (criterion("logits[:, 0]", "[0]"),
      "threshold must give one number per class, (3,), and gives (1,)"),
     (criterion("logits[:, 0]", "[float('inf')] * classes"), "the threshold of blue is infinite")])
@@ -231,6 +232,11 @@ def test_without_training_images_of_the_target_thresholds_come_from_the_sources(
     for label, value in enumerate(thresholds["mms"]):
         members = np.sort(scores["mms"][scores["predicted"] == label])[::-1]
         assert value == members[-(-len(members) // 4) - 1]
+    # With other sources the advice leads on, and costs no score.
+    other = ["--target", target, "--data-free", "--approach", "mms", "--sources",
+             f"pool={painted / 'pool'}"]
+    assert "--restart-from transfer" in refused("transfer.py", own, *other)
+    assert "scores: " not in ran("transfer.py", own, *other, "--restart-from", "transfer")
 
 
 def test_a_teacher_near_chance_is_asked_for_its_pixels_and_the_order_of_its_classes(capsys):

@@ -2,6 +2,7 @@
 import gzip
 import io
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -114,6 +115,10 @@ def test_a_shard_is_read_as_a_folder_is(tmp_path):
         tar.add(root, ".")
     found = source(tmp_path / "d", f"pool={tmp_path}/000.tar")
     assert sorted(found.files) == sorted(f"000.tar/./{name}" for name in names)
+    (tmp_path / "moved").mkdir()
+    shutil.copy2(tmp_path / "000.tar", tmp_path / "moved")
+    moved = source(tmp_path / "e", f"pool={tmp_path}/moved/*.tar")
+    assert moved.fingerprint == found.fingerprint
 
 
 @pytest.mark.quick
@@ -244,6 +249,9 @@ def test_more_unreadable_images_than_the_share_are_one_line(tmp_path, how):
     refusal("^pool: 2 of 100 images can't be read, more than 0.01 of all; the first is 003.png "
             r"\(UnidentifiedImageError.*--max-bad 0.03 leaves them out.$", count)
     assert count(max_bad=0.03) == 98
+    streamed = source(tmp_path / "d", spec, pack="never", max_bad=1.0)
+    refusal(r"^pool has changed since it was scored: 003.png can't be read \(Unid.*\). Add "
+            "--restart-from scores.$", gathered, streamed, rows=np.array([3]))
 
 
 def test_large_sources_are_streamed_unless_they_shall_be_packed(tmp_path, monkeypatch):
@@ -310,12 +318,13 @@ def test_rows_of_hugging_face_data_sets_answer_as_the_same_images_in_a_folder_do
     save(tmp_path / "pool", *(f"{i}.png" for i in range(9)), size=(40, 36))
     folder, repository = source(tmp_path / "d", f"p={tmp_path / 'pool'}"), tmp_path / "hub" / "rows"
     rows = datasets.Dataset.from_dict(
-        {"label": list(range(9)), "img": [f"{tmp_path}/pool/{i}.png" for i in range(9)]},
+        {"label": list(range(10)), "img": [*(f"{tmp_path}/pool/{i}.png" for i in range(9)), None]},
         features=datasets.Features({"label": datasets.Value("int64"), "img": datasets.Image()}))
     (repository / "data").mkdir(parents=True)
     rows.to_parquet(repository / "data" / "train-00000-of-00001.parquet")
     for pack in ("always", "never", "always"):
-        found = source(tmp_path / "d", data_set_spec(spec.format(repository)), pack=pack)
+        found = source(tmp_path / "d", data_set_spec(spec.format(repository)), pack=pack,
+                       max_bad=0.1)     # the last row has no image
         [(pixels, index, files)] = found.batches(rows=np.arange(9))
         np.testing.assert_array_equal(pixels, folder.images)
         assert found.name == "rows" and list(files) == [f"{i}.png" for i in range(9)]

@@ -24,9 +24,9 @@ def torchrun(script, *arguments):
 
 def test_two_processes_select_to_the_row_what_one_selects(painted, finished_run, tmp_path):
     run = tmp_path / "run"
-    done = torchrun("compile.py", *small_run(painted), "--run-dir", run,
-                    "--teacher-checkpoint", finished_run / "teacher.pt",
-                    "--approaches", "balanced,random,mms,entropy,matched")
+    flags = [*small_run(painted), "--run-dir", run, "--teacher-checkpoint",
+             finished_run / "teacher.pt", "--approaches", "balanced,random,mms,entropy,matched"]
+    done = torchrun("compile.py", *flags)
     assert done.returncode == 0, done.stderr
     for name in ("pool", "more", "confidence"):
         with np.load(finished_run / f"scores/{name}.npz") as one, np.load(
@@ -46,6 +46,10 @@ def test_two_processes_select_to_the_row_what_one_selects(painted, finished_run,
     assert [row["approach"] for row in rows] == ["balanced", "random", "mms", "entropy", "matched"]
     assert all(row["accuracy"] is not None for row in rows if row["transfer_size"] > 1)
     assert not list(run.rglob("*.part"))
+    for name in ("mms.json", "mms.pt", "mms.npz"):      # nor the last one, which a kill left out
+        (run / "students" / name).unlink()
+    done = torchrun("compile.py", *flags)
+    assert done.returncode == 0, done.stderr
     for approach in ("balanced", "random", "mms"):      # each was trained by a process alone
         one, two = (checkpoints.load(each / f"students/{approach}.pt", f"{painted}/net.py:make")
                     for each in (finished_run, run))

@@ -14,6 +14,7 @@ from script_files import by_hand, contents, linked, outcome, put, ran, read, ref
 from kd import checkpoints
 from kd.files import write_sealed
 from kd.readers import decode
+from kd.run import environment
 
 APPROACHES = ("supervised", "balanced", "random", "mms", "entropy")
 STAGES = ("TeacherTrain.py", "mms_threshold.py", "entropy.py", "transfer.py", "distill.py")
@@ -283,6 +284,11 @@ def test_the_run_folder_is_as_documented(finished_run):
         assert answers["labels"].tolist() == np.repeat(np.arange(3), 10).tolist()
         assert row["accuracy"] == (answers["predicted"] == answers["labels"]).mean()
         assert row["agreement"] == (answers["predicted"] == teacher["predicted"]).mean()
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment()["commit"] is None
 
 
 def test_another_approach_by_hand_costs_no_second_look_at_the_sources(flags, run):

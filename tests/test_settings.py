@@ -93,6 +93,7 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--approaches margin", f"There is no approach margin. There are {', '.join(APPROACHES)}, "),
     ("--approaches a/my.py,b/my.py", "--approaches names an approach twice."),
     ("--approaches /mms.py", "/mms.py: 'mms' can't be the name of an approach. Rename the file."),
+    ("--approaches /file.py", "/file.py: 'file' can't be the name of an approach."),
     ("--data-free", "--data-free trains no teacher: give yours as --teacher-checkpoint FILE."),
     ("--data-free --teacher-checkpoint t.pt --approaches supervised", "supervised learns from the "
      "target's labelled images, which --data-free does not touch: leave it out of --approaches."),
