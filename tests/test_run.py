@@ -129,7 +129,8 @@ def test_a_setting_that_differs_is_named_with_both_values_and_what_helps(
 def test_a_stage_makes_nothing_again_that_another_one_makes(run, painted):
     before, argv = contents(run), by_hand(painted, run)
     said = refused("mms_threshold.py", argv, "--limit", "50")
-    assert "not with --limit 50. To make it again, run TeacherTrain.py with " in said
+    assert ("not with --limit 50. To keep it, give here what it was made with. To make it again, "
+            "run TeacherTrain.py with ") in said
     said = refused("mms_threshold.py", argv, "--limit", "50", "--restart-from", "teacher")
     assert "--restart-from: that is for TeacherTrain.py, which makes teacher" in said
     assert contents(run) == before
