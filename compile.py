@@ -114,12 +114,13 @@ def train_students(runs, target, device):
     if world_size() > 1 and len(pairs) > 1:
         lacking = gathered([at for at, (run, approach) in enumerate(pairs) if read_product(
             run, f"students/{approach}.json")[0] is None])[0]       # as the first process sees it
+        lacking = [pairs[at] for at in lacking]
         mine = lacking[rank()::world_size()]
         with alone():
-            for run, approach in map(pairs.__getitem__, mine):
+            for run, approach in mine:
                 train_student(run, approach, target, device)
         wait()
-        for run, approach in map(pairs.__getitem__, lacking):   # by this process or another one
+        for run, approach in lacking:       # by this process or another one
             run.made.add(f"students/{approach}.json")
     for run, approaches in runs:
         if len(runs) > 1:

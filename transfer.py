@@ -162,7 +162,6 @@ def bucket_size(settings, target, classes):
 @on_all_ranks
 def make_transfer_set(run, approach, scoring):
     """Makes transfer/<approach>, unless it is there. Returns the content of its summary.json."""
-    scoring.require(approach)
     if scoring.held_out:
         make_held_out(run, scoring)
     settings, classes = run.settings, scoring.classes

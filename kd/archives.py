@@ -17,7 +17,8 @@ from kd.files import UserError, first_line, holding, say
 
 # What a damaged or hostile archive makes its readers raise.
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
-          EOFError, ValueError, RuntimeError, LookupError, TypeError)
+          EOFError, ValueError, RuntimeError, LookupError, TypeError,
+          OverflowError)
 
 
 class _Budget:

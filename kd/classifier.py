@@ -7,6 +7,7 @@ from kd.settings import IMAGE_SIZE
 from kd.small_conv import SmallInputConv2d
 
 CENTERED = (0.5, 0.5, 0.5)      # as mean and as deviation: pixels in [-1, 1]
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class Classifier(nn.Module):
@@ -32,6 +33,8 @@ class Classifier(nn.Module):
     def normalise(self, mean, std):
         """Has pixels normalised with these, as in the constructor."""
         self.mean, self.std = [float(value) for value in mean], [float(value) for value in std]
+        if self.arch in ("inception_v3", "googlenet"):  # what torchvision gives those trained so
+            self.network.transform_input = (self.mean, self.std) == IMAGENET
         scale = torch.tensor([1 / (255 * s) for s in self.std])
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)])
         self.register_buffer("scale", scale.view(3, 1, 1), persistent=False)

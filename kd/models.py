@@ -15,7 +15,6 @@ from kd.state_dicts import fit, is_ours, read_file, tensors_of
 from kd.values import is_file, is_own, is_pretrained, name_of_arch
 
 ENOUGH_SHARED = 0.5     # of a student's parameters, for a start from the teacher's
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 # ---- Building ------------------------------------------------------------------------------------
@@ -34,8 +33,6 @@ def build(arch, classes, weights="none", input_size=None, mean=None, std=None):
     network, stated = make_network(arch, len(classes), weights, input_size)
     mean, std = (given or each for given, each in
                  zip((mean, std), stated or (CENTERED, CENTERED), strict=True))
-    if arch in ("inception_v3", "googlenet"):       # what torchvision gives those trained so
-        network.transform_input = (tuple(mean), tuple(std)) == IMAGENET
     classifier = Classifier(network, arch, classes, input_size, mean, std)
     if stated:
         say_once(f"{name_of_arch(arch)}: ImageNet weights, which take {classifier.takes()}.")
@@ -198,8 +195,6 @@ def inherit(student, teacher, required=False):
         for name in shared:
             state[name].copy_(known[name])
         student.normalise(teacher.mean, teacher.std)
-        if hasattr(student.network, "transform_input"):     # as `build` has it for that mean
-            student.network.transform_input = getattr(teacher.network, "transform_input", False)
     return enough
 
 

@@ -252,6 +252,12 @@ def header(kind):
     return gzip.compress(member.tobuf(tarfile.GNU_FORMAT))
 
 
+def of_no_time():
+    member = tarfile.TarInfo("pictures/a.jpg")
+    member.mtime = 2 ** 70
+    return gzip.compress(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+
+
 def with_holes():
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as archive:
@@ -280,6 +286,7 @@ HOSTILE = {     # what it is: (suffix, content, what the line says)
     **{f"a tar with a {what}": (".tar.gz", tar_with(("pictures/x", kind, "../../x", b"")), "a link")
        for what, kind in (("link", tarfile.SYMTYPE), ("hard link", tarfile.LNKTYPE),
                           ("device", tarfile.CHRTYPE), ("pipe", tarfile.FIFOTYPE))},
+    "a file of no time": (".tar.gz", of_no_time(), "can't be used"),
     "a file with holes": (".tar.gz", with_holes(), "with holes"),
     "a tar in a zip that climbs": (".zip", zip_with(**{"inner.tar.gz": tar_with(
         ("../../evil", REGULAR, "", b"evil"))}), "leads out of"),

@@ -9,6 +9,7 @@ from conftest import refusal
 from torch import nn
 
 from kd import architectures, checkpoints, models, own
+from kd.classifier import IMAGENET
 from kd.download import RemoteFile
 from kd.files import file_digest
 from kd.small_conv import SmallInputConv2d
@@ -163,7 +164,7 @@ def test_batch_norms_are_folded_where_the_logits_stay_the_same(arch, left):
 def test_a_student_of_the_same_family_inherits_what_its_teacher_has():
     student, stranger = (models.build(arch, CLASSES) for arch in (
         "resnet18", "mobilenet_v3_small"))
-    teacher = with_statistics(models.build("resnet34", CLASSES, "none", 32, *models.IMAGENET))
+    teacher = with_statistics(models.build("resnet34", CLASSES, "none", 32, *IMAGENET))
     assert models.inherit(student, teacher)
     assert student.takes() == teacher.takes() and torch.equal(student.shift, teacher.shift)
     known = teacher.network.state_dict()
