@@ -312,7 +312,7 @@ def main(argv):
     parser.add_argument("--all", action="store_true", help="every data set of the list")
     parser.add_argument("--list", action="store_true",
                         help="show every data set, its size, its state and its terms")
-    add_flags(parser, ("data_dir", "max_bad", "pack", "seeds"))
+    add_flags(parser, ("data_dir", "image_size", "max_bad", "pack", "seeds"))
     given = vars(parser.parse_args(argv))
     every = DATA_SETS if given.pop("all", False) else ()
     specs = tuple(dict.fromkeys([*given.pop("names"), *every]))

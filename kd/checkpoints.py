@@ -63,7 +63,7 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
     hold instead of what the checkpoint says; where nobody says it, the images' own size and
     CENTERED are assumed. default_arch: the `arch` that says nothing, as nobody chose it.
     """
-    content, origin = read_file(path), "as it says"
+    content, origin, of_timm = read_file(path), "as it says", None
     if is_ours(content):
         ours = _named(content, path, arch)
         known, state = ours["classes"], ours["state_dict"]
@@ -80,7 +80,8 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
         of_timm = timm_settings(arch) if arch.startswith(TIMM) else None
         stated = (input_size_of(arch, image_size),
                   *((of_timm["mean"], of_timm["std"]) if of_timm else (CENTERED, CENTERED)))
-        origin = "as timm has it" if of_timm else "assumed, as the file does not say"
+        whose = "timm's for the architecture" if of_timm else "assumed"
+        origin = f"{whose}, as the file does not say"
     if wrong:
         raise UserError(f"{path} {wrong}.")
     classifier = build(arch, classes, "none", *(
@@ -91,4 +92,8 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
                         f"({listed(classes, 3)}). Name its own with --classes.")
     fit(classifier.network, state, path, arch, "Use the --teacher-arch that it was saved from.")
     say_once(f"{path} is given {classifier.takes()} ({'as asked' if mean or std else origin}).")
+    edge = of_timm["input_size"][-1] if of_timm else 0
+    if edge > image_size:
+        say_once(f"  timm has {arch[len(TIMM):]} for {edge} pixels: if yours was trained at them, "
+                 f"add --image-size {edge}.")
     return require_logits(classifier.eval(), image_size)

@@ -26,7 +26,7 @@ MORE = {
     "compile": {"config": ("running", dict(metavar="FILE", help="a config.json whose flags hold "
                 "where the command line says nothing else, to repeat a run"))},
     "transfer": {"approach": ("everyday", APPROACH)},
-    "distill": {"approach": ("everyday", APPROACH), "export": ("students", dict(
+    "distill": {"approach": ("everyday", APPROACH), "export": ("everyday", dict(
         choices=("onnx", "state_dict", "safetensors"),
         help="also write the student in another form, beside its checkpoint"))},
 }
@@ -58,7 +58,9 @@ def add_flags(parser, names, more=(), shown=GROUPS):
         inside = parser.add_argument_group(group) if of_group else None
         for name, flag in of_group.items():
             words = [flag_of(name), *(["--seed"] if name == "seeds" else [])]
-            text = flag["help"] + " (default: the recipe's)" * (name in RECIPES["reference"])
+            text = flag["help"]
+            if name in RECIPES["reference"] and "(default" not in text:
+                text += " (default: the recipe's)"
             text = text if group in shown else argparse.SUPPRESS
             inside.add_argument(*words, dest=name, **flag | {"help": text})
 

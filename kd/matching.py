@@ -213,7 +213,9 @@ def matched_weights(scoring, size):
            "those that the teacher's batch norms remember")
     say(f"matched: the pool's statistics lie {before:.2f} deviations from {aim}, weighted "
         f"{after:.2f}; effective size {effective:,.0f} of {len(weights):,} images")
-    if after > LITTLE * before:
+    if size == len(weights):
+        say("  --transfer-size is not below the pool's size, so that matched takes every image.")
+    elif after > LITTLE * before:
         say("  No such weights bring them much nearer: expect little more of matched than of "
             "random images.")
     return weights.astype(np.float32)

@@ -84,19 +84,23 @@ def score_batches(teacher, source, rows, criteria, device, label):
     source: what has `batches` (kd/packing.py); rows: as there. Of several processes each answers
     for a part of the batches, and all return the whole."""
     import torch
-    weight, index = models.head_weight(teacher), []
+    weight, total = models.head_weight(teacher), len(source if rows is None else rows)
+    index, done = np.empty(total, np.int64), 0
 
     def pixels():
+        nonlocal done
         for images, numbers, _ in source.batches(rows, engine.evaluation_batch(teacher), share_of):
-            index.append(numbers)
+            index[done:done + len(numbers)] = numbers
+            done += len(numbers)
             yield torch.from_numpy(np.ascontiguousarray(images))
 
     def of_logits(logits):
         scores = (criterion.score(logits, weight) for criterion in criteria.values())
         return logits.topk(2, 1).indices[:, 0], logits.isfinite().all(1), *scores
     predicted, finite, *scores = engine.columns_of(
-        teacher, pixels(), device, of_logits, label, len(source) if rows is None else len(rows))
-    index = np.concatenate([numbers for part in gathered(index) for numbers in part])
+        teacher, pixels(), device, of_logits, label, total)
+    parts = gathered(index[:done])
+    index = np.concatenate(parts) if len(parts) > 1 else parts[0]
     named = dict(zip(("predicted", "index", *criteria), (predicted, index, *scores), strict=True))
     left_out = int((~finite).sum())
     if left_out:

@@ -66,7 +66,8 @@ class Settings:
     target: str = _everyday(
         "teacher", "cifar10", values.data_set_spec,
         "data set whose classes the teacher knows: a known name, or a folder that holds "
-        "train/<class>/* and test/<class>/* (default: cifar10)", "NAME|NAME=PATH")
+        "train/<class>/* and test/<class>/*, or with --data-free any name (default: cifar10)",
+        "NAME|NAME=PATH")
     sources: tuple = _everyday(
         "transfer", (), values.list_of(values.data_set_spec, "source"),
         "unlabelled data sets for the students, in the order in which they fill the transfer set; "
@@ -76,16 +77,17 @@ class Settings:
         f"{', '.join(BUILT_IN_SOURCES)})", "A,B=PATH,...")
     approaches: tuple = _everyday(
         None, (), values.list_of(values.approach, "approach"),
-        f"rows of the table: {', '.join(APPROACHES)} (default: all of these; eats where "
-        f"{' or '.join(EATS_SOURCES)} is a source; for digits matched), "
-        f"{', '.join(MORE_APPROACHES)}, or a Python file "
-        "with a criterion of your own (KEEP, score and threshold as in criteria/energy.py)",
+        f"rows of the table, which README explains. By default {listed(APPROACHES)}, without eats "
+        f"where neither {' nor '.join(EATS_SOURCES)} is a source, without supervised in a "
+        "data-free run, and with matched for digits. Further ones are "
+        f"{listed(MORE_APPROACHES)}, and FILE.py, a criterion of your own (KEEP, score and "
+        "threshold as in criteria/energy.py)",
         "A,B,...")
     recipe: str = _everyday(
         None, "reference", tuple(RECIPES),
-        "how the networks are trained: reference is the published protocol, best the strongest "
-        "known where the pool shows what the target does, far where it is of another domain, quick "
-        "takes minutes (default: reference; quick for digits)")
+        "how networks are trained and images selected: reference is the published protocol, best "
+        "the strongest known for sources that resemble the target, far for others, quick takes "
+        "minutes (default: reference; quick for digits)")
     seeds: tuple = _everyday(
         None, (0,), values.list_of(values.seed, "seed"),
         "all randomness comes from it; compile.py repeats the whole run for each of several, and "
@@ -152,12 +154,12 @@ class Settings:
     threshold: float | str = _selection(
         "transfer", BY_RECIPE, values.threshold,
         "published: the criterion's own rule; or a share R: the score that the surest R of a "
-        "class's confidence set reach (0.25 with --calibrate sources)", "published|R")
+        "class's confidence set reach (default: the recipe's; 0.25 with "
+        "--calibrate sources)", "published|R")
     floor: float = _selection(
         "transfer", BY_RECIPE, values.share,
         "where fewer than this share of a bucket pass, the best ones below the threshold come in "
-        "(0 with --calibrate sources)",
-        "SHARE")
+        "(default: the recipe's; 0 with --calibrate sources)", "SHARE")
     calibrate: str = _selection(
         "transfer", "target", ("target", "sources"),
         "thresholds from the confidence set, or from the candidates (default: target; sources with "
@@ -188,8 +190,8 @@ class Settings:
     batch_size: int = _students("students", BY_RECIPE, values.batch, "images per batch", "N")
     lr: float = _students("students", BY_RECIPE, values.positive, "peak learning rate", "RATE")
     schedule: str = _students(
-        "students", BY_RECIPE, ("constant", "onecycle", "cosine", "multistep"), "of the rate: "
-        "multistep divides it by ten after 5, 6 and 7 eighths of the steps")
+        "students", BY_RECIPE, ("constant", "onecycle", "cosine", "multistep"),
+        "of the learning rate; multistep divides it by ten after 5, 6 and 7 eighths of the steps")
     momentum: float = _students("students", BY_RECIPE, values.below_one, "Nesterov momentum", "M")
     weight_decay: float = _students("students", BY_RECIPE, values.below_one, "of SGD", "W")
     temperature: float = _students("students", BY_RECIPE, values.temperature, "of the KD loss", "T")
@@ -203,7 +205,7 @@ class Settings:
     device: str = _running(None, "auto", ("auto", "cpu", "cuda", "mps"),
                            "where to compute (default: auto)")
     amp: bool | None = _running(
-        None, None, bool, "train in bfloat16, which scores never are (default: on CUDA devices "
+        None, None, bool, "train in bfloat16; scores are always float32 (default: on CUDA devices "
         "that have it)")
     compile: bool | None = _running(
         None, None, bool, "train with torch.compile, which takes a minute to start (default: on "
@@ -215,7 +217,7 @@ class Settings:
     restart: bool = _running(None, False, bool, "delete what the run folder holds and begin again")
     restart_from: str | None = _running(
         None, None, STAGES, "delete what STAGE and those after it have made, and make it again: "
-        f"{', '.join(STAGES)}; a stage by hand, what it makes itself", "STAGE")
+        f"{', '.join(STAGES)} (a stage run by hand takes only what it makes itself)", "STAGE")
 
     @property
     def seed(self):

@@ -136,6 +136,16 @@ def test_what_timms_own_script_saves_is_read(net, capsys):
             "'state_dict_ema'.") in capsys.readouterr().out
 
 
+def test_a_network_of_timms_says_for_how_many_pixels_timm_has_it(tmp_path, capsys):
+    timm = pytest.importorskip("timm", reason="timm is an optional extra")
+    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "w.pth")
+    for size, said in (176, ""), (32, "add --image-size 176"):
+        checkpoints.load_teacher(tmp_path / "w.pth", "timm:resnet10t", CLASSES, image_size=size)
+        text = capsys.readouterr().out
+        assert f"images of {size}x{size} pixels" in text and "(timm's for the architecture" in text
+        assert said in text and ("--image-size" in text) == bool(said)
+
+
 @pytest.mark.filterwarnings("ignore")       # of Lightning's, about a training of one step
 def test_what_lightnings_trainer_saves_is_read(net):
     from lightning import pytorch as lightning

@@ -263,8 +263,9 @@ def test_matched_aims_at_the_confidence_set(run, flags, painted, tmp_path):
     (tmp_path / "same").mkdir()
     for i in np.load(run / "split.npz")["confidence"]:
         shutil.copy(files[i], tmp_path / f"same/{i:03}.png")
-    ran("transfer.py", flags, "--approach", "matched", "--restart-from", "scores",
-        "--sources", f"same={tmp_path / 'same'}", "--data-dir", tmp_path / "data")
+    said = ran("transfer.py", flags, "--approach", "matched", "--restart-from", "scores",
+               "--sources", f"same={tmp_path / 'same'}", "--data-dir", tmp_path / "data")
+    assert "not below the pool's size, so that matched takes every image" in said
     found = np.load(run / "scores/matched.npy").astype(float)
     assert np.abs(found.mean(0)).max() < 0.01 < np.abs(found).max()
 

@@ -127,7 +127,7 @@ def test_a_stage_takes_one_seed():
     ("entropy", "threshold sources run-dir", "lr approach approaches"),
     ("transfer", "approach fill threshold", "lr student-arch approaches"),
     ("distill", "approach export lr fill restart-from", "approaches restart"),
-    ("data", "all list data-dir max-bad", "target device"), ("report", "run-dir out", "target")])
+    ("data", "all list data-dir image-size", "target device"), ("report", "run-dir out", "target")])
 def test_help_is_there_at_once_and_shows_what_the_stage_uses_in_groups(script, shown, not_shown):
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = run_script(f"{script}.py", "--help" if script in ("data", "report") else "--help-all")
@@ -143,7 +143,7 @@ def test_help_is_there_at_once_and_shows_what_the_stage_uses_in_groups(script, s
             done.stdout)
         short = run_script(f"{script}.py", "--help").stdout
         assert "--target" in short and set(re.findall("^  --([a-z-]+)", short, re.M)) <= set(
-            "help-all target sources approaches approach recipe seeds run-dir".split())
+            "help-all target sources approaches approach export recipe seeds run-dir".split())
 
 
 def kept(folder, *argv):
