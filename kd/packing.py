@@ -81,11 +81,12 @@ class Source:
         rows: (n,) int64, ascending, which images, as `index` numbers them; None for all.
         share(n): the slice of n batches that is wanted, as kd.processes.share_of has it.
         """
-        index = self.rows
-        where = range(len(self)) if rows is None else np.searchsorted(index, rows)
+        numbers, where = self.numbers, range(len(self)) if rows is None else rows
+        if rows is not None and numbers is not None:
+            where = np.searchsorted(numbers, rows)
         wanted = [where[k:k + batch_size] for k in range(0, len(where), batch_size)]
         for pixels, at in self._pixels(wanted[share(len(wanted))], rows is None):
-            yield pixels, index[at], (
+            yield pixels, at if numbers is None else numbers[at], (
                 [""] * len(at) if self.files is None else Chosen(self.files, at))
 
 
