@@ -62,7 +62,7 @@ def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
     network = torchvision.models.get_model(
         base, weights=None, num_classes=1000 if pretrained else count, **options)
     if pretrained:
-        preset, file, path = _imagenet(base, weights)
+        preset, file, path = _imagenet(arch, weights)
         fetch(file, path)
         fit(network, torch.load(path, weights_only=True, map_location="cpu"), path, base)
         stated = tuple(preset.mean), tuple(preset.std)
@@ -130,15 +130,3 @@ def _imagenet(arch, weights):
     name = kind.url.rpartition("/")[2]
     file = RemoteFile((kind.url,), sha256=name.partition(".")[0].rpartition("-")[2])
     return kind.transforms(), file, Path(torch.hub.get_dir()) / "checkpoints" / name
-
-
-def why_missing(arch, weights):
-    """Fetches ImageNet weights. Returns why they can't be had, None where they can."""
-    try:
-        if is_own(arch) or arch.startswith(TIMM):       # timm's client knows where they are
-            make_network(arch, 2, weights)
-        else:
-            _, file, path = _imagenet(arch, weights)
-            fetch(file, path)
-    except UserError as error:
-        return str(error)

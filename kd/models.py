@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd.architectures import TIMM, input_size_of, make_network, why_missing
+from kd.architectures import TIMM, input_size_of, make_network
 from kd.classifier import CENTERED, Classifier
 from kd.files import UserError, first_line, listed, say, say_once
 from kd.settings import IMAGE_SIZE
@@ -83,8 +83,11 @@ def unavailable(choices, image_size=IMAGE_SIZE):
         classifier = build(arch, ["a", "b"], weights if is_file(weights) else "none",
                            size or input_size_of(arch, image_size))
         _watched(classifier, noise(classifier))
-        reason = why_missing(arch, weights) if is_pretrained(weights) else None
-        lines += [f"{reason} Or use --{role}-weights none."] if reason else []
+        try:
+            if is_pretrained(weights):
+                make_network(arch, 2, weights)      # which fetches them
+        except UserError as error:
+            lines.append(f"{error} Or use --{role}-weights none.")
     return lines
 
 
