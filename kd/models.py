@@ -167,13 +167,8 @@ def replace_head(classifier, classes):
             bias = layer.bias is not None
             new = (nn.Linear(layer.in_features, count, bias) if isinstance(layer, nn.Linear) else
                    SmallInputConv2d(layer.in_channels, count, 1, bias=bias))
-            _put(classifier.network, name, new)
+            classifier.network.set_submodule(name, new)
     classifier.classes = list(classes)
-
-
-def _put(network, name, module):
-    parent, _, attribute = name.rpartition(".")
-    setattr(network.get_submodule(parent), attribute, module)
 
 
 @torch.no_grad()
@@ -230,7 +225,7 @@ def folded(classifier):
         if convolution and calls[convolution] == calls[norm] == 1 and norm.track_running_stats:
             fused = nn.utils.fuse_conv_bn_eval(convolution, norm)
             convolution.weight, convolution.bias = fused.weight, fused.bias
-            _put(copied, names[norm], nn.Identity())
+            copied.set_submodule(names[norm], nn.Identity())
     return copied if _same(copied(images), expected) else classifier
 
 
