@@ -48,16 +48,11 @@ class Board:
         self.writers = [WRITERS[kind](folder, step) for kind, folder in folders.items()
                         if is_first()]
 
-    def losses(self, last, losses):
-        """Of the steps up to `last`, numbers."""
-        for step, loss in enumerate(losses, last + 1 - len(losses)):
-            self._scalar("loss", loss, step)
-
-    def epoch(self, step, **figures):
-        """Figures after an epoch, whose last step is `step`; None is not written."""
+    def figures(self, step, **figures):
+        """Numbers at a step, by name; None is not written."""
         for name, value in figures.items():
-            if value is not None:
-                self._scalar(name, value, step)
+            for writer in self.writers if value is not None else ():
+                writer.add_scalar(name, value, step)
 
     def views(self, step, pixels):
         """What the network was shown. pixels: (N, H, W, 3) uint8."""
@@ -68,7 +63,3 @@ class Board:
     def close(self):
         for writer in self.writers:
             writer.close()
-
-    def _scalar(self, name, value, step):
-        for writer in self.writers:
-            writer.add_scalar(name, value, step)

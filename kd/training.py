@@ -300,8 +300,8 @@ class _Keeper:
         self._tick()
         share_buffers(state.classifier, state.result)
         reached = watch.evaluate(state.result) if watch.evaluate else None
-        self.board.epoch(state.done - 1, epoch_loss=loss, learning_rate=state.rate,
-                         confidence_accuracy=reached)
+        self.board.figures(state.done - 1, epoch_loss=loss, learning_rate=state.rate,
+                           confidence_accuracy=reached)
         state.history.append({"epoch": state.epoch + 1, "loss": loss, "lr": state.rate,
                               "confidence_accuracy": reached})
         state.total, state.step = torch.zeros((), device=self.device), 0
@@ -347,6 +347,7 @@ class _Keeper:
             what, step = wrong[0]
             raise UserError(f"{self.watch.label}: {what} in step {step} of epoch "
                             f"{state.epoch + 1}. Use {self.watch.remedy}.")
-        self.board.losses(state.done - 1, losses)
+        for step, loss in enumerate(losses, state.done - len(losses)):
+            self.board.figures(step, loss=loss)
         self.losses.clear()
         self.rates.clear()

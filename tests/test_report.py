@@ -331,7 +331,7 @@ def test_wandb_gets_losses_figures_and_views(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     shown = board.Board({"wandb": tmp_path / "run" / "wandb" / "student-mms"})
     shown.views(2, torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
-    shown.epoch(3, epoch_loss=0.375)
+    shown.figures(3, epoch_loss=0.375)
     shown.close()
     [file], wanted = tmp_path.rglob("run-*.wandb"), (b"run student-mms", b"epoch_loss", b"0.375")
     waited = time.monotonic()
