@@ -114,15 +114,11 @@ def prefetched(batches, device):
     if device.type == "cpu":
         yield from batches
         return
-    batches, waiting = iter(batches), collections.deque()
-
-    def take():
-        batch = next(batches, None)
-        return None if batch is None else to_device(batch, device)
+    coming, waiting = (to_device(batch, device) for batch in batches), collections.deque()
     with ThreadPoolExecutor(1) as pool:
-        waiting.extend(pool.submit(take) for _ in range(PREFETCHED))
+        waiting.extend(pool.submit(next, coming, None) for _ in range(PREFETCHED))
         while (ready := waiting.popleft().result()) is not None:
-            waiting.append(pool.submit(take))
+            waiting.append(pool.submit(next, coming, None))
             yield ready
 
 
