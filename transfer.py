@@ -261,9 +261,6 @@ def write_transfer_set(folder, scoring, candidates, chosen, shown, size):
                 use.writerows(zip([name] * len(of), index.tolist(), files,
                                   candidates.predicted[of].tolist(), scores[of].tolist(),
                                   strict=True))
-            if done != len(rows):
-                raise UserError(f"{name} has changed since it was scored. Add --restart-from "
-                                "scores.")
     write_atomically(folder / "images.npy", write_images)
     write_text(folder / "manifest.csv", listing.getvalue())
 
