@@ -32,16 +32,12 @@ def pick_device(name):
                  "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    number = own_card() if available[name] and name == "cuda" else 0
-    if not available[name] or number is None:
-        cards = torch.cuda.device_count()
-        raise UserError(f"--device {name}: " + (
-            f"no {name.upper()} device found, or PyTorch was built without {name.upper()}."
-            if not available[name] else f"torchrun started more processes on this machine than it "
-            f"has CUDA devices. Use --nproc-per-node {cards}, or --device cpu."))
+    if not available[name]:
+        raise UserError(f"--device {name}: no {name.upper()} device found, or PyTorch was built "
+                        f"without {name.upper()}.")
     if name == "cpu":
         keep_memory()
-    return torch.device(name, number) if name == "cuda" else torch.device(name)
+    return own_card() if name == "cuda" else torch.device(name)
 
 
 def keep_memory():

@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from kd.files import working_alone
+from kd.files import UserError, working_alone
 from kd.values import is_own
 
 
@@ -25,14 +25,15 @@ def start_processes():
 
 
 def own_card():
-    """The number of this process's CUDA device; None where there are fewer than processes."""
+    """This process's CUDA device. Raises UserError where there are fewer than processes."""
     number, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if world_size() == 1:
-        return torch.cuda.current_device()
+        return torch.device("cuda", torch.cuda.current_device())
     if max(number + 1, working_here()) > cards:
-        return None
+        raise UserError("--device cuda: torchrun started more processes on this machine than it "
+                        f"has CUDA devices. Use --nproc-per-node {cards}, or --device cpu.")
     torch.cuda.set_device(number)
-    return number
+    return torch.device("cuda", number)
 
 
 def end_processes():
