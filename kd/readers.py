@@ -107,16 +107,9 @@ def opened(file):
 
 def decode(image, size):
     """A Pillow image as (size, size, 3) uint8: what torchvision's Resize((size, size)) makes of it
-    as RGB (bilinear, antialiased, aspect ratio not kept)."""
-    image = as_shown(image)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
-
-
-def as_shown(image):
-    """A Pillow image in RGB as a viewer shows it: turned as its EXIF says, of more than 8 bits the
-    upper eight, what is transparent on white. Raises ValueError where no range is stated."""
+    in RGB (bilinear, antialiased, aspect ratio not kept), once it is as a viewer shows it: turned
+    as its EXIF says, of more than 8 bits the upper eight, what is transparent on white. Raises
+    ValueError where no range is stated."""
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
         kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
         raise ValueError(f"{kind} pixels have no fixed range")
@@ -129,7 +122,11 @@ def as_shown(image):
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
 def _of_eight_bits(image, tags):
