@@ -85,26 +85,24 @@ class Rules:
 
 
 def select(approach, candidates, thresholds, rules):
-    """The transfer set of an approach: (positions in `candidates`, (n,) int64, ascending; (n,)
-    bool, which of them the floor let in below the threshold).
+    """The transfer set of an approach: positions in `candidates`, (n,) int64, ascending.
 
     thresholds: {criterion: (C,) float64}.
     """
     count = len(candidates)
     if approach in ("all", *DRAWN_BY_WEIGHT):
-        return np.arange(count), np.zeros(count, bool)
+        return np.arange(count)
     if approach == "random":
-        size = min(count, len(select("mms", candidates, thresholds, rules)[0]))
+        size = min(count, len(select("mms", candidates, thresholds, rules)))
         rng = np.random.default_rng(engine.seed_for(rules.seed, "random"))
-        return np.sort(rng.choice(count, size, replace=False)), np.zeros(size, bool)
+        return np.sort(rng.choice(count, size, replace=False))
     if approach == "matched":
-        chosen = draw(candidates.scores["matched"], min(count, rules.bucket * rules.classes),
-                      rules.seed)
-        return chosen, np.zeros(len(chosen), bool)
+        return draw(candidates.scores["matched"], min(count, rules.bucket * rules.classes),
+                    rules.seed)
     group, room = candidates.predicted, rules.bucket
     if not rules.balance:
         group, room = np.zeros_like(group), rules.bucket * rules.classes
-    badness, admitted = None, np.zeros(count, bool)
+    badness = None
     if approach in rules.keeps_high:
         scores = candidates.scores[approach]
         badness = -scores if rules.keeps_high[approach] else scores
@@ -115,9 +113,7 @@ def select(approach, candidates, thresholds, rules):
         scored = ~np.isnan(badness)
         if not rules.balance:       # thresholds are those of classes: what passes comes first
             badness = np.argsort(np.lexsort((badness, ~eligible)))
-        best = fill_buckets(group, short[group] & scored, least, badness)
-        admitted[best] = ~eligible[best]
-        eligible |= admitted
+        eligible[fill_buckets(group, short[group] & scored, least, badness)] = True
     elif approach == "balanced":
         eligible = np.ones(count, bool)
     elif approach == "eats":
@@ -127,8 +123,7 @@ def select(approach, candidates, thresholds, rules):
     preference = badness if rules.fill == "best" else None
     if rules.fill == "random":
         preference = np.random.default_rng(engine.seed_for(rules.seed, "fill")).permutation(count)
-    chosen = fill_buckets(group, eligible, room, preference)
-    return chosen, admitted[chosen]
+    return fill_buckets(group, eligible, room, preference)
 
 
 def even_weights(predicted):
@@ -187,12 +182,15 @@ def make_transfer_set(run, approach, scoring):
     rules = Rules(bucket, len(classes), {name: each.keeps_high
                                          for name, each in scoring.criteria.items()},
                   settings.fill, settings.floor, not settings.no_balance, settings.seed)
-    chosen, below = select(approach, candidates, thresholds, rules)
+    chosen, own = select(approach, candidates, thresholds, rules), approach in scoring.criteria
+    below = np.zeros(len(chosen), bool)
+    if own:         # what the floor let in
+        below = ~passes(candidates.scores[approach][chosen], candidates.predicted[chosen],
+                        thresholds[approach], rules.keeps_high[approach])
     summary = summarise(approach, candidates, chosen, below, classes, bucket)
     balanced = rules.balance and approach not in ("random", "all", "matched", *DRAWN_BY_WEIGHT)
     if not balanced:        # nothing fills buckets, so no class can be short
         summary["shortfall"] = {}
-    own = approach in scoring.criteria
     summary |= {
         "unreadable": {name: bad for name in candidates.names if (
             bad := run.content_of(f"scores/{name}.json", "python transfer.py")["bad"])},

@@ -128,7 +128,7 @@ def measure(settings, recipe, teacher, thresholds, files, device=CPU):
         with timed("selection", "usual"):
             theirs = usual_selection(row, scored, thresholds)
         with timed("selection", "here"):
-            ours, _ = transfer.select(row, candidates, thresholds, RULES)
+            ours = transfer.select(row, candidates, thresholds, RULES)
         with timed("distillation", "usual"):
             usual_distillation(big, Subset(dataset, theirs), recipe)
         with timed("distillation", "here"):
