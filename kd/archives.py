@@ -77,7 +77,9 @@ def _extract(archive, folder, budget):
             for member in content.infolist():
                 _require_inside(member.filename)
                 budget.take(member.file_size)       # a member never yields more than it declares
-                _date(content.extract(member, folder), time.mktime((*member.date_time, 0, 0, -1)))
+                # Dated as there: what is extracted once more must not look like other files.
+                date = time.mktime((*member.date_time, 0, 0, -1))
+                os.utime(content.extract(member, folder), (date, date))
         return
     opening = gzip.open if archive.name.endswith("gz") else open
     with opening(archive, "rb") as budget.stream:
@@ -88,12 +90,7 @@ def _extract(archive, folder, budget):
                 if not (member.isreg() or member.isdir()) or member.issparse():
                     raise ValueError(f"{member.name!r} is a link, a device or a file with holes")
                 content.extract(member, folder, set_attrs=False)
-                _date(folder / member.name, member.mtime)
-
-
-def _date(path, seconds):
-    """As in the archive: what is extracted once more must not look like other files."""
-    os.utime(path, (seconds, seconds))
+                os.utime(folder / member.name, (member.mtime, member.mtime))
 
 
 def _require_inside(name):
