@@ -72,15 +72,13 @@ def _mixed(images, steps, drawn):
     whose share of the area is as even. With both, each image has one of the two. drawn: (4, N, 1,
     1, 1) in [0, 1)."""
     weight, way, corner_y, corner_x = drawn
-    partner = cut = images.roll(1, 0)       # the batch is in random order already
+    partner, cut = images.roll(1, 0), images        # the batch is in random order already
     if "cutmix" in steps:
         inside = _rectangles(*images.shape[1:3], (1 - weight).sqrt(), corner_y, corner_x)
         if "mixup" in steps:
             inside = inside & (way < 0.5)
             weight = torch.where(way < 0.5, 1.0, weight)
         cut = torch.where(inside, partner, images)
-    else:
-        cut = images
     if "mixup" not in steps:
         return cut
     return torch.lerp(partner.float(), cut.float(), weight).round_().to(torch.uint8)

@@ -114,11 +114,9 @@ class Training:
     def restore(self, state):
         self.classifier.network.load_state_dict(state.pop("network"))
         for name in ("optimizer", "scheduler", "average"):
-            if state[name] is not None:
-                getattr(self, name).load_state_dict(state[name])
-            del state[name]
-        for name, value in state.items():
-            setattr(self, name, value)
+            if (part := state.pop(name)) is not None:
+                getattr(self, name).load_state_dict(part)
+        vars(self).update(state)
 
 
 @dataclass(frozen=True)
