@@ -42,8 +42,7 @@ def of_each_seed(settings):
 
 
 def check_everything_is_there(settings):
-    """Raises UserError, before anything long starts, for what is wrong or not to be had; fetches
-    what is."""
+    """Raises UserError early, for what is wrong or can't be had; fetches the rest."""
     runs = [Run(each) for each in of_each_seed(settings)]
     for run in runs:
         run.check()
@@ -81,7 +80,6 @@ def check_networks(settings, target):
 
 
 def describe(target):
-    """What there is of the target, in a few words."""
     splits = [f"{len(images):,} {name} images" for images, name in (
         (target.train, "training"), (target.test, "test")) if images]
     classes = f", {len(target.classes):,} classes: {listed(target.classes, 10)}" if (

@@ -190,8 +190,7 @@ def report_student(figures):
 
 
 def export_student(run, approach, form, target):
-    """Writes the student in another form, once it has given the student's answers on the target's
-    test images (where there are none, on its transfer set)."""
+    """Writes the student in another form, checked on the test images (else on its transfer set)."""
     path = run / f"students/{approach}.pt"
     if not path.exists():
         raise UserError(f"{approach} has no student to export: its transfer set was too small.")

@@ -222,7 +222,7 @@ def make_held_out(run, scoring):
 
 
 def summarise(approach, candidates, chosen, below, classes, bucket):
-    """What a selection consists of, as summary.json has it."""
+    """The content of summary.json. below: (n,) bool, which of `chosen` the floor let in."""
     predicted = candidates.predicted[chosen]
     per_class = np.bincount(predicted, minlength=len(classes))
     let_in = np.bincount(predicted[below], minlength=len(classes))
@@ -236,8 +236,7 @@ def summarise(approach, candidates, chosen, below, classes, bucket):
 
 
 def write_transfer_set(folder, scoring, candidates, chosen, shown, size):
-    """images.npy and manifest.csv of the images at `chosen`; shown: the criterion in the
-    manifest."""
+    """images.npy and manifest.csv of the images at `chosen`, with their scores by `shown`."""
     listing = io.StringIO()
     writer = csv.writer(listing, lineterminator="\n")
     quoting = csv.writer(listing, lineterminator="\n", quoting=csv.QUOTE_ALL)

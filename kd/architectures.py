@@ -109,7 +109,6 @@ def _of_file(arch, count):
 
 
 def _of_hub(arch, count):
-    """What an entry of a repository's hubconf.py makes (torch.hub), on GitHub or in a folder."""
     repository, _, entry = arch.removeprefix(HUB).rpartition(":")
     load = functools.partial(torch.hub.load, repository, entry, trust_repo=True, verbose=False,
                              source="local" if os.path.isdir(repository) else "github")

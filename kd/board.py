@@ -16,8 +16,7 @@ def _tensorboard(folder, step):
 
 
 class _WandbWriter:
-    """A run of wandb; the project is WANDB_PROJECT, the mode WANDB_MODE. A training that goes on
-    after an interruption goes on in the same run."""
+    """A run of wandb (WANDB_PROJECT, WANDB_MODE), which a resumed training continues."""
 
     def __init__(self, folder, step):
         import wandb

@@ -31,7 +31,6 @@ class Classifier(nn.Module):
         self.normalise(mean, std)
 
     def normalise(self, mean, std):
-        """Has pixels normalised with these, as in the constructor."""
         self.mean, self.std = [float(value) for value in mean], [float(value) for value in std]
         if self.arch in ("inception_v3", "googlenet"):  # what torchvision gives those trained so
             self.network.transform_input = (self.mean, self.std) == IMAGENET
@@ -67,8 +66,7 @@ class Classifier(nn.Module):
         self.contiguous = True
 
     def fitted(self, pixels):
-        """Normalised pixels (N, 3, H, W) in the size and the colours that the network takes; grey
-        as Pillow and torchvision make it."""
+        """Normalised (N, 3, H, W) pixels in the network's size and colours; grey as Pillow's."""
         size = self.input_size, self.input_size
         if pixels.shape[-2:] != size:       # shrunk as Pillow does it
             pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False,

@@ -105,8 +105,7 @@ def resident(images, device):
 
 
 def prefetched(batches, device):
-    """Yields each CPU tensor of `batches` on the device; the next ones are made and sent by another
-    thread meanwhile."""
+    """Yields CPU tensors on the device; another thread makes and sends the next ones meanwhile."""
     if device.type == "cpu":
         yield from batches
         return

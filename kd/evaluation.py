@@ -36,8 +36,7 @@ def watcher(target, confidence, device):
 
 
 def source_agreement(classifier, run, device):
-    """Share of the images of the sources that no student learns from to which it gives the
-    teacher's class; None where there are none (transfer.make_held_out)."""
+    """Share of transfer.make_held_out's images that get the teacher's class; None without any."""
     path = run / "scores/held_out.npz"
     if not (run.settings.data_free and path.exists()):
         return None

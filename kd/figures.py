@@ -70,7 +70,6 @@ def _legend(drawn, axes, **options):
 
 
 def _panels(count, across, height):
-    """(figure, its axes)."""
     rows = math.ceil(count / across)
     drawn, grid = pyplot.subplots(rows, across, figsize=(WIDTH, 0.6 + height * rows), squeeze=False)
     for axes in grid.flat[count:]:
@@ -79,7 +78,6 @@ def _panels(count, across, height):
 
 
 def _labels(record):
-    """The names of the first classes, as a figure has room for them."""
     return [name if len(name) < 25 else f"{name[:23]}…" for name in record.classes[:MOST]]
 
 

@@ -44,7 +44,6 @@ def require_none(lines):
 
 
 def first_line(error):
-    """What an exception says, in one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return str(text).strip().splitlines()[0]
 
@@ -177,8 +176,7 @@ _held = {}      # {folder: its lock}
 
 
 def hold(folder):
-    """Keeps every other process from writing in a run folder until `let_go` or the end of this one.
-    Raises UserError that says who holds it."""
+    """Holds a run folder until `let_go` or our end. Raises UserError that says who holds it."""
     folder = Path(folder).absolute()
     if not is_first() or folder in _held:
         return
@@ -199,6 +197,5 @@ def hold(folder):
 
 
 def let_go():
-    """Releases every run folder that this process holds."""
     while _held:
         _held.popitem()[1].release()

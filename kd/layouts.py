@@ -143,7 +143,6 @@ class DataSet:
 
 
 def registry():
-    """{name: DataSet}."""
     found = tomllib.loads(Path(__file__).with_name("data_sets.toml").read_text())
     for name, record in found.items():
         for key in ("files", "target_files"):

@@ -43,7 +43,6 @@ def build(arch, classes, weights="none", input_size=None, mean=None, std=None):
 
 
 def _from_file(path, arch, classes, given):
-    """A network that starts from the weights in a file, which may know other classes."""
     content, origin = read_file(path), "assumed"
     if is_ours(content):
         theirs, origin = content["arch"], "as it says"

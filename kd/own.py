@@ -31,7 +31,6 @@ def running_own(path):
 
 
 def _taken_out():
-    """Takes out of sys.modules what has a name of ours. Returns {name: module}."""
     names = [name for name in sys.modules if name.partition(".")[0] in OURS]
     return {name: sys.modules.pop(name) for name in names}
 

@@ -142,8 +142,7 @@ class Streamed(Source):
 
 
 def release_pages(images):
-    """Gives back the memory that reading a memory-mapped array has taken; what is needed again is
-    read again. Does nothing to other arrays."""
+    """Gives back the memory that reading a mapped array took; what is needed is read again."""
     mapping = getattr(images, "_mmap", None)
     if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapping.madvise(mmap.MADV_DONTNEED)
@@ -182,8 +181,7 @@ def pack(images, folder, name, size, max_bad):
 
 
 def open_pack(images, folder, name, size):
-    """The Packed in `folder`; None where there is none, it was made of other files or in another
-    size, or it is not what was written there."""
+    """The Packed in `folder`; None where none is whole, of these files and of this size."""
     meta = read_json(folder / "pack.json") or {}
     if (meta.get("fingerprint"), meta.get("size")) != (images.fingerprint, size):
         return None
@@ -229,8 +227,7 @@ def _make(images, folder, name, size):
 
 
 def _fill(path, images, name, size):
-    """Writes the pixels as a .npy file. Returns [(number, file, what is wrong)] of the images that
-    can't be read."""
+    """Writes a .npy file. Returns [(number, file, what is wrong)] of what can't be read."""
     def write_header(count):        # as long for any count: numpy leaves room for larger ones
         np.lib.format.write_array_header_1_0(
             file, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)})

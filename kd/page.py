@@ -55,7 +55,6 @@ def gallery(record):
 
 
 def _scores(pool, keys):
-    """Of these images, in four digits; None where one has none."""
     ours = np.isin(pool.key, keys) & np.isfinite(pool.score)
     found = dict(zip(pool.key[ours].tolist(), pool.score[ours].tolist(), strict=True))
     return [float(f"{found[key]:.4g}") if key in found else None for key in keys.tolist()]

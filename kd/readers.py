@@ -157,8 +157,7 @@ def is_hidden(name):
 
 
 def is_image(name, begin, passed):
-    """Whether a file counts; else it is counted in `passed`, by suffix. begin(): its first bytes,
-    read where the suffix does not tell."""
+    """Whether a file counts; else `passed` counts it, by suffix. begin(): its first bytes."""
     suffix = os.path.splitext(name)[1].lower()
     counts = suffix in SUFFIXES or suffix not in COMPANIONS and bool(BEGINNING.match(begin()))
     passed[suffix or "no suffix"] += not counts
@@ -251,8 +250,7 @@ def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
 # ---- Tar shards (the WebDataset convention), never unpacked. Labels and captions are not read. ---
 
 def shard_paths(name, pattern):
-    """The shards that /data/{000..099}.tar or /data/*.tar stand for, in order. Raises UserError
-    where there is none, or one of a range is not there."""
+    """The shards of D/{000..099}.tar or D/*.tar, in order. Raises UserError where one lacks."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if found:
         first, last, width = int(found[1]), int(found[2]), len(found[1])

@@ -20,7 +20,6 @@ class Recipe:
     compile: bool | None = None     # torch.compile; None: on CUDA, where much is left to train
 
     def steps_of_epoch(self, count):
-        """On `count` images."""
         return max(1, count // self.batch_size)
 
     def all_steps(self, count):

@@ -127,7 +127,6 @@ def heading(results):
 
 
 def as_markdown(results):
-    """The table for people."""
     return "\n".join([heading(results), "", _markdown(HEADS, map(cells, results["rows"])),
                       *(f"- {note}" for note in results["notes"]), ""])
 
@@ -141,8 +140,7 @@ def write(experiment):
 
 
 def compare(folders, out):
-    """Writes table.md and table.csv (numbers as in results.json) of several runs below `out`.
-    Returns the Markdown."""
+    """Writes table.md, and table.csv with numbers as in results.json. Returns the Markdown."""
     rows, file = [], io.StringIO()
     for experiment in map(Experiment, folders):
         results = collect(experiment)

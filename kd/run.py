@@ -65,8 +65,7 @@ class Product:
 
 
 def read_product(run, name):
-    """(content, None) of a product that is whole, (None, what is wrong) of one that isn't, (None,
-    None) where there is none."""
+    """(content, None); (None, what is wrong) where it is not whole; (None, None) without one."""
     if not (run / name).exists():
         return None, None
     content = read_sealed(run / name)
@@ -81,7 +80,6 @@ def read_product(run, name):
 
 
 def stage_of(name):
-    """The stage that makes this file."""
     return next(stage for stage, patterns in MADE_BY.items()
                 if any(Path(name).match(pattern) for pattern in patterns))
 
@@ -110,8 +108,7 @@ class Run:
         return Product(self, name, self.settings.of_stage(stage_of(name)) | inputs, remake)
 
     def content_of(self, name, command):
-        """The content of an earlier stage's product. Raises UserError, with the command that
-        makes it, where it is not there or not whole."""
+        """The content of an earlier stage's product. Raises UserError that says how to make it."""
         content, wrong = read_product(self, name)
         if content is None:
             settings, target = self.settings, self.settings.target
@@ -135,8 +132,7 @@ class Run:
         return (self / name).exists() and stage_of(name) not in self.restarted
 
     def require_same(self, name, content, now):
-        """Raises UserError where a product was made from something else than `now`, with every key
-        that differs and the flag that helps."""
+        """Raises UserError, with all that differs and a flag that helps, if not made from `now`."""
         before, stage, changed = content["made_from"], stage_of(name), _changed(content, now)
         if not changed:
             return
@@ -187,7 +183,6 @@ class Run:
                 "command": words_of(self.settings, given)} | environment())
 
     def _clear(self):
-        """Deletes what is to be made again, and nothing else that may lie in the folder."""
         patterns = [pattern for stage in self.restarted for pattern in MADE_BY[stage]]
         patterns += ["config.json"] * self.settings.restart
         made = [path for pattern in patterns for path in sorted(self.path.glob(pattern))]
@@ -213,7 +208,6 @@ def _changed(content, now):
 
 
 def _with(key, value):
-    """A setting as a sentence has it."""
     if value is None:
         return f"without {flag_of(key)}"
     text = f"{value:.6g}" if isinstance(value, float) else (

@@ -314,7 +314,6 @@ def _has_eats(sources):
 
 
 def _require_consistent(settings):
-    """Raises UserError where settings contradict each other."""
     names = [name_of_approach(each) for each in settings.approaches]
     sources = [name_of(each) for each in settings.sources]
     known = APPROACHES + MORE_APPROACHES

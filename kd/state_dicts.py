@@ -88,7 +88,6 @@ def _unpickled(file):
 
 
 def is_ours(content):
-    """Whether it is what a checkpoint of this project holds."""
     return isinstance(content, dict) and all(
         isinstance(content.get(key), kind) for key, kind in OURS.items())
 
@@ -131,8 +130,7 @@ def _prefixes(theirs, ours):
 
 
 def fit(network, content, path, arch, remedy=""):
-    """Loads the weights of `network` that a file's content holds. Raises UserError that names the
-    keys which do not fit, or those that hold NaN."""
+    """Loads a file's weights. Raises UserError that names the keys that do not fit or hold NaN."""
     expected = {name: value for name, value in network.state_dict().items()
                 if isinstance(value, torch.Tensor)}
     names = {_bare(name): name for name in expected}

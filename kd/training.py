@@ -258,8 +258,6 @@ class Checkpoint:
 
 
 class _Keeper:
-    """Called after each step and each epoch of a Training."""
-
     def __init__(self, state, watch, batch_size, device):
         self.state, self.watch, self.device = state, watch, device
         saved = watch.checkpoint.load(device)
@@ -321,7 +319,6 @@ class _Keeper:
         self.state.seconds, self.began = self.state.seconds + now - self.began, now
 
     def _save(self, always=False):
-        """Saves everything, where that is worth its time."""
         due = always or time.monotonic() - self.saved >= SAVE_INTERVAL
         if not agreed(due):
             return

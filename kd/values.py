@@ -24,8 +24,7 @@ def name_of_approach(approach):
 
 
 def is_own(arch):
-    """Whether an architecture is code: a function of the user's, FILE.py:FACTORY, or an entry of a
-    repository, hub:OWNER/REPOSITORY:ENTRY."""
+    """Whether an architecture is code: FILE.py:FACTORY, or hub:OWNER/REPOSITORY:ENTRY."""
     return ".py:" in arch or arch.startswith(HUB)
 
 
@@ -77,8 +76,7 @@ def path(text):
 
 
 def data_set_spec(text):
-    """NAME; NAME=PATH with the path made absolute; NAME=hf:REPOSITORY, of which hf:REPOSITORY is
-    short."""
+    """NAME; NAME=PATH, made absolute; NAME=hf:REPOSITORY, of which hf:REPOSITORY is short."""
     text = f"{text.rpartition('/')[2]}={text}" if text.startswith(HF) and "/" in text else text
     name, equals, where = text.partition("=")
     if not plain(name) or (equals and not where):
@@ -122,8 +120,7 @@ def weights(text):
 
 
 def augmentations(text):
-    """{name: strength} of "none", or of some of AUGMENTATIONS joined by commas, NAME or
-    NAME:STRENGTH."""
+    """{name: strength} of "none", or of AUGMENTATIONS joined by commas, NAME or NAME:STRENGTH."""
     found = {}
     for part in text.split(",") if text != "none" else ():
         name, colon, strength = part.partition(":")
@@ -151,8 +148,7 @@ mean, std = _three(0.0), _three(1e-6)
 
 
 def classes(text):
-    """Names of classes, the lines of a file or a JSON list (in it, or as it is); or their
-    number."""
+    """Names of classes, the lines of a file or a JSON list (in it, or as it is); or how many."""
     if text.isdecimal():
         if not 2 <= int(text) <= 10 ** 6:
             raise Wrong(f"{text} is not a number of classes")
