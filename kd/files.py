@@ -176,7 +176,8 @@ _held = {}      # {folder: its lock}
 
 
 def hold(folder):
-    """Holds a run folder until `let_go` or our end. Raises UserError that says who holds it."""
+    """Keeps every other process from writing in a run folder until `let_go` or the end of this one.
+    Raises UserError that says who holds it."""
     folder = Path(folder).absolute()
     if not is_first() or folder in _held:
         return

@@ -250,7 +250,8 @@ def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
 # ---- Tar shards (the WebDataset convention), never unpacked. Labels and captions are not read. ---
 
 def shard_paths(name, pattern):
-    """The shards of D/{000..099}.tar or D/*.tar, in order. Raises UserError where one lacks."""
+    """The shards that /data/{000..099}.tar or /data/*.tar stand for, in order. Raises UserError
+    where there is none, or one of a range is not there."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if found:
         first, last, width = int(found[1]), int(found[2]), len(found[1])

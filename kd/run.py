@@ -65,7 +65,8 @@ class Product:
 
 
 def read_product(run, name):
-    """(content, None); (None, what is wrong) where it is not whole; (None, None) without one."""
+    """(content, None) of a product that is whole, (None, what is wrong) of one that isn't, (None,
+    None) where there is none."""
     if not (run / name).exists():
         return None, None
     content = read_sealed(run / name)
@@ -132,7 +133,8 @@ class Run:
         return (self / name).exists() and stage_of(name) not in self.restarted
 
     def require_same(self, name, content, now):
-        """Raises UserError, with all that differs and a flag that helps, if not made from `now`."""
+        """Raises UserError where a product was made from something else than `now`, with every key
+        that differs and the flag that helps."""
         before, stage, changed = content["made_from"], stage_of(name), _changed(content, now)
         if not changed:
             return

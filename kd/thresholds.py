@@ -19,6 +19,7 @@ def share_threshold(scores, predicted, classes, keeps_high, share):
 
 
 def passes(scores, predicted, thresholds, keeps_high):
-    """(N,) bool: whether each score reaches its class's threshold. An exact hit does, NaN never."""
+    """(N,) bool: whether each score reaches the threshold of its class. An exact hit does, NaN
+    never does."""
     limit = thresholds[predicted]
     return scores >= limit if keeps_high else scores <= limit
