@@ -93,7 +93,7 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
     fit(classifier.network, state, path, arch, "Use the --teacher-arch that it was saved from.")
     say_once(f"{path} is given {classifier.takes()} ({'as asked' if mean or std else origin}).")
     edge = of_timm["input_size"][-1] if of_timm else 0
-    if edge > image_size:
+    if edge > max(image_size, input_size or 0):
         say_once(f"  timm has {arch[len(TIMM):]} for {edge} pixels: if yours was trained at them, "
                  f"add --image-size {edge}.")
     return require_logits(classifier.eval(), image_size)

@@ -214,7 +214,8 @@ def matched_weights(scoring, size):
     say(f"matched: the pool's statistics lie {before:.2f} deviations from {aim}, weighted "
         f"{after:.2f}; effective size {effective:,.0f} of {len(weights):,} images")
     if size == len(weights):
-        say("  --transfer-size is not below the pool's size, so that matched takes every image.")
+        say("  --transfer-size is not below the pool's size, so that all weights are 1: matched "
+            "takes every image, and weighted is all.")
     elif after > LITTLE * before:
         say("  No such weights bring them much nearer: expect little more of matched than of "
             "random images.")

@@ -173,8 +173,8 @@ def replace_head(classifier, classes):
 @torch.no_grad()
 def inherit(student, teacher, required=False):
     """Copies into a student what its teacher has under the same name, of the same shape, and the
-    teacher's normalisation, if that is at least half of the student's parameters. Returns whether;
-    raises UserError where it is not, though `required`.
+    teacher's normalisation, if that is at least half of the student's parameters, and its head.
+    Returns whether; raises UserError where it is not, though `required`.
 
     Of one family the shallower network gets the first blocks of each stage, and the head. A
     residual network without some blocks answers much as the whole one (arXiv 1605.06431).
@@ -183,11 +183,12 @@ def inherit(student, teacher, required=False):
     shared = [name for name, value in state.items()
               if name in known and known[name].shape == value.shape]
     sizes = {name: parameter.numel() for name, parameter in student.network.named_parameters()}
-    share = sum(sizes.get(name, 0) for name in shared) / sum(sizes.values())
-    enough = share >= ENOUGH_SHARED
+    share, head = sum(sizes.get(name, 0) for name in shared) / sum(sizes.values()), _head(student)
+    enough = share >= ENOUGH_SHARED and (head is None or f"{head}.weight" in shared)
     _refuse(name_of_arch(student.arch), required and not enough and
             f"can't start from its teacher's weights: {name_of_arch(teacher.arch)} has {share:.0%} "
-            "of them under the same names. Use --student-weights none")
+            "of them under the same names, and needs half of them and the head. Use "
+            "--student-weights none")
     if enough:
         for name in shared:
             state[name].copy_(known[name])

@@ -183,8 +183,8 @@ class Settings:
     student_weights: str = _students(
         "students", BY_RECIPE, values.weights,
         "what students start from; teacher: the layers that it has under the same names; auto: "
-        "those, where they are at least half of the student (the supervised student starts from "
-        "imagenet where the teacher does)", "imagenet|none|teacher|auto|FILE")
+        "those, where they are at least half of the student and its head (the supervised student "
+        "starts from imagenet where the teacher does)", "imagenet|none|teacher|auto|FILE")
     epochs: int = _students("students", BY_RECIPE, values.count, "passes over the images", "N")
     steps: int = _students("students", BY_RECIPE, values.count, "batches, instead of --epochs", "N")
     batch_size: int = _students("students", BY_RECIPE, values.batch, "images per batch", "N")

@@ -170,6 +170,7 @@ def test_a_student_of_the_same_family_inherits_what_its_teacher_has():
     known = teacher.network.state_dict()
     assert all(torch.equal(value, known[name])
                for name, value in student.network.state_dict().items())
+    assert not models.inherit(student, models.build("resnet50", CLASSES))   # another head
     before = copy.deepcopy(stranger.state_dict())
     assert not models.inherit(stranger, teacher)
     assert all(torch.equal(value, before[name]) for name, value in stranger.state_dict().items())

@@ -265,7 +265,7 @@ def test_matched_aims_at_the_confidence_set(run, flags, painted, tmp_path):
         shutil.copy(files[i], tmp_path / f"same/{i:03}.png")
     said = ran("transfer.py", flags, "--approach", "matched", "--restart-from", "scores",
                "--sources", f"same={tmp_path / 'same'}", "--data-dir", tmp_path / "data")
-    assert "not below the pool's size, so that matched takes every image" in said
+    assert "not below the pool's size, so that all weights are 1: matched takes every" in said
     found = np.load(run / "scores/matched.npy").astype(float)
     assert np.abs(found.mean(0)).max() < 0.01 < np.abs(found).max()
 
