@@ -118,7 +118,9 @@ def line(record, approach, pool):
         found["related"] = float(np.average(marked, weights=weights))
     counts = np.bincount(chosen.predicted, weights, len(record.classes)) / weights.sum()
     found["smallest_class"] = float(counts.min())
-    if path.exists():       # the statistics of all candidates, in the order of the sources
+    # The statistics of all candidates, in the order of the sources; data-free, of those not held
+    # out, and from what the batch norms remember: another unit.
+    if path.exists() and settings.calibrate == "target":
         parts = [record.scores[name]["index"] for name in record.sources]
         key = np.concatenate([number << 40 | index for number, index in enumerate(parts)])
         full = np.zeros(len(key))
