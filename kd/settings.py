@@ -39,12 +39,14 @@ GROUPS = ("everyday", "data", "teacher", "selection", "students", "running")
 BY_RECIPE = None        # the default of what `resolve` takes from the recipe
 
 
-def setting(group, stage, default, kind, help=None, metavar=None):
+def setting(group, stage, default, kind, *said):
     """A field of Settings.
 
     stage: the first whose files depend on it. kind: the parser of its flag's text, a tuple of
-    choices, bool for a switch, or None where it has no flag."""
-    flag = {"help": help and help.replace("%", "%%")}
+    choices, bool for a switch, or None where it has no flag. said: [what stands for its value in
+    --help,] its help."""
+    metavar, text = (None, None, *said)[-2:]
+    flag = {"help": text and text.replace("%", "%%")}
     if kind is bool:        # with a default of None, --no-NAME as well
         flag["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
     elif isinstance(kind, tuple):
@@ -55,169 +57,140 @@ def setting(group, stage, default, kind, help=None, metavar=None):
         "group": group, "stage": stage, "flag": flag if kind is not None else None})
 
 
-_everyday, _data, _teacher, _selection, _students, _running = (
-    functools.partial(setting, group) for group in GROUPS)
+_everyday = functools.partial(setting, "everyday")
+_data = functools.partial(setting, "data")
+_teacher = functools.partial(setting, "teacher", "teacher")
+_selection = functools.partial(setting, "selection", "transfer")
+_students = functools.partial(setting, "students", "students")
+_running = functools.partial(setting, "running", None)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Every setting of a run, resolved: no field is left for a later stage to guess."""
 
-    target: str = _everyday(
-        "teacher", "cifar10", values.data_set_spec,
+    target: str = _everyday("teacher", "cifar10", values.data_set_spec, "NAME|NAME=PATH",
         "data set whose classes the teacher knows: a known name, or a folder that holds "
-        "train/<class>/* and test/<class>/*, or with --data-free any name (default: cifar10)",
-        "NAME|NAME=PATH")
-    sources: tuple = _everyday(
-        "transfer", (), values.list_of(values.data_set_spec, "source"),
+        "train/<class>/* and test/<class>/*, or with --data-free any name (default: cifar10)")
+    sources: tuple = _everyday("transfer", (), values.list_of(values.data_set_spec, "source"),
+        "A,B=PATH,...",
         "unlabelled data sets for the students, in the order in which they fill the transfer set; "
         "B=PATH is a folder of images at any depth, B=SHARDS{000..099}.tar tar shards, "
         "B=hf:REPOSITORY or B=FILES*.parquet a Hugging Face data set (default: "
         f"{', '.join(PUBLISHED_ORDER)} without the target, cifar10 first for cifar100; for digits "
-        f"{', '.join(BUILT_IN_SOURCES)})", "A,B=PATH,...")
-    approaches: tuple = _everyday(
-        None, (), values.list_of(values.approach, "approach"),
+        f"{', '.join(BUILT_IN_SOURCES)})")
+    approaches: tuple = _everyday(None, (), values.list_of(values.approach, "approach"), "A,B,...",
         f"rows of the table, which README explains. By default {listed(APPROACHES)}, without eats "
         f"where neither {' nor '.join(EATS_SOURCES)} is a source, without supervised in a "
         "data-free run, and with matched for digits. Further ones are "
         f"{listed(MORE_APPROACHES)}, and FILE.py, a criterion of your own (KEEP, score and "
-        "threshold as in criteria/energy.py)",
-        "A,B,...")
-    recipe: str = _everyday(
-        None, "reference", tuple(RECIPES),
+        "threshold as in criteria/energy.py)")
+    recipe: str = _everyday(None, "reference", tuple(RECIPES),
         "how networks are trained and images selected: reference is the published protocol, best "
         "the strongest known for sources that resemble the target, far for others, quick takes "
         "minutes (default: reference; quick for digits)")
-    seeds: tuple = _everyday(
-        None, (0,), values.list_of(values.seed, "seed"),
+    seeds: tuple = _everyday(None, (0,), values.list_of(values.seed, "seed"), "N[,N,...]",
         "all randomness comes from it; compile.py repeats the whole run for each of several, and "
-        "the table has mean and deviation (default: 0)", "N[,N,...]")
-    run_dir: str = _everyday(None, "", values.path,
-                             "the run folder (default: runs/<target>)", "DIR")
+        "the table has mean and deviation (default: 0)")
+    run_dir: str = _everyday(None, "", values.path, "DIR",
+        "the run folder (default: runs/<target>)")
 
-    data_dir: str = _data(
-        None, "data", values.path,
-        "where data sets are looked for, fetched to and packed (default: data)", "DIR")
-    image_size: int = _data("teacher", IMAGE_SIZE, values.edge,
-                            "edge in pixels to which all images are brought (default: 32)", "N")
-    limit: int | None = _data(
-        "teacher", None, values.count,
-        "use at most N images of every data set and split, evenly spaced, for a trial run", "N")
-    max_bad: float = _data(
-        None, MAX_BAD, values.share,
-        "share of a folder's images that may be unreadable (default: 0.01)", "SHARE")
-    pack: str = _data(
-        None, "auto", ("auto", "always", "never"),
+    data_dir: str = _data(None, "data", values.path, "DIR",
+        "where data sets are looked for, fetched to and packed (default: data)")
+    image_size: int = _data("teacher", IMAGE_SIZE, values.edge, "N",
+        "edge in pixels to which all images are brought (default: 32)")
+    limit: int | None = _data("teacher", None, values.count, "N",
+        "use at most N images of every data set and split, evenly spaced, for a trial run")
+    max_bad: float = _data(None, MAX_BAD, values.share, "SHARE",
+        "share of a folder's images that may be unreadable (default: 0.01)")
+    pack: str = _data(None, "auto", ("auto", "always", "never"),
         "keep a source's images decoded on disk: auto does so below 8 GB and decodes larger "
         "sources as they are read (default: auto)")
 
-    teacher_arch: str = _teacher(
-        "teacher", "", values.arch,
+    teacher_arch: str = _teacher("", values.arch, "ARCH",
         "any torchvision classifier, resnet18_cifar, resnet34_cifar, timm:NAME, or "
         "hub:OWNER/REPOSITORY:ENTRY of torch.hub, or FILE.py:FACTORY, a function that makes it "
-        "(default: resnet34; inception_v3 for cifar100)",
-        "ARCH")
-    teacher_checkpoint: str | None = _teacher(
-        "teacher", None, values.path,
-        "a teacher to use instead of training one: a teacher.pt, or weights for --teacher-arch",
-        "FILE")
-    teacher_weights: str = _teacher(
-        "teacher", "", values.weights,
+        "(default: resnet34; inception_v3 for cifar100)")
+    teacher_checkpoint: str | None = _teacher(None, values.path, "FILE",
+        "a teacher to use instead of training one: a teacher.pt, or weights for --teacher-arch")
+    teacher_weights: str = _teacher("", values.weights, "imagenet|none|FILE",
         "what its training starts from (default: imagenet; none for digits, FILE.py:FACTORY and "
-        "hub:)",
-        "imagenet|none|FILE")
-    teacher_size: int | None = _teacher(
-        "teacher", None, values.edge,
+        "hub:)")
+    teacher_size: int | None = _teacher(None, values.edge, "N",
         "edge in pixels to which the teacher resizes its input (default: --image-size, or what the "
-        "architecture needs: 299 for inception_v3)", "N")
-    teacher_mean: tuple | None = _teacher(
-        "teacher", None, values.mean,
+        "architecture needs: 299 for inception_v3)")
+    teacher_mean: tuple | None = _teacher(None, values.mean, "R,G,B",
         "what it subtracts from pixels in [0, 1] (default: what its weights state, else "
-        "0.5,0.5,0.5)", "R,G,B")
-    teacher_std: tuple | None = _teacher(
-        "teacher", None, values.std,
-        "what it divides them by (default: what its weights state, else 0.5,0.5,0.5)", "R,G,B")
-    teacher_epochs: int = _teacher("teacher", BY_RECIPE, values.count, "its epochs", "N")
-    teacher_lr: float = _teacher("teacher", BY_RECIPE, values.positive,
-                                 "its peak learning rate, a tenth from trained weights", "RATE")
-    teacher_batch_size: int = _teacher("teacher", BY_RECIPE, values.batch, "its batch size", "N")
-    teacher_augment: str = _teacher("teacher", BY_RECIPE, None)
-    classes: tuple | int | None = _teacher(
-        "teacher", None, values.classes,
+        "0.5,0.5,0.5)")
+    teacher_std: tuple | None = _teacher(None, values.std, "R,G,B",
+        "what it divides them by (default: what its weights state, else 0.5,0.5,0.5)")
+    teacher_epochs: int = _teacher(BY_RECIPE, values.count, "N", "its epochs")
+    teacher_lr: float = _teacher(BY_RECIPE, values.positive, "RATE",
+        "its peak learning rate, a tenth from trained weights")
+    teacher_batch_size: int = _teacher(BY_RECIPE, values.batch, "N", "its batch size")
+    teacher_augment: str = _teacher(BY_RECIPE, None)
+    classes: tuple | int | None = _teacher(None, values.classes, "N|FILE",
         "a file with the names of the teacher's classes, one per line, in the order of its logits, "
-        "or their number (default: the checkpoint's, or the target's folders by name)", "N|FILE")
-    data_free: bool = _teacher(
-        "teacher", False, bool,
+        "or their number (default: the checkpoint's, or the target's folders by name)")
+    data_free: bool = _teacher(False, bool,
         "touch no training image of the target: thresholds come from the sources; accuracy is "
         "measured where the target has a test split; the teacher is --teacher-checkpoint")
 
-    threshold: float | str = _selection(
-        "transfer", BY_RECIPE, values.threshold,
+    threshold: float | str = _selection(BY_RECIPE, values.threshold, "published|R",
         "published: the criterion's own rule; or a share R: the score that the surest R of a "
-        "class's confidence set reach (default: the recipe's; 0.25 with "
-        "--calibrate sources)", "published|R")
-    floor: float = _selection(
-        "transfer", BY_RECIPE, values.share,
+        "class's confidence set reach (default: the recipe's; 0.25 with --calibrate sources)")
+    floor: float = _selection(BY_RECIPE, values.share, "SHARE",
         "where fewer than this share of a bucket pass, the best ones below the threshold come in "
-        "(default: the recipe's; 0 with --calibrate sources)", "SHARE")
-    calibrate: str = _selection(
-        "transfer", "target", ("target", "sources"),
+        "(default: the recipe's; 0 with --calibrate sources)")
+    calibrate: str = _selection("target", ("target", "sources"),
         "thresholds from the confidence set, or from the candidates (default: target; sources with "
         "--data-free)")
-    fill: str = _selection(
-        "transfer", BY_RECIPE, ("first", "random", "best"),
+    fill: str = _selection(BY_RECIPE, ("first", "random", "best"),
         "fill a class in the order of the sources, as the publication does, with what chance "
         "takes, or with its best scores")
-    no_balance: bool = _selection(
-        "transfer", False, bool, "fill the whole transfer set as one bucket, whatever the classes")
-    transfer_size: int | None = _selection(
-        "transfer", None, values.count,
+    no_balance: bool = _selection(False, bool,
+        "fill the whole transfer set as one bucket, whatever the classes")
+    transfer_size: int | None = _selection(None, values.count, "N",
         "images of a full transfer set, shared equally by the classes (default: the size of the "
-        f"target's training split; {DATA_FREE_SIZE} with --data-free)", "N")
-    mms_plain: bool = _selection(
-        "scores", False, bool,
+        f"target's training split; {DATA_FREE_SIZE} with --data-free)")
+    mms_plain: bool = setting("selection", "scores", False, bool,
         "where no linear layer makes the teacher's logits, use the plain margin z_a - z_b for MMS")
 
-    student_arch: str = _students("students", "resnet18", values.arch,
-                                  "as --teacher-arch (default: resnet18)", "ARCH")
-    student_weights: str = _students(
-        "students", BY_RECIPE, values.weights,
+    student_arch: str = _students("resnet18", values.arch, "ARCH",
+        "as --teacher-arch (default: resnet18)")
+    student_weights: str = _students(BY_RECIPE, values.weights, "imagenet|none|teacher|auto|FILE",
         "what students start from; teacher: the layers that it has under the same names; auto: "
         "those, where they are at least half of the student and its head (the supervised student "
-        "starts from imagenet where the teacher does)", "imagenet|none|teacher|auto|FILE")
-    epochs: int = _students("students", BY_RECIPE, values.count, "passes over the images", "N")
-    steps: int = _students("students", BY_RECIPE, values.count, "batches, instead of --epochs", "N")
-    batch_size: int = _students("students", BY_RECIPE, values.batch, "images per batch", "N")
-    lr: float = _students("students", BY_RECIPE, values.positive, "peak learning rate", "RATE")
-    schedule: str = _students(
-        "students", BY_RECIPE, ("constant", "onecycle", "cosine", "multistep"),
+        "starts from imagenet where the teacher does)")
+    epochs: int = _students(BY_RECIPE, values.count, "N", "passes over the images")
+    steps: int = _students(BY_RECIPE, values.count, "N", "batches, instead of --epochs")
+    batch_size: int = _students(BY_RECIPE, values.batch, "N", "images per batch")
+    lr: float = _students(BY_RECIPE, values.positive, "RATE", "peak learning rate")
+    schedule: str = _students(BY_RECIPE, ("constant", "onecycle", "cosine", "multistep"),
         "of the learning rate; multistep divides it by ten after 5, 6 and 7 eighths of the steps")
-    momentum: float = _students("students", BY_RECIPE, values.below_one, "Nesterov momentum", "M")
-    weight_decay: float = _students("students", BY_RECIPE, values.below_one, "of SGD", "W")
-    temperature: float = _students("students", BY_RECIPE, values.temperature, "of the KD loss", "T")
-    augment: str = _students(
-        "students", BY_RECIPE, values.augment,
-        f"what changes the images, of {', '.join(AUGMENTATIONS)}; teacher and student see the same",
-        "none|A,B,...")
-    ema: float = _students("students", BY_RECIPE, values.below_one,
-                           "end as the moving average of the weights with this decay", "D")
+    momentum: float = _students(BY_RECIPE, values.below_one, "M", "Nesterov momentum")
+    weight_decay: float = _students(BY_RECIPE, values.below_one, "W", "of SGD")
+    temperature: float = _students(BY_RECIPE, values.temperature, "T", "of the KD loss")
+    augment: str = _students(BY_RECIPE, values.augment, "none|A,B,...",
+        f"what changes the images, of {', '.join(AUGMENTATIONS)}; teacher and student see the same")
+    ema: float = _students(BY_RECIPE, values.below_one, "D",
+        "end as the moving average of the weights with this decay")
 
-    device: str = _running(None, "auto", ("auto", "cpu", "cuda", "mps"),
-                           "where to compute (default: auto)")
-    amp: bool | None = _running(
-        None, None, bool, "train in bfloat16; scores are always float32 (default: on CUDA devices "
-        "that have it)")
-    compile: bool | None = _running(
-        None, None, bool, "train with torch.compile, which takes a minute to start (default: on "
-        "CUDA, once five minutes or more are left)")
-    tensorboard: bool = _running(
-        None, False, bool, "write losses, accuracies and views into the run folder's tensorboard/")
-    wandb: bool = _running(
-        None, False, bool, "send the same to Weights & Biases, as its WANDB_ variables say")
-    restart: bool = _running(None, False, bool, "delete what the run folder holds and begin again")
-    restart_from: str | None = _running(
-        None, None, STAGES, "delete what STAGE and those after it have made, and make it again: "
-        f"{', '.join(STAGES)} (a stage run by hand takes only what it makes itself)", "STAGE")
+    device: str = _running("auto", ("auto", "cpu", "cuda", "mps"),
+        "where to compute (default: auto)")
+    amp: bool | None = _running(None, bool,
+        "train in bfloat16; scores are always float32 (default: on CUDA devices that have it)")
+    compile: bool | None = _running(None, bool,
+        "train with torch.compile, which takes a minute to start (default: on CUDA, once five "
+        "minutes or more are left)")
+    tensorboard: bool = _running(False, bool,
+        "write losses, accuracies and views into the run folder's tensorboard/")
+    wandb: bool = _running(False, bool,
+        "send the same to Weights & Biases, as its WANDB_ variables say")
+    restart: bool = _running(False, bool, "delete what the run folder holds and begin again")
+    restart_from: str | None = _running(None, STAGES, "STAGE",
+        "delete what STAGE and those after it have made, and make it again: "
+        f"{', '.join(STAGES)} (a stage run by hand takes only what it makes itself)")
 
     @property
     def seed(self):
