@@ -45,9 +45,10 @@ def source_agreement(classifier, run, device):
 
 
 def evaluate(classifier, target, confidence, path, device):
-    """{"accuracy": on the test split, "confidence_accuracy": on the confidence set}, None where
-    the target has no images for it, and what the classifier answers to the test split, (N,) int64
-    or None, which is written to `path` beside the labels. The test split is read here alone."""
+    """{"accuracy": on the test split, "confidence_accuracy": on the confidence set, "parameters":
+    how many it has}, None where the target has no images for it, and what the classifier answers to
+    the test split, (N,) int64 or None, which is written to `path` beside the labels. The test split
+    is read here alone."""
     predicted, accuracy = None, None
     if target.test:
         predicted = engine.answers(classifier, target.test.images, device=device)
@@ -58,4 +59,6 @@ def evaluate(classifier, target, confidence, path, device):
     if target.train:
         on_confidence = engine.accuracy(classifier, target.train.images, target.train.labels,
                                         confidence, device)
-    return {"accuracy": accuracy, "confidence_accuracy": on_confidence}, predicted
+    size = sum(each.numel() for each in classifier.network.parameters())
+    return {"accuracy": accuracy, "confidence_accuracy": on_confidence,
+            "parameters": size}, predicted

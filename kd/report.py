@@ -34,12 +34,13 @@ def collect(experiment):
             "accuracy": mean(known),
             "accuracy_std": statistics.stdev(known) if len(known) > 1 else None,
             **{name: mean(each.get(name) for each in trained) for name in
-               ("retention", "agreement", "source_agreement", "seconds", "images_per_second")}}
-            ] if students else []
+               ("retention", "agreement", "source_agreement", "seconds", "images_per_second")},
+            "parameters": students[0].get("parameters")}] if students else []
     arch = experiment.first.teacher.get("arch", settings.teacher_arch)
     return {"target": name_of(settings.target), "classes": experiment.first.classes,
             "recipe": settings.recipe, "seeds": [each.settings.seed for each in records],
-            "teacher": {"arch": name_of_arch(arch), "accuracy": experiment.teacher_accuracy},
+            "teacher": {"arch": name_of_arch(arch), "accuracy": experiment.teacher_accuracy,
+                        "parameters": experiment.first.teacher.get("parameters")},
             "rows": rows, "notes": [shown(note) for note in notes(experiment)]}
 
 
@@ -49,7 +50,9 @@ def notes(experiment):
     settings, held = record.settings, record.held_out
     unfinished = [name for name in approaches if any(name not in each.students for each in records)]
     absent = [name for name in EATS_SOURCES if name not in record.sources]
-    start = settings.supervised_weights
+    start, size = settings.supervised_weights, record.teacher.get("parameters")
+    sizes = {name_of_arch(each["arch"]): each["parameters"] for each in record.students.values()
+             if each.get("parameters")}
     made = next((each["made_from"] for each in record.summaries.values()), settings.of_stage(
         "transfer"))
     found = [sentence for true, sentence in (
@@ -67,6 +70,9 @@ def notes(experiment):
         ("eats" in approaches and absent, f"eats does without {listed(absent)}."),
         (experiment.trained("supervised"), "The supervised student learns from labels and starts "
          f"from {'random' if start == 'none' else name_of_arch(start)} weights.")) if true]
+    if size and sizes:
+        said = listed([f"{arch} has {count:,}" for arch, count in sizes.items()])
+        found.append(f"Parameters: {said}, the teacher {size:,}.")
     said = {}       # {sentence about @: approaches}: what is true of several is said once
     for each in records:
         seed = f" (seed {each.settings.seed})" * (len(records) > 1)

@@ -279,8 +279,14 @@ def test_the_run_folder_is_as_documented(finished_run):
     assert config.keys() >= {"target", "seed", "device", "commit", "machine", "command"}
     assert config["versions"]["torch"] == torch.__version__
     assert rows[0]["transfer_size"] == 96       # supervised: four fifths of 120
+    weights = torch.load(finished_run / "teacher.pt", weights_only=True)["state_dict"]
+    size = sum(each.numel() for name, each in weights.items() if each.dim() and
+               "running" not in name)
+    notes = read(finished_run, "results.json")["notes"]
+    assert f"has {size:,}, the teacher {size:,}." in str(notes)
     teacher = np.load(finished_run / "teacher.npz")
     for row in rows:
+        assert row["parameters"] == size        # of the same architecture
         answers = np.load(finished_run / f"students/{row['approach']}.npz")
         assert answers["labels"].tolist() == np.repeat(np.arange(3), 10).tolist()
         assert row["accuracy"] == (answers["predicted"] == answers["labels"]).mean()
