@@ -272,8 +272,8 @@ def report_pool(scoring):
         say(f"  The teacher is right on {right:.2%} of the confidence set, which is near chance: "
             "nothing below means much.")
     elif found <= FAR * min(classes, count) and settings.recipe != "far":
-        say("  That is what a pool of another domain looks like: try --recipe far with "
-            "--approaches even, or matched where it is photographs (docs/results.md).")
+        say("  That is what a pool of another domain looks like: try --recipe far with even, or, "
+            "where it is photographs, the approach matched (docs/results.md).")
 
 
 def report_transfer_set(approach, summary):
