@@ -17,8 +17,7 @@ from kd.files import UserError, first_line, holding, say
 
 # What a damaged or hostile archive makes its readers raise.
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
-          EOFError, ValueError, RuntimeError, LookupError, TypeError,
-          OverflowError)
+          EOFError, ValueError, RuntimeError, LookupError, TypeError, OverflowError)
 
 
 class _Budget:

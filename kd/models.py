@@ -187,7 +187,7 @@ def inherit(student, teacher, required=False):
     enough = share >= ENOUGH_SHARED and (head is None or f"{head}.weight" in shared)
     _refuse(name_of_arch(student.arch), required and not enough and
             f"can't start from its teacher's weights: {name_of_arch(teacher.arch)} has {share:.0%} "
-            "of them under the same names, and needs half of them and the head. Use "
+            "of them under the same names; half of them, and the head, are needed. Use "
             "--student-weights none")
     if enough:
         for name in shared:

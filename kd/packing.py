@@ -142,7 +142,8 @@ class Streamed(Source):
 
 
 def release_pages(images):
-    """Gives back the memory that reading a mapped array took; what is needed is read again."""
+    """Gives back the memory that reading a mapped array took; what is needed again is read again.
+    Does nothing to other arrays."""
     mapping = getattr(images, "_mmap", None)
     if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapping.madvise(mmap.MADV_DONTNEED)

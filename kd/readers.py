@@ -157,7 +157,8 @@ def is_hidden(name):
 
 
 def is_image(name, begin, passed):
-    """Whether a file counts; else `passed` counts it, by suffix. begin(): its first bytes."""
+    """Whether a file counts; else `passed` counts it, by suffix. begin(): its first bytes, read
+    where the suffix does not tell."""
     suffix = os.path.splitext(name)[1].lower()
     counts = suffix in SUFFIXES or suffix not in COMPANIONS and bool(BEGINNING.match(begin()))
     passed[suffix or "no suffix"] += not counts

@@ -71,8 +71,8 @@ def notes(experiment):
         (experiment.trained("supervised"), "The supervised student learns from labels and starts "
          f"from {'random' if start == 'none' else name_of_arch(start)} weights.")) if true]
     if size and sizes:
-        said = listed([f"{arch} has {count:,}" for arch, count in sizes.items()])
-        found.append(f"Parameters: {said}, the teacher {size:,}.")
+        counts = listed([f"{arch} has {count:,}" for arch, count in sizes.items()])
+        found.append(f"Parameters: {counts}, the teacher {size:,}.")
     said = {}       # {sentence about @: approaches}: what is true of several is said once
     for each in records:
         seed = f" (seed {each.settings.seed})" * (len(records) > 1)

@@ -134,7 +134,7 @@ def saved_scores(scoring, name, source, rows=None):
             raise UserError(f"{name}: the teacher gives finite logits for none of its images.")
         columns = {key: value for key, value in columns.items() if key in known} | found
         write_atomically(path, lambda file: np.savez(file, **columns))
-        asked = len(source) if rows is None else len(rows)      # by all processes
+        asked = len(source if rows is None else rows)       # by all processes
         product.write({"images": count, "bad": source.bad + asked - count,
                        "seconds": content["seconds"] + seconds, "criteria": known | wanted}, [path])
     return columns

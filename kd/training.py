@@ -258,6 +258,8 @@ class Checkpoint:
 
 
 class _Keeper:
+    """Called after each step and each epoch of a Training."""
+
     def __init__(self, state, watch, batch_size, device):
         self.state, self.watch, self.device = state, watch, device
         saved = watch.checkpoint.load(device)
