@@ -1,4 +1,4 @@
-"""Networks by name: torchvision's, two for CIFAR, timm's ("timm:NAME"), the user's own
+"""Networks by name: torchvision's, those for CIFAR, timm's ("timm:NAME"), the user's own
 ("FILE.py:FACTORY"), a repository's ("hub:OWNER/REPOSITORY:ENTRY"). ImageNet weights."""
 import functools
 import inspect
@@ -10,12 +10,13 @@ import torch
 import torchvision
 from torch import nn
 
+from kd import cifar
 from kd.download import RemoteFile, fetch
 from kd.files import UserError, first_line, say_once
 from kd.own import import_file, running_own
 from kd.settings import IMAGE_SIZE
 from kd.state_dicts import fit
-from kd.values import HUB, is_own, is_pretrained, name_of_arch
+from kd.values import CIFAR_NETWORKS, HUB, has_imagenet_weights, is_own, is_pretrained, name_of_arch
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
 INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
@@ -37,9 +38,11 @@ def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
     """(network, its (mean, std) where the weights bring them, else None). With torchvision's
     ImageNet weights it has their 1,000 classes, otherwise `count`. Raises UserError."""
     pretrained, stated = is_pretrained(weights), None
+    if pretrained and not has_imagenet_weights(arch):
+        raise UserError(f"There are no ImageNet weights for {arch}.")
+    if arch in CIFAR_NETWORKS:
+        return cifar.make(arch, count), None
     if is_own(arch):
-        if pretrained:
-            raise UserError(f"There are no ImageNet weights for {arch}.")
         made = _of_hub(arch, count) if arch.startswith(HUB) else _of_file(arch, count)
         if not isinstance(made, nn.Module):
             raise UserError(f"{arch} gives a {type(made).__name__}, not a torch.nn.Module.")
@@ -55,8 +58,9 @@ def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
         return network, stated if pretrained else None
     base = CIFAR_STEMS.get(arch, arch)
     if base not in torchvision.models.list_models(torchvision.models):
-        raise UserError(f"{arch} is not a classifier of torchvision. There are also "
-                        f"{', '.join(CIFAR_STEMS)}, timm:NAME, and FILE.py:FACTORY for your own.")
+        raise UserError(f"There is no network {arch}. There are torchvision's classifiers, "
+                        f"{', '.join((*CIFAR_STEMS, *CIFAR_NETWORKS))}, timm:NAME, "
+                        "hub:OWNER/REPOSITORY:ENTRY, and FILE.py:FACTORY for your own.")
     # Torch's own start. Their special one, with deviations of 0.1, did not learn at any rate.
     options = {"init_weights": False} if base in ("inception_v3", "googlenet") else {}
     network = torchvision.models.get_model(

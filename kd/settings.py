@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from kd import values
 from kd.files import UserError, listed
 from kd.recipes import RECIPES, SGD, Recipe
-from kd.values import AUGMENTATIONS, is_own, name_of, name_of_approach, name_of_arch, plain
+from kd.values import (
+    AUGMENTATIONS,
+    has_imagenet_weights,
+    name_of,
+    name_of_approach,
+    name_of_arch,
+    plain,
+)
 
 IMAGE_SIZE = 32
 MAX_BAD = 0.01              # share of unreadable images in a folder above which something is wrong
@@ -108,14 +115,15 @@ class Settings:
         "sources as they are read (default: auto)")
 
     teacher_arch: str = _teacher("", values.arch, "ARCH",
-        "any torchvision classifier, resnet18_cifar, resnet34_cifar, timm:NAME, or "
-        "hub:OWNER/REPOSITORY:ENTRY of torch.hub, or FILE.py:FACTORY, a function that makes it "
-        "(default: resnet34; inception_v3 for cifar100)")
+        "any torchvision classifier, a network for CIFAR (resnet34_cifar, resnet56, wrn_40_2, ...; "
+        "docs/own.md has all), timm:NAME, timm:hf-hub:OWNER/NAME, hub:OWNER/REPOSITORY:ENTRY of "
+        "torch.hub, or FILE.py:FACTORY, a function that makes it (default: resnet34; inception_v3 "
+        "for cifar100)")
     teacher_checkpoint: str | None = _teacher(None, values.path, "FILE",
         "a teacher to use instead of training one: a teacher.pt, or weights for --teacher-arch")
     teacher_weights: str = _teacher("", values.weights, "imagenet|none|FILE",
-        "what its training starts from (default: imagenet; none for digits, FILE.py:FACTORY and "
-        "hub:)")
+        "what its training starts from (default: imagenet; none for digits and networks that have "
+        "no ImageNet weights)")
     teacher_size: int | None = _teacher(None, values.edge, "N",
         "edge in pixels to which the teacher resizes its input (default: --image-size, or what the "
         "architecture needs: 299 for inception_v3)")
@@ -206,8 +214,8 @@ class Settings:
         """What the supervised student starts from: it has no teacher whose layers it could take."""
         if self.student_weights not in ("none", "teacher", "auto"):
             return self.student_weights
-        from_imagenet = self.teacher_weights == "imagenet" and not is_own(self.student_arch)
-        return "imagenet" if from_imagenet else "none"
+        return "imagenet" if self.teacher_weights == "imagenet" and (
+            has_imagenet_weights(self.student_arch)) else "none"
 
     @property
     def teacher_recipe(self):
@@ -257,7 +265,7 @@ def resolve(given):
         "teacher_arch": default_teacher(target), "calibrate": "sources" if data_free else "target",
         "sources": sources or default_sources(target), "student_arch": "resnet18",
         "transfer_size": DATA_FREE_SIZE if data_free else None} | given
-    untrained = built_in or is_own(chosen["teacher_arch"])
+    untrained = built_in or not has_imagenet_weights(chosen["teacher_arch"])
     chosen = {
         "teacher_weights": "none" if untrained else "imagenet",
         "approaches": tuple(each for each in APPROACHES if (

@@ -7,6 +7,9 @@ from pathlib import Path
 
 HUB, HF = "hub:", "hf:"
 LARGEST = 4_096             # pixels of an edge
+CIFAR_NETWORKS = (          # kd/cifar.py makes them
+    "resnet20", "resnet32", "resnet56", "resnet110", "resnet8x4", "resnet32x4", "wrn_16_2",
+    "wrn_40_1", "wrn_40_2", "vgg8_bn", "vgg13_bn_cifar")
 # Steps of a recipe of views (kd/augment.py) and their usual strengths.
 AUGMENTATIONS = {"crop": 1 / 8, "flip": 0.5, "rrc": 0.25, "rotate": 15.0, "colour": 0.5,
                  "grey": 0.2, "tint": 0.3, "invert": 0.5, "mixup": 1.0, "cutmix": 1.0}
@@ -26,6 +29,10 @@ def name_of_approach(approach):
 def is_own(arch):
     """Whether an architecture is code: FILE.py:FACTORY, or hub:OWNER/REPOSITORY:ENTRY."""
     return ".py:" in arch or arch.startswith(HUB)
+
+
+def has_imagenet_weights(arch):
+    return not is_own(arch) and arch not in CIFAR_NETWORKS
 
 
 def name_of_arch(arch):

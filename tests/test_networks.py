@@ -12,6 +12,7 @@ from kd import architectures, checkpoints, models, own
 from kd.classifier import IMAGENET
 from kd.download import RemoteFile
 from kd.files import file_digest
+from kd.settings import resolve
 from kd.small_conv import SmallInputConv2d
 
 CLASSES = ["cat", "dog", "frog"]
@@ -113,7 +114,8 @@ def test_a_network_of_ones_own_answers_as_it_does_in_pytorch(nets, factory):
 
 
 @pytest.mark.parametrize("arch, head", [
-    ("resnet18", "fc"), ("resnet18_cifar", "fc"), ("densenet121", "classifier"),
+    ("resnet18", "fc"), ("resnet18_cifar", "fc"), ("densenet121", "classifier"), ("resnet20", "fc"),
+    ("wrn_16_2", "fc"), ("vgg8_bn", "classifier"),
     ("mobilenet_v3_small", "classifier.3"), ("squeezenet1_1", "classifier.1"), ("googlenet", "fc"),
     ("regnet_x_400mf", "fc"), ("mnasnet0_5", "classifier.1"), ("timm:resnet10t", "fc"),
     ("timm:mobilenetv4_conv_small", "classifier"), ("timm:convnext_atto", "head.fc")])
@@ -137,6 +139,23 @@ def test_the_head_of_every_family_is_found_replaced_trained_saved_and_loaded(arc
         checkpoints.save(tmp_path / "network.pt", classifier)
         loaded = checkpoints.load(tmp_path / "network.pt")
         assert torch.equal(loaded(random_images(4)), expected) and loaded.classes == list("abcde")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("arch, parameters, names", [
+    ("resnet20", 278_324, ("conv1", "bn1", "layer3.2.conv2", "layer3.0.downsample.1", "fc")),
+    ("resnet110", 1_736_564, ()), ("resnet8x4", 1_233_540, ()), ("resnet32x4", 7_433_860, ()),
+    ("wrn_16_2", 703_284, ("block3.layer.1.conv2", "block2.layer.0.convShortcut", "bn1", "fc")),
+    ("wrn_40_1", 569_780, ()), ("wrn_40_2", 2_255_156, ()),
+    ("vgg8_bn", 3_965_028, ("block4.0", "block4.1", "classifier")),
+    ("vgg13_bn_cifar", 9_462_180, ("block0.3", "block0.4", "classifier"))])
+def test_networks_of_distillation_papers_have_their_sizes_and_names(arch, parameters, names):
+    """Of 100 classes, as Tian et al. (ICLR 2020) count and name them."""
+    network = models.build(arch, list(map(str, range(100)))).network
+    assert sum(each.numel() for each in network.parameters()) == parameters
+    assert {f"{name}.weight" for name in names} <= set(network.state_dict())
+    settings = resolve({"teacher_arch": arch, "student_arch": arch})
+    assert (settings.teacher_weights, settings.supervised_weights) == ("none", "none")
 
 
 @pytest.mark.parametrize("factory, found", [
@@ -181,7 +200,7 @@ def test_a_student_of_the_same_family_inherits_what_its_teacher_has():
 @pytest.mark.parametrize("arch, size, said", [
     ("alexnet", 32, "alexnet can't answer for images of 32x32 pixels.*Use another network or size"),
     ("timm:vit_tiny_patch16_224", 32, "can't answer for images of 32x32 pixels.*doesn't match"),
-    ("resnet19", 32, "resnet19 is not a classifier of torchvision"),
+    ("resnet19", 32, "There is no network resnet19"),
     ("timm:resnet19", 32, r"timm:resnet19 can't be made \(Unknown model"),
     ("nowhere.py:make", 32, "nowhere.py: no such file"),
     ("{nets}:nobody", 32, "no function nobody"),
