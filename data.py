@@ -1,4 +1,4 @@
-"""Data sets: where they are, and their one form inside this project.
+"""Fetch, extract and pack data sets, into their one form inside this project.
 
 In:  official archives, official layouts, folders of images, tar shards (see `--list`).
 Out: Packed or Streamed (kd/packing.py), which answer with batches of uint8 pixels.
@@ -22,7 +22,7 @@ from kd.archives import extract
 from kd.command import command
 from kd.download import fetch_all, remaining
 from kd.files import UserError, digest, listed, one_field, require_none, say, say_once
-from kd.flags import Parser, add_flags
+from kd.flags import add_flags, bare_parser
 from kd.huggingface import open_rows
 from kd.layouts import registry
 from kd.packing import Packed, Streamed, pack
@@ -132,7 +132,8 @@ def _require_apart(settings, spec, folders):
         for path in folders:
             if path in theirs or path in above or not theirs.isdisjoint(path.parents):
                 raise UserError(f"{name_of(spec)} and {what} are the same folder, or one lies in "
-                                f"the other ({path}): images would be used twice. Give another.")
+                                f"the other ({path}): images would be used twice. Give another "
+                                "folder.")
 
 
 def _has_images(target):
@@ -278,8 +279,8 @@ def _read_layout(record, root, split, named=None):
         return images
     except Exception as error:      # whatever a broken layout makes its reader raise
         raise UserError(f"{named or root} is incomplete or damaged ({one_field(str(error))}). "
-                        "Delete it, and it is made again, or give a folder of images as "
-                        f"{record.name}=PATH.") from None
+                        "Delete it and run again to have it made anew, or give a folder of images "
+                        f"as {record.name}=PATH.") from None
 
 
 def _pack_folder(settings, spec, split):
@@ -305,7 +306,7 @@ def _list(data_dir):
 
 
 def main(argv):
-    parser = Parser(description="Fetch, extract and pack data sets.")
+    parser = bare_parser("data", __doc__)
     parser.add_argument("names", nargs="*", default=[], type=data_set_spec,
                         metavar="NAME|NAME=PATH", help=f"of {', '.join(DATA_SETS)}, a folder of "
                         "images, tar shards, or rows of Hugging Face")

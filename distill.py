@@ -174,8 +174,8 @@ def objective_of(run, images, teacher_path, target, device):
 
 def report_student(figures):
     if not figures["history"]:
-        say(f"student: {figures['approach']}, none: a transfer set of {figures['transfer_size']} "
-            "images is too small to learn from")
+        say(f"student: {figures['approach']}, not trained: a transfer set of "
+            f"{figures['transfer_size']} images is too small to learn from")
         return
     accuracy, retention = figures["accuracy"], figures["retention"]
     reached = "no test split to measure its accuracy on" if accuracy is None else (

@@ -8,14 +8,16 @@ Out: figures/*.png and report.html in the run folder; of several, table.md and t
 """
 from kd.command import command
 from kd.files import say
-from kd.flags import Parser
+from kd.flags import bare_parser
 
 
 def main(argv):
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = bare_parser("report", __doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", default=[], help="run folders")
-    for flag, default in (("--run-dir", "runs/cifar10"), ("--out", "runs/comparison")):
-        parser.add_argument(flag, default=default, metavar="DIR", help=f"(default: {default})")
+    for flag, default, what in (("--run-dir", "runs/cifar10", "the run folder, if none is named"),
+                                ("--out", "runs/comparison", "where the table of several goes")):
+        parser.add_argument(flag, default=default, metavar="DIR",
+                            help=f"{what} (default: {default})")
     args = parser.parse_args(argv)
     from kd import record, report
 

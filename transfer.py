@@ -270,10 +270,10 @@ def report_pool(scoring):
     right = scoring.figures["confidence_accuracy"]
     if right is not None and right < min(AT_CHANCE / classes, 1 / classes + 0.1):
         say(f"  The teacher is right on {right:.2%} of the confidence set, which is near chance: "
-            "nothing below means much.")
+            "the results below mean little.")
     elif found <= FAR * min(classes, count) and settings.recipe != "far":
-        say("  That is what a pool of another domain looks like: try --recipe far with even, or, "
-            "where it is photographs, the approach matched (docs/results.md).")
+        say("  This pool looks like another domain: try --recipe far --approaches even, or for "
+            "photographs --approaches matched (docs/results.md).")
 
 
 def report_transfer_set(approach, summary):

@@ -121,14 +121,14 @@ def _of_hub(arch, count):
     except TypeError:       # it takes no number of classes
         return load()
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{arch} can't be had ({first_line(error)}).") from None
+        raise UserError(f"{arch} could not be loaded ({first_line(error)}).") from None
 
 
 def _imagenet(arch, weights):
     """(preprocessing, remote file, path in torch's cache) of torchvision's weights."""
     kinds = torchvision.models.get_model_weights(CIFAR_STEMS.get(arch, arch)).__members__
     if weights not in ("imagenet", *kinds):
-        raise UserError(f"{arch} has no weights {weights}, but {', '.join(kinds)}.")
+        raise UserError(f"{arch} has no weights {weights}. It has {', '.join(kinds)}.")
     kind = kinds["DEFAULT" if weights == "imagenet" else weights]
     name = kind.url.rpartition("/")[2]
     file = RemoteFile((kind.url,), sha256=name.partition(".")[0].rpartition("-")[2])

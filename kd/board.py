@@ -3,11 +3,12 @@
 A board is written through a writer with add_scalar(name, value, step), add_image(name, pixels (3,
 H, W), step) and close(), made in WRITERS.
 """
+import secrets
 from pathlib import Path
 
 from torchvision.utils import make_grid
 
-from kd.files import digest, is_first
+from kd.files import UserError, first_line, is_first, write_atomically
 
 
 def _tensorboard(folder, step):
@@ -16,15 +17,22 @@ def _tensorboard(folder, step):
 
 
 class _WandbWriter:
-    """A run of wandb (WANDB_PROJECT, WANDB_MODE), which a resumed training continues."""
+    """A run of wandb (WANDB_PROJECT, WANDB_MODE). A resumed training continues it: its id is kept
+    in the folder. Raises UserError where there is none to be had, for want of a login."""
 
     def __init__(self, folder, step):
         import wandb
-        folder = Path(folder).absolute()
+        folder, self.image = Path(folder).absolute(), wandb.Image
         folder.mkdir(parents=True, exist_ok=True)
-        self.image = wandb.Image
-        self.run = wandb.init(dir=folder, name=f"{folder.parents[1].name} {folder.name}",
-                              id=digest(str(folder).encode()), resume="allow")
+        known = folder / "id"
+        if not known.exists():
+            write_atomically(known, lambda file: file.write(secrets.token_hex(8).encode()))
+        try:
+            self.run = wandb.init(dir=folder, name=f"{folder.parents[1].name} {folder.name}",
+                                  id=known.read_text(), resume="allow")
+        except wandb.errors.Error as error:
+            raise UserError(f"wandb: {first_line(error)} WANDB_MODE=offline needs no "
+                            "account.") from None
 
     def add_scalar(self, name, value, step):
         self.run.log({name: value}, step=step)

@@ -80,7 +80,7 @@ def command(main):
         denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         _fail(f"{error.filename2 or error.filename or 'the disk'}: {first_line(error)}. " + (
             "Choose a folder that can be written, with --data-dir or --run-dir." if denied else
-            f"What is there is whole. {_how_to_resume()}"))
+            f"The files written so far are complete. {_how_to_resume()}"))
     except RuntimeError as error:
         if not several or "by peer" not in str(error):
             raise

@@ -128,8 +128,8 @@ def enough_memory(label, device, remedy):
                 "out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
                 "CUBLAS_STATUS_NOT_INITIALIZED")):
             raise
-        where = "the memory" if device.type == "cpu" else "the memory of the device"
-        raise UserError(f"{label}: {where} does not suffice. {remedy}") from None
+        where = "out of memory" if device.type == "cpu" else "out of device memory"
+        raise UserError(f"{label}: {where}. {remedy}") from None
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------

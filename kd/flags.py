@@ -17,16 +17,17 @@ USES = {"TeacherTrain": ("teacher",), "distill": STAGES,
 MAKES = {"TeacherTrain": ("teacher",), "mms_threshold": ("scores",), "entropy": ("scores",),
          "transfer": ("scores", "transfer"), "distill": ("students",)}
 MAKER = {stage: f"{script}.py" for script, stages in MAKES.items() for stage in stages}
-APPROACH = dict(type=values.approach, metavar="A", default="mms",
-                help=f"one of {', '.join(APPROACHES[1:] + MORE_APPROACHES)}, for distill.py "
-                     "supervised as well, or a Python file with a criterion of your own (default: "
-                     "mms)")
+def _approach(names):
+    return "everyday", dict(type=values.approach, metavar="A", default="mms", help=(
+        f"one of {', '.join(names)}, or a Python file with a criterion of your own (default: mms)"))
+
+
 # Flags that are not settings, {script: {flag: (its group, keywords of argparse)}}.
 MORE = {
     "compile": {"config": ("running", dict(metavar="FILE", help="a config.json whose flags hold "
                 "where the command line says nothing else, to repeat a run"))},
-    "transfer": {"approach": ("everyday", APPROACH)},
-    "distill": {"approach": ("everyday", APPROACH), "export": ("everyday", dict(
+    "transfer": {"approach": _approach(APPROACHES[1:] + MORE_APPROACHES)},
+    "distill": {"approach": _approach(APPROACHES + MORE_APPROACHES), "export": ("everyday", dict(
         choices=("onnx", "state_dict", "safetensors"),
         help="also write the student in another form, beside its checkpoint"))},
 }
@@ -52,9 +53,12 @@ def add_flags(parser, names, more=(), shown=GROUPS):
     """Adds the flags of these settings, and those of `more` (as in MORE), to a parser, in their
     groups. shown: the groups that --help has."""
     for group in GROUPS:
-        of_group = {name: FIELDS[name].metadata["flag"] for name in FLAGS if name in names
-                    and FIELDS[name].metadata["group"] == group}
-        of_group |= {name: more[name][1] for name in more if more[name][0] == group}
+        of_group = {name: more[name][1] for name in more if more[name][0] == group}
+        of_group |= {name: FIELDS[name].metadata["flag"] for name in FLAGS if name in names
+                     and FIELDS[name].metadata["group"] == group}
+        if "seeds" in of_group and "approaches" not in names:
+            of_group["seeds"] = of_group["seeds"] | dict(
+                metavar="N", help="random seed (default: 0)")
         inside = parser.add_argument_group(group) if of_group else None
         for name, flag in of_group.items():
             words = [flag_of(name), *(["--seed"] if name == "seeds" else [])]
@@ -77,13 +81,18 @@ def flags_of(script):
                  FIELDS[name].metadata["stage"] in (None, *USES[script]))
 
 
-def parser_of(script, description):
-    """The parser of a script's command line; description: its docstring."""
+def bare_parser(script, description):
+    """A parser without flags; description: the script's docstring, with its examples."""
     summary, _, rest = description.strip().partition("\n")
     commands = [line for line in rest.splitlines() if line.startswith("    python")]
-    parser = Parser(prog=f"{script}.py", description=summary,
-                    epilog="\n".join(["examples:", *commands]),
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(prog=f"{script}.py", description=summary,
+                  epilog="\n".join(["examples:", *commands]),
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def parser_of(script, description):
+    """The parser of a script's command line; description: its docstring."""
+    parser = bare_parser(script, description)
     parser.add_argument("--help-all", action="help", help="show every flag and exit")
     add_flags(parser, flags_of(script), MORE.get(script, {}),
               GROUPS if "--help-all" in sys.argv else GROUPS[:1])

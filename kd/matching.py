@@ -39,7 +39,7 @@ def norms_of(classifier):
              and module.track_running_stats]
     if not found:
         raise UserError("matched and weighted need a teacher with batch norms, which remember "
-                        "their data. Take other approaches.")
+                        "their data. Choose other approaches.")
     return found
 
 
@@ -217,6 +217,6 @@ def matched_weights(scoring, size):
         say("  --transfer-size is not below the pool's size, so that all weights are 1: matched "
             "takes every image, and weighted is all.")
     elif after > LITTLE * before:
-        say("  No such weights bring them much nearer: expect little more of matched than of "
-            "random images.")
+        say("  No weights bring them much nearer: expect matched to gain little over random "
+            "images.")
     return weights.astype(np.float32)

@@ -115,7 +115,7 @@ def _watched(classifier, images):
             error.add_note(f"{classifier.arch} was given {classifier.takes()}. Does it take images "
                            "of another size (--image-size, or --teacher-size)?")
             raise
-        raise UserError(f"{classifier.arch} can't answer for {classifier.takes()} "
+        raise UserError(f"{classifier.arch} can't process {classifier.takes()} "
                         f"({first_line(error)}). Use another network or size.") from None
     finally:
         classifier.train(training)
@@ -246,7 +246,7 @@ def require_logits(classifier, image_size=IMAGE_SIZE):
     elif not logits.isfinite().all():
         wrong = "gives logits that are NaN or infinite for images of noise"
     elif logits.min() >= 0 and _same(logits.sum(1), torch.ones_like(logits[:, 0])):
-        wrong = "gives probabilities, which add up to 1, not logits. Leave its softmax out"
+        wrong = "gives probabilities, which add up to 1, not logits. Remove its softmax"
     else:
         wrong = any(_same(output.sigmoid(), logits) for output in seen.values()) and (
             "gives the probabilities of a sigmoid, not logits. Leave its sigmoid out")
@@ -294,7 +294,7 @@ def question_teacher(classifier, images):
     sure = once.isfinite().all(1)
     _refuse(arch, not sure.any() and "gives NaN or infinity for every image")
     _refuse(arch, not _same(again[sure], once[sure], 1e-3) and
-            "gives other answers when asked twice for the same images: something in it is drawn at "
+            "gives different answers when asked twice for the same images: something in it is "
             "random in eval mode as well, such as dropout")
     _refuse(arch, not _same(beside[sure[:half]], once[:half][sure[:half]], 1e-2) and
             "gives an image another answer beside other images: its batch norm has no running "

@@ -220,7 +220,7 @@ def say_passed(label, passed):
     """passed: a Counter of what is passed over, by suffix."""
     kinds = [f"{count:,} {kind}" for kind, count in passed.most_common() if count]
     if label and kinds:
-        say(f"{label}: passing over what is not an image ({listed(kinds, 5)}).")
+        say(f"{label}: skipping what is not an image ({listed(kinds, 5)}).")
 
 
 def list_images(root, label="", wanted=lambda path: True, visited=None):
@@ -244,7 +244,7 @@ def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
     empty = [entry.name for entry in os.scandir(root) if entry.is_dir()
              and not is_hidden(entry.name) and class_of(entry.name) not in classes]
     if label and empty:
-        say(f"{label}: {listed(sorted(empty))} holds no image and is not taken for a class.")
+        say(f"{label}: {listed(sorted(empty))} holds no image and is not a class.")
     return read_files(root, files, labels, classes.tolist())
 
 

@@ -61,13 +61,15 @@ def notes(experiment):
         (settings.data_free, "Data-free: no training image of the target was used."),
         (held and experiment.teacher_accuracy is None,
          f"Agreement: on {held.get('images', 0):,} images of the sources that no student learned "
-         f"from; always the same class would have {held.get('largest_class', 0):.2%}."),
+         "from; always answering the most frequent class would reach "
+         f"{held.get('largest_class', 0):.2%}."),
         (settings.mms_plain and not record.teacher.get("linear_head", True),
          "MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits."),
         (record.thresholds,
          f"Selected with --threshold {made['threshold']} --calibrate {made['calibrate']} --floor "
          f"{made['floor']:g} --fill {made['fill']}{' --no-balance' * made['no_balance']}."),
-        ("eats" in approaches and absent, f"eats does without {listed(absent)}."),
+        ("eats" in approaches and absent,
+         f"eats was made without {listed(absent)}: not among the sources."),
         (experiment.trained("supervised"), "The supervised student learns from labels and starts "
          f"from {'random' if start == 'none' else name_of_arch(start)} weights.")) if true]
     if size and sizes:

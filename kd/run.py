@@ -21,13 +21,13 @@ from kd.values import is_own, name_of
 # What each stage makes, as patterns below the run folder; nothing else there is ever deleted.
 MADE_BY = {
     "teacher": ("split.npz", "split.json", "teacher.pt", "teacher.npz", "teacher.json",
-                "teacher.part", "tensorboard/teacher"),
+                "teacher.part", "tensorboard/teacher", "wandb/teacher"),
     "scores": ("scores/*.np[yz]", "scores/*.json", "thresholds.json"),
     "transfer": tuple(f"transfer/*/{name}" for name in (
         "images.npy", "weights.npy", "manifest.csv", "summary.json")),
     "students": (*(f"students/*.{form}" for form in (
         "pt", "npz", "json", "part", "onnx", "pth", "safetensors")), "tensorboard/student-*",
-        "results.json", "results.md", "figures/*.png", "report.html"),
+        "wandb/student-*", "results.json", "results.md", "figures/*.png", "report.html"),
 }
 BOARDS = ("tensorboard", "wandb")       # settings, packages and folders of these names
 CHECKED = ("teacher.json", "transfer/*/summary.json", "students/*.json")

@@ -129,7 +129,8 @@ def saved_scores(scoring, name, source, rows=None):
         seconds, count = time.monotonic() - began, len(found["predicted"])
         say(f"scores: {name}, {count:,} images in {seconds:,.1f} s, {count / seconds:,.0f} img/s")
         if unanswered:
-            say(f"  {unanswered:,} images are left out: the teacher's logits are not finite.")
+            say(f"  {unanswered:,} images are left out: the teacher's logits for them are NaN or "
+                "infinite.")
         if not count:
             raise UserError(f"{name}: the teacher gives finite logits for none of its images.")
         columns = {key: value for key, value in columns.items() if key in known} | found

@@ -87,17 +87,17 @@ class Settings:
         f"{', '.join(PUBLISHED_ORDER)} without the target, cifar10 first for cifar100; for digits "
         f"{', '.join(BUILT_IN_SOURCES)})")
     approaches: tuple = _everyday(None, (), values.list_of(values.approach, "approach"), "A,B,...",
-        f"rows of the table, which README explains. By default {listed(APPROACHES)}, without eats "
-        f"where neither {' nor '.join(EATS_SOURCES)} is a source, without supervised in a "
-        "data-free run, and with matched for digits. Further ones are "
-        f"{listed(MORE_APPROACHES)}, and FILE.py, a criterion of your own (KEEP, score and "
+        "what to compare, a row of the table each; README explains them. By default "
+        f"{listed(APPROACHES)}, without eats where neither {' nor '.join(EATS_SOURCES)} is a "
+        "source, without supervised in a data-free run, and with matched for digits. Further ones "
+        f"are {listed(MORE_APPROACHES)}, and FILE.py, a criterion of your own (KEEP, score and "
         "threshold as in criteria/energy.py)")
     recipe: str = _everyday(None, "reference", tuple(RECIPES),
         "how networks are trained and images selected: reference is the published protocol, best "
         "the strongest known for sources that resemble the target, far for others, quick takes "
         "minutes (default: reference; quick for digits)")
     seeds: tuple = _everyday(None, (0,), values.list_of(values.seed, "seed"), "N[,N,...]",
-        "all randomness comes from it; compile.py repeats the whole run for each of several, and "
+        "random seed; of several, the whole run is repeated for each, and "
         "the table has mean and deviation (default: 0)")
     run_dir: str = _everyday(None, "", values.path, "DIR",
         "the run folder (default: runs/<target>)")
@@ -105,7 +105,7 @@ class Settings:
     data_dir: str = _data(None, "data", values.path, "DIR",
         "where data sets are looked for, fetched to and packed (default: data)")
     image_size: int = _data("teacher", IMAGE_SIZE, values.edge, "N",
-        "edge in pixels to which all images are brought (default: 32)")
+        "edge in pixels to which all images are resized (default: 32)")
     limit: int | None = _data("teacher", None, values.count, "N",
         "use at most N images of every data set and split, evenly spaced, for a trial run")
     max_bad: float = _data(None, MAX_BAD, values.share, "SHARE",
@@ -122,40 +122,41 @@ class Settings:
     teacher_checkpoint: str | None = _teacher(None, values.path, "FILE",
         "a teacher to use instead of training one: a teacher.pt, or weights for --teacher-arch")
     teacher_weights: str = _teacher("", values.weights, "imagenet|none|FILE",
-        "what its training starts from (default: imagenet; none for digits and networks that have "
-        "no ImageNet weights)")
+        "what the teacher's training starts from (default: imagenet; none for digits and networks "
+        "that have no ImageNet weights)")
     teacher_size: int | None = _teacher(None, values.edge, "N",
         "edge in pixels to which the teacher resizes its input (default: --image-size, or what the "
         "architecture needs: 299 for inception_v3)")
     teacher_mean: tuple | None = _teacher(None, values.mean, "R,G,B",
-        "what it subtracts from pixels in [0, 1] (default: what its weights state, else "
+        "mean of the teacher's pixels, in [0, 1] (default: what its weights state, else "
         "0.5,0.5,0.5)")
     teacher_std: tuple | None = _teacher(None, values.std, "R,G,B",
-        "what it divides them by (default: what its weights state, else 0.5,0.5,0.5)")
-    teacher_epochs: int = _teacher(BY_RECIPE, values.count, "N", "its epochs")
+        "their standard deviation (default: what its weights state, else 0.5,0.5,0.5)")
+    teacher_epochs: int = _teacher(BY_RECIPE, values.count, "N",
+        "epochs of the teacher's training")
     teacher_lr: float = _teacher(BY_RECIPE, values.positive, "RATE",
-        "its peak learning rate, a tenth from trained weights")
+        "its peak learning rate; a tenth of it from trained weights")
     teacher_batch_size: int = _teacher(BY_RECIPE, values.batch, "N", "its batch size")
     teacher_augment: str = _teacher(BY_RECIPE, None)
     classes: tuple | int | None = _teacher(None, values.classes, "N|FILE",
         "a file with the names of the teacher's classes, one per line, in the order of its logits, "
         "or their number (default: the checkpoint's, or the target's folders by name)")
     data_free: bool = _teacher(False, bool,
-        "touch no training image of the target: thresholds come from the sources; accuracy is "
-        "measured where the target has a test split; the teacher is --teacher-checkpoint")
+        "use no training image of the target, and the teacher of --teacher-checkpoint; thresholds "
+        "come from the sources; accuracy is measured where the target has a test split")
 
     threshold: float | str = _selection(BY_RECIPE, values.threshold, "published|R",
-        "published: the criterion's own rule; or a share R: the score that the surest R of a "
-        "class's confidence set reach (default: the recipe's; 0.25 with --calibrate sources)")
+        "published: the criterion's own rule. R, a share: the score that the surest R of a class's "
+        "confidence images reach (default: the recipe's; 0.25 with --calibrate sources)")
     floor: float = _selection(BY_RECIPE, values.share, "SHARE",
-        "where fewer than this share of a bucket pass, the best ones below the threshold come in "
+        "if fewer than this share of a class's bucket pass, take the best below the threshold too "
         "(default: the recipe's; 0 with --calibrate sources)")
     calibrate: str = _selection("target", ("target", "sources"),
-        "thresholds from the confidence set, or from the candidates (default: target; sources with "
-        "--data-free)")
+        "compute thresholds on the target's confidence set, or on the sources (default: target; "
+        "sources with --data-free)")
     fill: str = _selection(BY_RECIPE, ("first", "random", "best"),
-        "fill a class in the order of the sources, as the publication does, with what chance "
-        "takes, or with its best scores")
+        "how a class is filled: in the order of the sources, as published; at random; or with the "
+        "best scores")
     no_balance: bool = _selection(False, bool,
         "fill the whole transfer set as one bucket, whatever the classes")
     transfer_size: int | None = _selection(None, values.count, "N",
@@ -167,22 +168,23 @@ class Settings:
     student_arch: str = _students("resnet18", values.arch, "ARCH",
         "as --teacher-arch (default: resnet18)")
     student_weights: str = _students(BY_RECIPE, values.weights, "imagenet|none|teacher|auto|FILE",
-        "what students start from; teacher: the layers that it has under the same names; auto: "
-        "those, where they are at least half of the student and its head (the supervised student "
-        "starts from imagenet where the teacher does)")
+        "what students start from; teacher: those of its layers that have the same names and "
+        "shapes; auto: these, if they are at least half of the student and include its head (the "
+        "supervised student starts from imagenet where the teacher does)")
     epochs: int = _students(BY_RECIPE, values.count, "N", "passes over the images")
     steps: int = _students(BY_RECIPE, values.count, "N", "batches, instead of --epochs")
     batch_size: int = _students(BY_RECIPE, values.batch, "N", "images per batch")
     lr: float = _students(BY_RECIPE, values.positive, "RATE", "peak learning rate")
     schedule: str = _students(BY_RECIPE, ("constant", "onecycle", "cosine", "multistep"),
-        "of the learning rate; multistep divides it by ten after 5, 6 and 7 eighths of the steps")
+        "learning-rate schedule; multistep divides it by ten after 5, 6 and 7 eighths of the steps")
     momentum: float = _students(BY_RECIPE, values.below_one, "M", "Nesterov momentum")
-    weight_decay: float = _students(BY_RECIPE, values.below_one, "W", "of SGD")
-    temperature: float = _students(BY_RECIPE, values.temperature, "T", "of the KD loss")
+    weight_decay: float = _students(BY_RECIPE, values.below_one, "W", "weight decay of SGD")
+    temperature: float = _students(BY_RECIPE, values.temperature, "T",
+        "temperature of the KD loss")
     augment: str = _students(BY_RECIPE, values.augment, "none|A,B,...",
-        f"what changes the images, of {', '.join(AUGMENTATIONS)}; teacher and student see the same")
+        f"augmentations, of {', '.join(AUGMENTATIONS)}; teacher and student see the same views")
     ema: float = _students(BY_RECIPE, values.below_one, "D",
-        "end as the moving average of the weights with this decay")
+        "end as an exponential moving average of the weights, with this decay")
 
     device: str = _running("auto", ("auto", "cpu", "cuda", "mps"),
         "where to compute (default: auto)")
@@ -308,7 +310,7 @@ def _require_consistent(settings):
                   "FILE.py for a criterion of your own."),
         (len(set(names)) < len(names), "--approaches names an approach twice."),
         (settings.data_free and not settings.teacher_checkpoint,
-         "--data-free trains no teacher: give yours as --teacher-checkpoint FILE."),
+         "--data-free needs a teacher: give yours as --teacher-checkpoint FILE."),
         (settings.data_free and "supervised" in names,
          "supervised learns from the target's labelled images, which --data-free does not touch: "
          "leave it out of --approaches."),

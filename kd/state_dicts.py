@@ -169,6 +169,6 @@ def _misfits(network, state):
             network.aux_logits = False
         lacks, beyond = ([name for name in names if "aux" not in name.lower()]
                          for names in (lacks, beyond))
-    wrong = {"it lacks": [name for name in lacks if not name.endswith("num_batches_tracked")],
-             "it has besides": beyond}
+    wrong = {"missing keys": [name for name in lacks if not name.endswith("num_batches_tracked")],
+             "unexpected keys": beyond}
     return "; ".join(f"{what} {listed(names, 3)}" for what, names in wrong.items() if names)

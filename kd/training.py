@@ -143,7 +143,7 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
 
     A step draws from (seed, epoch, step) alone. After an epoch, or a thousand steps, and when a
     signal asks to stop, everything is saved; a later call resumes there and ends in the same
-    bits. Raises UserError when the loss is no longer finite or the memory does not suffice; the
+    bits. Raises UserError when the loss is no longer finite or memory runs out; the
     checkpoint stays."""
     require_batch(watch.label, min(recipe.batch_size, len(rows)))
     remedy = "Use a smaller --batch-size (--teacher-batch-size), or a smaller network."
@@ -243,7 +243,7 @@ class Checkpoint:
             saved = {}
         if saved.pop("made_from", None) == self.made_from:
             return saved
-        say(f"{self.path} is {'of another training' if saved else 'damaged'} and is not used.")
+        say(f"{self.path} is {'of another training' if saved else 'damaged'}, so it is not used.")
         return None
 
     def save(self, state):

@@ -84,7 +84,8 @@ def path(text):
 
 def data_set_spec(text):
     """NAME; NAME=PATH, made absolute; NAME=hf:REPOSITORY, of which hf:REPOSITORY is short."""
-    text = f"{text.rpartition('/')[2]}={text}" if text.startswith(HF) and "/" in text else text
+    if text.startswith(HF):
+        text = f"{text.removeprefix(HF).rpartition('/')[2]}={text}"
     name, equals, where = text.partition("=")
     if not plain(name) or (equals and not where):
         raise Wrong(f"'{text}' is neither NAME nor NAME=PATH (a comma separates data sets)")

@@ -212,8 +212,8 @@ def test_a_start_may_be_a_state_dict_or_a_checkpoint_that_knows_other_classes(ne
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda state: state.pop("head.weight"), "it lacks head.weight"),
-    (lambda state: state.update({"head2.weight": torch.zeros(1)}), "it has besides head2.weight"),
+    (lambda state: state.pop("head.weight"), "missing keys head.weight"),
+    (lambda state: state.update({"head2.weight": torch.zeros(1)}), "unexpected keys head2.weight"),
     (lambda state: state.update({"head.bias": torch.zeros(4)}),
      r"size mismatch for head.bias: .* torch.Size\(\[4\]\) .* torch.Size\(\[3\]\)"),
     (lambda state: state.update({"head.bias": torch.zeros(1).expand(10 ** 12)}), "size mismatch"),

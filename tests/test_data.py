@@ -148,7 +148,7 @@ def test_what_counts_as_an_image_is_said_by_its_name_or_by_its_content(tmp_path,
     found = source(tmp_path / "d", f"pool={root}", max_bad=1.0)
     assert sorted(found.files) == sorted([*names, "c.jfif", "d", "link.png", "link/a.png"])
     said = capsys.readouterr().out
-    assert "pool: passing over what is not an image (4 hidden" in said and "1 .heic" in said
+    assert "pool: skipping what is not an image (4 hidden" in said and "1 .heic" in said
     assert found.bad == 2
 
 
@@ -166,7 +166,7 @@ def test_a_target_has_a_class_per_folder_hidden_ones_and_empty_ones_left_out(tmp
     found = target(tmp_path / "d", spec)
     assert found.classes == ["ant", "bee"]
     assert found.train.labels.tolist() == [0] * 3 + [1] * 4 and len(found.test) == 6
-    assert "pets train: cow holds no image and is not taken for a class." in capsys.readouterr().out
+    assert "pets train: cow holds no image and is not a class." in capsys.readouterr().out
 
 
 @pytest.mark.quick

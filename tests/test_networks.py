@@ -198,8 +198,8 @@ def test_a_student_of_the_same_family_inherits_what_its_teacher_has():
 
 
 @pytest.mark.parametrize("arch, size, said", [
-    ("alexnet", 32, "alexnet can't answer for images of 32x32 pixels.*Use another network or size"),
-    ("timm:vit_tiny_patch16_224", 32, "can't answer for images of 32x32 pixels.*doesn't match"),
+    ("alexnet", 32, "alexnet can't process images of 32x32 pixels.*Use another network or size"),
+    ("timm:vit_tiny_patch16_224", 32, "can't process images of 32x32 pixels.*doesn't match"),
     ("resnet19", 32, "There is no network resnet19"),
     ("timm:resnet19", 32, r"timm:resnet19 can't be made \(Unknown model"),
     ("nowhere.py:make", 32, "nowhere.py: no such file"),
@@ -212,7 +212,7 @@ def test_a_network_that_can_not_be_had_is_one_sentence(nets, arch, size, said):
 def test_weights_that_do_not_exist_are_a_line_each(nets):
     assert models.unavailable([("student", "resnet18", "IMAGENET1K_V9", None),
                                ("teacher", f"{nets}:make", "imagenet", None)]) == [
-        "resnet18 has no weights IMAGENET1K_V9, but IMAGENET1K_V1, DEFAULT. Or use "
+        "resnet18 has no weights IMAGENET1K_V9. It has IMAGENET1K_V1, DEFAULT. Or use "
         "--student-weights none.",
         f"There are no ImageNet weights for {nets}:make. Or use --teacher-weights none."]
 
@@ -287,7 +287,7 @@ def make(num_classes):
     ("pair", "gives a tuple for three images of 3 classes"),
     ("four", r"gives \(3, 4\) for three images of 3 classes, not"),
     ("nan", "NaN or infinite for images of noise"),
-    ("dropout", "gives other answers when asked twice for the same images")])
+    ("dropout", "gives different answers when asked twice for the same images")])
 def test_what_can_not_be_a_teacher_or_learn_is_named_before_any_work(nets, factory, said):
     def question():
         classifier = models.build(f"{nets}:{factory}", CLASSES)
@@ -315,7 +315,7 @@ def fixed():
             tmp_path / "wide.pt")
     again = checkpoints.load(tmp_path / "wide.pt", f"hub:{tmp_path}:wide")
     assert torch.equal(again(random_images(2)), classifier.eval()(random_images(2)))
-    refusal("hub:/nowhere:wide can't be had", models.build, "hub:/nowhere:wide", ["a", "b"])
+    refusal("hub:/nowhere:wide could not be loaded", models.build, "hub:/nowhere:wide", ["a", "b"])
 
 
 @pytest.mark.quick

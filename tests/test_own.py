@@ -61,7 +61,7 @@ def run(taught, tmp_path):
     ("--teacher-arch {}/networks.py:three --approaches mms,weighted",
      "matched and weighted need a teacher with batch norms"),
     ("--teacher-arch alexnet --teacher-weights none --teacher-size 32",
-     "alexnet can't answer for images of 32x32"),
+     "alexnet can't process images of 32x32"),
     ("--transfer-size 1", "1 images are fewer than one for each of 3 classes")])
 def test_what_can_not_work_is_refused_before_the_teacher_is_trained(
         flags, painted, tmp_path, words, said):
@@ -127,7 +127,7 @@ def test_images_whose_logits_are_not_finite_are_left_out_and_counted(
     said = ran("compile.py", flags, "--teacher-arch", f"{painted / 'networks.py'}:contrast",
                "--sources", f"pool={folder},more={painted / 'more'}", "--approaches", "all",
                "--data-dir", tmp_path / "data")
-    assert "3 images are left out: the teacher's logits are not finite." in said
+    assert "3 images are left out: the teacher's logits for them are NaN or infinite." in said
     assert [read(run, "scores/pool.json")[name] for name in ("images", "bad")] == [120, 3]
     assert not any("flat" in row["file"] for row in manifest(run, "all"))
     summary = read(run, "transfer/all/summary.json")

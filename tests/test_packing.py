@@ -329,7 +329,7 @@ def test_rows_of_hugging_face_data_sets_answer_as_the_same_images_in_a_folder_do
         np.testing.assert_array_equal(pixels, folder.images)
         assert found.name == "rows" and list(files) == [f"{i}.png" for i in range(9)]
     rows.remove_columns("img").to_parquet(repository / "data" / "train-00000-of-00001.parquet")
-    refusal("has no column of images, but label", source, tmp_path / "d",
+    refusal("has no column of images. It has label", source, tmp_path / "d",
             data_set_spec(spec.format(repository)))
 
 

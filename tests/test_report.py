@@ -329,11 +329,14 @@ def test_hostile_names_cannot_become_a_part_of_the_page(tmp_path, request, capsy
 def test_wandb_gets_losses_figures_and_views(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    shown = board.Board({"wandb": tmp_path / "run" / "wandb" / "student-mms"})
+    folder = tmp_path / "run" / "wandb" / "student-mms"
+    shown = board.Board({"wandb": folder})
     shown.views(2, torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
     shown.figures(3, epoch_loss=0.375)
     shown.close()
-    [file], wanted = tmp_path.rglob("run-*.wandb"), (b"run student-mms", b"epoch_loss", b"0.375")
+    run_id = (folder / "id").read_text()       # by which a resumed training continues it
+    [file] = folder.rglob(f"run-{run_id}.wandb")
+    wanted = (b"run student-mms", b"epoch_loss", b"0.375")
     waited = time.monotonic()
     while not all(word in file.read_bytes() for word in wanted):    # another process writes it
         assert time.monotonic() < waited + 60

@@ -2,13 +2,14 @@
 import json
 import re
 import resource
+import shlex
 from dataclasses import replace
 
 import pytest
-from conftest import refusal, run_script
+from conftest import ROOT, refusal, run_script
 from script_files import run_here
 
-from kd.flags import parse, words_of
+from kd.flags import USES, parse, words_of
 from kd.settings import APPROACHES, GROUPS, PUBLISHED_ORDER, resolve
 from kd.values import AUGMENTATIONS
 
@@ -66,6 +67,7 @@ def test_a_recipe_gives_way_to_the_command_line_and_steps_to_epochs():
     ("--threshold", "published", "published"), ("--threshold", "25%", 0.25),
     ("--seeds", "3, 1", (3, 1)), ("--target", "a=/b=c", "a=/b=c"),
     ("--sources", "svhn,web=/w", ("svhn", "web=/w")),
+    ("--sources", "hf:mnist,hf:you/pets", ("mnist=hf:mnist", "pets=hf:you/pets")),
     ("--approaches", "mms,/m/my.py", ("mms", "/m/my.py")),
     ("--teacher-arch", "timm:vit/x", "timm:vit/x"), ("--teacher-mean", "0,0.5,1", (0.0, 0.5, 1.0)),
     ("--classes", "10", 10), ("--classes", '["crane", "crane"]', ("crane", "crane (2)"))])
@@ -94,7 +96,7 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--approaches a/my.py,b/my.py", "--approaches names an approach twice."),
     ("--approaches /mms.py", "/mms.py: 'mms' can't be the name of an approach. Rename the file."),
     ("--approaches /file.py", "/file.py: 'file' can't be the name of an approach."),
-    ("--data-free", "--data-free trains no teacher: give yours as --teacher-checkpoint FILE."),
+    ("--data-free", "--data-free needs a teacher: give yours as --teacher-checkpoint FILE."),
     ("--data-free --teacher-checkpoint t.pt --approaches supervised", "supervised learns from the "
      "target's labelled images, which --data-free does not touch: leave it out of --approaches."),
     ("--data-free --teacher-checkpoint t.pt --calibrate target", "--calibrate target needs images "
@@ -139,16 +141,48 @@ def test_help_is_there_at_once_and_shows_what_the_stage_uses_in_groups(script, s
     if script not in ("data", "report"):
         groups = [line[:-1] for line in done.stdout.splitlines() if line[:-1] in GROUPS]
         assert groups == [group for group in GROUPS if group in groups]
-        assert f"\n    python {script}.py" in done.stdout and "\neveryday:\n  --target" in (
-            done.stdout)
         short = run_script(f"{script}.py", "--help").stdout
-        assert "--target" in short and set(re.findall("^  --([a-z-]+)", short, re.M)) <= set(
-            "help-all target sources approaches approach export recipe seeds run-dir".split())
+        everyday = "target sources approaches recipe seeds run-dir".split()
+        here = [flag for flag in everyday if flag in flags]
+        first = [flag for flag in ("approach", "export") if flag in flags]
+        assert re.findall("^  --([a-z-]+)", short, re.M) == ["help-all", *first, *here]
+        assert here == everyday or script != "compile"
+    assert f"\n    python {script}.py" in done.stdout
+    assert ("--seeds N[" in done.stdout) == (script == "compile")
+
+
+def commands_of(page):
+    """The words of each command in its blocks of shell, of the scripts that have settings."""
+    for block in re.findall("```bash\n(.*?)```", page.read_text(), re.S):
+        for line in block.replace("\\\n", "").splitlines():
+            words = shlex.split(line, comments=True)
+            for at, word in enumerate(words):
+                if word.removesuffix(".py") in ("compile", *USES) and "..." not in line:
+                    yield words[at:]
+
+
+@pytest.mark.parametrize("page, least", [
+    ("README.md", 15), ("docs/own.md", 9), ("docs/data.md", 1), ("docs/results.md", 6),
+    ("docs/runs.md", 2)])
+def test_the_commands_of_the_pages_are_understood(page, least, tmp_path, monkeypatch):
+    found = list(commands_of(ROOT / page))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("x\ny\n")
+    kept(tmp_path / "runs/cifar10")
+    assert len(found) >= least
+    for script, *argv in found:
+        parse(argv, script.removesuffix(".py"), "text")
+
+
+def test_the_first_page_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1300 and max(map(len, text.splitlines())) <= 90
 
 
 def kept(folder, *argv):
     """The config.json of a run with this command line, as far as --config reads it."""
     given, path = parse(argv, "compile", "text"), folder / "config.json"
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"command": words_of(resolve(given), given)}))
     return str(path)
 

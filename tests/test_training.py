@@ -108,7 +108,7 @@ def test_a_damaged_or_foreign_checkpoint_is_said_and_not_used(
     path, recipe = tmp_path / "student.part", RECIPES["everything"]
     path.write_bytes(damage(half_done(path, stopping, made_from=made_from)))
     classifier, _ = learn(path, recipe)
-    assert f"{path} is {said} and is not used." in capsys.readouterr().out
+    assert f"{path} is {said}, so it is not used." in capsys.readouterr().out
     assert same(classifier, learn(tmp_path / "undisturbed.part", recipe)[0])
 
 
@@ -148,9 +148,9 @@ def test_memory_that_does_not_suffice_is_one_sentence(tmp_path, error):
         def forward(self, pixels):
             raise error
     network = small(nn.Conv2d(3, 4, 3), Greedy())
-    refusal(r"^student mms: the memory does not suffice\. Use a smaller --batch-size .*, or .*$",
+    refusal(r"^student mms: out of memory\. Use a smaller --batch-size .*, or .*$",
             learn, tmp_path / "student.part", RECIPES["constant rate"], classifier=network)
-    refusal(r"^evaluating: the memory does not suffice\. .*$", engine.predict, network, IMAGES)
+    refusal(r"^evaluating: out of memory\. .*$", engine.predict, network, IMAGES)
 
 
 def test_the_history_has_the_rate_of_each_epochs_last_step(tmp_path):
