@@ -117,9 +117,12 @@ def _of_hub(arch, count):
     load = functools.partial(torch.hub.load, repository, entry, trust_repo=True, verbose=False,
                              source="local" if os.path.isdir(repository) else "github")
     try:
-        return load(num_classes=count)
-    except TypeError:       # it takes no number of classes
-        return load()
+        try:
+            return load(num_classes=count)
+        except TypeError as error:
+            if "num_classes" not in str(error):
+                raise
+            return load()       # it takes no number of classes
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{arch} could not be loaded ({first_line(error)}).") from None
 

@@ -306,7 +306,12 @@ def wide(num_classes=7):
 
 def fixed():
     return wide(2)
+
+def broken(num_classes):
+    raise TypeError("no part")
 """)
+    with pytest.raises(TypeError, match="no part"):      # as it is, for whoever wrote it
+        models.build(f"hub:{tmp_path}:broken", ["a", "b"])
     for entry in ("fixed", "wide"):
         classifier = models.build(f"hub:{tmp_path}:{entry}", ["a", "b"])
         assert models.head_weight(classifier).shape == (2, 64)
