@@ -13,13 +13,15 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
 import data
 from kd import checkpoints, engine, models
 from kd.command import command
-from kd.evaluation import evaluate, saved_split, watcher
+from kd.evaluation import evaluate, saved_split, test_of, watcher
 from kd.files import require_none, say
 from kd.processes import first_alone, on_all_ranks
 from kd.run import open_stage
 from kd.settings import default_teacher
 from kd.training import Checkpoint, Watch, cross_entropy, train
 from kd.values import name_of_arch
+
+LEARNED = 0.03      # in accuracy: a confidence set so far above the test was learned from
 
 
 @on_all_ranks
@@ -33,13 +35,17 @@ def train_teacher(run, target, device):
     start = settings.teacher_checkpoint or settings.teacher_weights
     inputs = {"images": target.train.fingerprint if target.train else None,
               "files": list(checkpoints.files_of(settings.teacher_arch, start).values())}
-    product = run.product("teacher.json", **inputs)
-    if product.done:
+    product, test = run.product("teacher.json", **inputs), test_of(target)
+    files = [path, run / "teacher.npz"] if target.test else [path]
+    if product.done and product.content.get("test", test) == test:
         return product.content
     train_rows, confidence = saved_split(run, len(target.train)) if target.train else (None, None)
     checkpoint = Checkpoint(run / "teacher.part", product.made_from)
     figures = {"seconds": 0.0, "images_per_second": 0.0, "history": []}
-    if settings.teacher_checkpoint:
+    if product.done:        # with another test split, or none
+        teacher = checkpoints.load(path, settings.teacher_arch).to(device)
+        figures = {name: product.content[name] for name in figures}
+    elif settings.teacher_checkpoint:
         teacher = load_checkpoint(settings, target).to(device)
     else:
         seed = engine.seed_for(settings.seed, "teacher")
@@ -53,11 +59,12 @@ def train_teacher(run, target, device):
         figures = {name: getattr(training, name) for name in figures}
     accuracies, _ = evaluate(teacher, target, confidence, run / "teacher.npz", device)
     figures = {"arch": teacher.arch, "input_size": teacher.input_size, "classes": teacher.classes,
-               **accuracies, "linear_head": models.head_weight(teacher) is not None} | figures
+               **accuracies, "linear_head": models.head_weight(teacher) is not None,
+               "test": test} | figures
     if settings.teacher_checkpoint:
-        say_if_low(accuracies, len(teacher.classes))
-    checkpoints.save(path, teacher, accuracy=figures["accuracy"])
-    files = [path, run / "teacher.npz"] if target.test else [path]
+        say_if_odd(accuracies, len(teacher.classes))
+    if not product.done:
+        checkpoints.save(path, teacher, accuracy=figures["accuracy"])
     content = product.write(figures, files)
     checkpoint.remove()
     return content
@@ -82,10 +89,15 @@ def load_checkpoint(settings, target):
     return teacher
 
 
-def say_if_low(accuracies, classes):
-    """Says where a teacher that was given is near chance: its images or classes are misread."""
-    measured = accuracies["confidence_accuracy"]
-    right = accuracies["accuracy"] if measured is None else measured
+def say_if_odd(accuracies, classes):
+    """Says where a teacher that was given is near chance: its images or classes are misread; and
+    where it has probably learned from the confidence set."""
+    tested, measured = accuracies["accuracy"], accuracies["confidence_accuracy"]
+    right = tested if measured is None else measured
+    if None not in (tested, measured) and measured > tested + LEARNED:
+        say(f"teacher: it is right on {measured:.2%} of the confidence set and {tested:.2%} of the "
+            "test split. If it has learned from images of the confidence set, its thresholds are "
+            "too strict (--threshold, --floor).")
     if right is not None and right <= max(1.2 / classes, 0.3):
         say(f"teacher: {right:.2%} is low. Are its pixels and the order of its classes what it was "
             "trained with (--teacher-mean, --teacher-std, --teacher-size, --classes)?")

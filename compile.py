@@ -52,7 +52,8 @@ def check_everything_is_there(settings):
     have_teacher = all(run.has("teacher.json") for run in runs)
     weights = [] if have_teacher else weights_of(settings)
     if "supervised" in settings.approaches:
-        weights.append(("student", settings.student_arch, settings.supervised_weights, None))
+        weights.append((settings.supervised_role, settings.student_arch,
+                        settings.supervised_weights, None))
     weights.append(("student", settings.student_arch, settings.student_weights, None))
     require_none(models.unavailable(weights, settings.image_size))
     data.obtain(settings, reads_sources)
@@ -63,7 +64,8 @@ def check_networks(settings, target):
     where the student can't be trained."""
     if all(Run(each).has("teacher.json") for each in of_each_seed(settings)):
         return
-    require_batch("--teacher-batch-size", settings.teacher_batch_size)
+    if not settings.teacher_checkpoint:
+        require_batch("--teacher-batch-size", settings.teacher_batch_size)
     approaches = set(settings.approaches)
     teacher = (load_checkpoint(settings, target) if settings.teacher_checkpoint else
                new_teacher(settings, target.classes))

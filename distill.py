@@ -28,7 +28,7 @@ import data
 from kd import checkpoints, engine, models
 from kd.augment import MIXING
 from kd.command import command
-from kd.evaluation import evaluate, saved_split, source_agreement, watcher
+from kd.evaluation import evaluate, saved_split, source_agreement, test_of, watcher
 from kd.export import export, require_packages
 from kd.files import UserError, is_first, require_none, say
 from kd.processes import first_alone, on_all_ranks
@@ -82,6 +82,10 @@ def train_student(run, approach, target, device):
     settings, supervised = run.settings, approach == "supervised"
     teacher = run.content_of("teacher.json", "python TeacherTrain.py")
     confidence = saved_split(run, len(target.train))[1] if target.train else None
+    test, path = test_of(target), run / f"students/{approach}.pt"
+    if teacher.get("test", test) != test:
+        raise UserError("The teacher was measured on another test split, or on none. Run python "
+                        "TeacherTrain.py, which measures it again.")
     images, rows, figures, made_from = learned_from(run, approach, target)
     frequencies = run / f"transfer/{approach}/weights.npy"
     frequencies = None if supervised or approach not in DRAWN_BY_WEIGHT else np.load(frequencies)
@@ -89,15 +93,19 @@ def train_student(run, approach, target, device):
     files = checkpoints.files_of(settings.student_arch, weights)
     product = run.product(f"students/{approach}.json", teacher=teacher["files"]["teacher.pt"],
                           transfer_set=made_from, files=list(files.values()))
-    if product.done:
+    if product.done and (product.content.get("test", test) == test or not path.exists()):
         return product.content
+    made = [path, run / f"students/{approach}.npz"] if target.test else [path]
+    if product.done:        # with another test split, or none
+        student = checkpoints.load(path, settings.student_arch).to(device)
+        return product.write(product.content | measured(run, approach, student, target, confidence,
+                                                        device), made)
     figures |= {"approach": approach, "arch": settings.student_arch, "weights": weights,
                 "transfer_size": len(rows), **dict.fromkeys((
                     "accuracy", "confidence_accuracy", "retention", "agreement",
                     "source_agreement")), "seconds": 0.0, "images_per_second": 0.0, "history": []}
     if len(rows) < SMALLEST:
         return product.write(figures)
-    path = run / f"students/{approach}"
     seed = engine.seed_for(settings.seed, "student")        # the same start for all approaches
     engine.seed_all(seed)
     student, figures["weights"] = new_student(run, weights, teacher["classes"])
@@ -107,25 +115,33 @@ def train_student(run, approach, target, device):
     if not recipe.steps and steps < FEW_STEPS and not settings.limit:
         say(f"student {approach}: {recipe.epochs} epochs of {len(rows):,} images are {steps} steps"
             ", too few to learn much. --steps N sets their number, however few the images are.")
-    watch = Watch(Checkpoint(path.with_suffix(".part"), product.made_from), f"student {approach}",
+    part = Checkpoint(run / f"students/{approach}.part", product.made_from)
+    watch = Watch(part, f"student {approach}",
                   watcher(target, confidence, device) if target.train else None,
                   run.board(f"student-{approach}"))
     training = train(student, images, rows, objective, recipe, seed=seed, device=device,
                      watch=watch, weights=frequencies)
-    accuracies, predicted = evaluate(student, target, confidence, path.with_suffix(".npz"), device)
-    figures |= accuracies | {name: getattr(training, name)
-                             for name in ("seconds", "images_per_second", "history")}
+    figures |= measured(run, approach, student, target, confidence, device) | {
+        name: getattr(training, name) for name in ("seconds", "images_per_second", "history")}
+    checkpoints.save(path, student, accuracy=figures["accuracy"])
+    content = product.write(figures, made)
+    part.remove()
+    return content
+
+
+def measured(run, approach, student, target, confidence, device):
+    """The figures of a student that need images it has not learned from. Writes its answers."""
+    found, predicted = evaluate(student, target, confidence, run / f"students/{approach}.npz",
+                                device)
+    teacher = run.content_of("teacher.json", "python TeacherTrain.py")
+    figures = {"retention": None, "agreement": None} | found
     if predicted is not None:
         with np.load(run / "teacher.npz") as saved:
             figures["agreement"] = float((saved["predicted"] == predicted).mean())
         if teacher["accuracy"]:
             figures["retention"] = figures["accuracy"] / teacher["accuracy"]
-    figures["source_agreement"] = source_agreement(student, run, device)
-    checkpoints.save(path.with_suffix(".pt"), student, accuracy=figures["accuracy"])
-    made = [path.with_suffix(suffix) for suffix in ((".pt", ".npz") if target.test else (".pt",))]
-    content = product.write(figures, made)
-    watch.checkpoint.remove()
-    return content
+    return figures | {"source_agreement": source_agreement(student, run, device),
+                      "test": test_of(target)}
 
 
 def learned_from(run, approach, target):
@@ -197,7 +213,7 @@ def export_student(run, approach, form, target):
     images = target.test.images if target.test else np.load(
         run / f"transfer/{approach}/images.npy", mmap_mode="r")
     student = checkpoints.load(path, run.settings.student_arch)
-    export(student, form, path.with_suffix(FORMS[form]), images)
+    export(student, form, run / f"students/{approach}{FORMS[form]}", images)
 
 
 def main(argv):
@@ -208,7 +224,8 @@ def main(argv):
     device = engine.pick_device(settings.device)
     weights = settings.supervised_weights if approach == "supervised" else settings.student_weights
     if not run.has(f"students/{approach}.json"):
-        needed = [("student", settings.student_arch, weights, None)]
+        role = settings.supervised_role if approach == "supervised" else "student"
+        needed = [(role, settings.student_arch, weights, None)]
         first_alone(lambda: require_none(models.unavailable(needed, settings.image_size)))
     run.content_of("teacher.json", "python TeacherTrain.py")
     first_alone(lambda: data.obtain(settings, sources=False))

@@ -108,7 +108,7 @@ def select(approach, candidates, thresholds, rules):
         badness = -scores if rules.keeps_high[approach] else scores
         eligible = passes(scores, candidates.predicted, thresholds[approach],
                           rules.keeps_high[approach])
-        least = math.ceil(rules.floor * room)
+        least = math.ceil(rules.floor * room - 1e-9)
         short = np.bincount(group[eligible], minlength=group.max(initial=0) + 1) < least
         scored = ~np.isnan(badness)
         if not rules.balance:       # thresholds are those of classes: what passes comes first

@@ -11,8 +11,8 @@ WATCHED = 2000          # images of the confidence set on which accuracy is note
 
 @on_all_ranks
 def saved_split(run, count):
-    """The run's (train, confidence), int64 indices, sorted, together all, kept in split.npz: the
-    teacher never trains on the second."""
+    """The run's (train, confidence), int64 indices, sorted, together all, kept in split.npz: a
+    teacher that is trained here never learns from the second."""
     path, product = run / "split.npz", run.product("split.json", images=count)
     if not product.done:
         rng = np.random.default_rng(engine.seed_for(run.settings.seed, "split"))
@@ -26,6 +26,11 @@ def saved_split(run, count):
         return train, confidence
     with np.load(path) as split:
         return split["train"], split["confidence"]
+
+
+def test_of(target):
+    """What tells its test split from another one; None where it has none."""
+    return target.test.fingerprint if target.test else None
 
 
 def watcher(target, confidence, device):

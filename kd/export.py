@@ -48,7 +48,7 @@ def export(classifier, form, path, images):
     """
     require_packages(form)
     classifier, wrong = classifier.cpu().eval(), None
-    images = np.array(images[:: max(1, len(images) // CHECKED)][:CHECKED])
+    images = images[np.linspace(0, len(images) - 1, min(len(images), CHECKED)).astype(int)]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 255
     expected = predict(classifier, images)
     try:

@@ -18,7 +18,7 @@ import contextlib
 import numpy as np
 import torch
 
-from kd import checkpoints, engine
+from kd import checkpoints, engine, models
 from kd.files import UserError, file_digest, say, write_atomically
 from kd.processes import on_all_ranks, wait
 from kd.progress import Progress
@@ -102,6 +102,8 @@ def statistics(scoring):
     step = max(1, count // SAMPLE)
 
     def write(file):
+        with torch.inference_mode():    # the first images may run it twice, once in each layout
+            classifier.eval()(models.noise(classifier))
         with watched(classifier) as shown, torch.inference_mode():
             sample = [block.cpu() for block in _blocks(
                 scoring, classifier, shown, [(source, rows[::step]) for source, rows in parts])]
@@ -149,7 +151,7 @@ def match(values, size):
         if np.abs(gradient).max() < 1e-6:
             break
         step, scale = np.linalg.solve(hessian, gradient), 1.0
-        while scale > 1e-4:
+        while scale > 1e-12:     # weights at the cap or near 0 leave the hessian hardly any rank
             tried = _dual(values, point - scale * step, cap, ridge)
             if tried[0] < value:
                 break

@@ -206,6 +206,7 @@ def folded(classifier):
     except (RuntimeError, TypeError, NotImplementedError):      # a network may refuse that
         return classifier
     images, made, calls, pairs = noise(classifier), {}, collections.Counter(), []
+    copied(images)      # which may run it twice, once in each layout
 
     def after_convolution(module, inputs, output):
         made[id(output)] = (module, output)     # kept, so that no other tensor takes its id

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kd.files import listed, write_json, write_text
 from kd.record import Experiment, accuracy_text, mean, shown
-from kd.settings import EATS_SOURCES
+from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES
 from kd.values import name_of, name_of_arch
 
 HEADS = ("approach", "student", "sources", "images", "per class", "accuracy %", "retention",
@@ -53,6 +53,7 @@ def notes(experiment):
     start, size = settings.supervised_weights, record.teacher.get("parameters")
     sizes = {name_of_arch(each["arch"]): each["parameters"] for each in record.students.values()
              if each.get("parameters")}
+    selected = set(approaches) - {"supervised", "all", "matched", *DRAWN_BY_WEIGHT}
     made = next((each["made_from"] for each in record.summaries.values()), settings.of_stage(
         "transfer"))
     found = [sentence for true, sentence in (
@@ -65,7 +66,7 @@ def notes(experiment):
          f"{held.get('largest_class', 0):.2%}."),
         (settings.mms_plain and not record.teacher.get("linear_head", True),
          "MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits."),
-        (record.thresholds,
+        (record.thresholds and selected,
          f"Selected with --threshold {made['threshold']} --calibrate {made['calibrate']} --floor "
          f"{made['floor']:g} --fill {made['fill']}{' --no-balance' * made['no_balance']}."),
         ("eats" in approaches and absent,
@@ -92,7 +93,8 @@ def about_transfer_set(summary, student=None):
             (f"Classes with fewer than {summary['bucket']:,} images in @",
              {name: got[name] for name in summary["shortfall"]}),
             ("Images below the threshold that --floor let in for @", summary["below_threshold"]),
-            ("Images that can't be read are left out of @", summary["unreadable"])):
+            ("Images that can't be read, or get no finite logits, are left out of @",
+             summary["unreadable"])):
         if counts:
             yield f"{words}: {listed([f'{name} ({count:,})' for name, count in counts.items()])}."
     if summary["no_threshold"]:

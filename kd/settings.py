@@ -216,8 +216,13 @@ class Settings:
         """What the supervised student starts from: it has no teacher whose layers it could take."""
         if self.student_weights not in ("none", "teacher", "auto"):
             return self.student_weights
-        return "imagenet" if self.teacher_weights == "imagenet" and (
-            has_imagenet_weights(self.student_arch)) else "none"
+        as_the_teacher = self.teacher_weights == "imagenet" and not self.teacher_checkpoint
+        return "imagenet" if as_the_teacher and has_imagenet_weights(self.student_arch) else "none"
+
+    @property
+    def supervised_role(self):
+        """Whose flag decides that."""
+        return "student" if self.supervised_weights == self.student_weights else "teacher"
 
     @property
     def teacher_recipe(self):

@@ -8,12 +8,12 @@ def share_threshold(scores, predicted, classes, keeps_high, share):
     """The score that the surest `share` of the images of each class reach, at least one of them.
     (C,) float64, NaN for a class without images; scores that are NaN are left out.
 
-    It is the score at which class-conditional conformal prediction keeps an image with a level of
-    1 - share (Vovk, 2012). """
+    Up to one image of the class it is the score at which class-conditional conformal prediction
+    keeps an image with a level of 1 - share (Vovk, 2012)."""
     thresholds, scored = np.full(classes, np.nan), ~np.isnan(scores)
     for label in np.unique(predicted[scored]):
         ordered = np.sort(scores[scored & (predicted == label)])
-        count = math.ceil(share * len(ordered))
+        count = math.ceil(share * len(ordered) - 1e-9)      # 0.07 * 100 is 7 and a little
         thresholds[label] = ordered[-count] if keeps_high else ordered[count - 1]
     return thresholds
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import NET, run_script, small_run
+from conftest import NET, ROOT, run_script, small_run
 from PIL import Image
 from script_files import given, linked, manifest, pool, ran, read, refused
 from test_selection import select_slowly
 
 from kd.thresholds import passes
-from TeacherTrain import say_if_low
+from TeacherTrain import say_if_odd
 from transfer import Rules, even_weights
 
 NETWORKS = NET + """
@@ -161,6 +161,37 @@ def test_what_a_criterion_raises_is_shown_with_its_traceback(flags, run, tmp_pat
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
+def test_approaches_whose_names_differ_behind_a_dot_keep_a_student_each(flags, run, tmp_path):
+    shutil.copy(ROOT / "criteria/energy.py", tmp_path / "mms.v2.py")
+    names = ["mms", "mms.v2"]
+    ran("compile.py", flags, "--approaches", f"mms,{tmp_path / 'mms.v2.py'}")
+    assert [row["approach"] for row in read(run, "results.json")["rows"]] == names
+    assert "Not made yet" not in str(read(run, "results.json")["notes"])
+    for name in names:
+        assert (run / f"students/{name}.pt").exists()
+        assert len(np.load(run / f"students/{name}.npz")["predicted"]) == 30
+
+
+def test_a_teacher_that_flattens_its_maps_is_matched(flags, run, tmp_path):
+    """PyTorch's .view asks for its own layout in memory, and gets it after a first try."""
+    (tmp_path / "flat.py").write_text("""
+from torch import nn
+
+class Flat(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8)
+        self.head = nn.Linear(392, num_classes)
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).relu().view(len(x), -1))
+""")
+    shutil.rmtree(run)
+    ran("compile.py", flags, "--teacher-arch", f"{tmp_path}/flat.py:Flat", "--approaches",
+        "matched", "--transfer-size", "30")
+    [row] = read(run, "results.json")["rows"]
+    assert abs(row["transfer_size"] - 30) <= 1
+
+
 def test_a_criterion_that_nothing_passes_leaves_no_student_and_the_table_says_so(
         flags, run, tmp_path):
     (tmp_path / "no.py").write_text(criterion("(logits @ weight)[:, 0]", "[1e9] * classes"))
@@ -239,13 +270,39 @@ def test_without_training_images_of_the_target_thresholds_come_from_the_sources(
     assert "scores: " not in ran("transfer.py", own, *other, "--restart-from", "transfer")
 
 
-def test_a_teacher_near_chance_is_asked_for_its_pixels_and_the_order_of_its_classes(capsys):
-    for accuracy, on_confidence, classes in ((0.9, 0.1, 12), (0.1, None, 12), (None, 0.55, 2)):
-        say_if_low({"accuracy": accuracy, "confidence_accuracy": on_confidence}, classes)
-        assert "is low. Are its pixels and the order of its classes" in capsys.readouterr().out
-    for accuracy, on_confidence, classes in ((0.1, 0.9, 12), (None, None, 12), (0.65, None, 2)):
-        say_if_low({"accuracy": accuracy, "confidence_accuracy": on_confidence}, classes)
-    assert capsys.readouterr().out == ""
+def test_a_test_split_that_comes_later_is_measured_and_nothing_is_trained_again(
+        taught, flags, painted, tmp_path):
+    (tmp_path / "names.txt").write_text("blue\ngreen\nred\n")
+    (tmp_path / "secret").mkdir()
+    os.symlink(painted / "colours/test", tmp_path / "secret/test")
+    own = [*flags, "--teacher-checkpoint", str(painted / "weights.pth"), "--transfer-size", "60",
+           "--approaches", "mms", "--classes", str(tmp_path / "names.txt")]
+    run, folder = tmp_path / "run", f"secret={tmp_path / 'secret'}"
+    ran("compile.py", own, "--target", "secret", "--data-free")
+    before = [(run / name).read_bytes() for name in ("teacher.pt", "students/mms.pt")]
+    assert "The teacher was measured on another test split, or on none. Run python " in refused(
+        "distill.py", own, "--target", folder, "--data-free", "--approach", "mms")
+    ran("compile.py", own, "--target", folder, "--data-free")
+    results = read(run, "results.json")
+    [row] = results["rows"]
+    assert row["accuracy"] == pytest.approx(row["retention"] * results["teacher"]["accuracy"])
+    assert 0 <= row["agreement"] <= 1
+    assert before == [(run / name).read_bytes() for name in ("teacher.pt", "students/mms.pt")]
+    ran("compile.py", own, "--target", "secret", "--data-free")
+    [row] = read(run, "results.json")["rows"]
+    assert (row["accuracy"], row["agreement"], row["retention"]) == (None, None, None)
+
+
+def test_a_teacher_that_fits_its_images_badly_or_too_well_is_asked_about(capsys):
+    def said(accuracy, on_confidence, classes):
+        say_if_odd({"accuracy": accuracy, "confidence_accuracy": on_confidence}, classes)
+        return capsys.readouterr().out
+    for figures in ((0.9, 0.1, 12), (0.1, None, 12), (None, 0.55, 2)):
+        assert "is low. Are its pixels and the order of its classes" in said(*figures)
+    assert ("right on 90.00% of the confidence set and 85.00% of the test split. If it has learned "
+            "from images of the confidence set") in said(0.85, 0.9, 12)
+    for figures in ((0.9, 0.92, 12), (None, None, 12), (0.65, None, 2)):
+        assert said(*figures) == ""
 
 
 def test_even_has_the_images_of_all_and_draws_rare_classes_as_often(run, flags):

@@ -166,7 +166,7 @@ def test_what_the_table_must_not_hide_is_said_in_plain_sentences(finished):
     assert report.collect(Experiment(finished))["notes"] == [
         "Selected with --threshold 0.9 --calibrate target --floor 0.5 --fill random.",
         "The supervised student learns from labels and starts from random weights.",
-        "Images that can't be read are left out of random: photos (30).",
+        "Images that can't be read, or get no finite logits, are left out of random: photos (30).",
         "Classes with fewer than 18 images in mms: cat (17), dog (15), owl (0).",
         "Classes without a threshold in mms: owl. No image of the confidence set gives them "
         "one.",

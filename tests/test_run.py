@@ -101,6 +101,18 @@ def test_a_second_run_says_what_it_reuses_and_makes_nothing_again(run, flags):
             ) in said
 
 
+def test_another_test_split_is_measured_and_nothing_is_trained_again(
+        run, flags, painted, tmp_path):
+    shutil.copytree(painted / "colours", tmp_path / "colours")
+    (tmp_path / "colours/test/red/000.png").unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*.pt")}
+    said = ran("compile.py", flags, "--target", f"colours={tmp_path / 'colours'}")
+    assert "split, scores/confidence" in said and "student mms: " not in said
+    assert before == {path: path.read_bytes() for path in run.rglob("*.pt")}
+    for row in read(run, "results.json")["rows"]:
+        assert row["accuracy"] * 29 == pytest.approx(round(row["accuracy"] * 29))
+
+
 def test_a_setting_that_this_version_has_not_any_more_makes_nothing_again(run, flags):
     path, content = run / "students/mms.json", read(run, "students/mms.json")
     path.unlink()       # linked to that of the other tests

@@ -39,6 +39,7 @@ STANDS_FOR = {
     "--teacher-arch net.py:make": dict(
         teacher_weights="none", supervised_weights="none", teacher_lr=0.1),
     "--student-arch net.py:make": dict(teacher_weights="imagenet", supervised_weights="none"),
+    "--teacher-checkpoint t.pt": dict(teacher_weights="imagenet", supervised_weights="none"),
     "--data-free --teacher-checkpoint t.pt": dict(
         calibrate="sources", approaches=APPROACHES[1:], threshold=0.25, floor=0.0,
         transfer_size=50_000),
