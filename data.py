@@ -279,8 +279,8 @@ def _read_layout(record, root, split, named=None):
         return images
     except Exception as error:      # whatever a broken layout makes its reader raise
         raise UserError(f"{named or root} is incomplete or damaged ({one_field(str(error))}). "
-                        "Delete it and run again to have it made anew, or give a folder of images "
-                        f"as {record.name}=PATH.") from None
+                        "Delete it and run again, or give a folder of images as "
+                        f" {record.name}=PATH.") from None
 
 
 def _pack_folder(settings, spec, split):

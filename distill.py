@@ -74,18 +74,19 @@ def live_objective(teacher, temperature, device, amp=None):
 @on_all_ranks
 def train_student(run, approach, target, device):
     """Makes students/<approach>.pt and .json, unless they are there. Returns the content of the
-    .json.
+    .json. On another test split than before a student is measured again, not trained.
 
     target: a data.Target; its test split is read once, at the end. An approach whose transfer set
     is too small to learn from gets no student: its history is empty. An accuracy is None where
-    there is no student or no image for it."""
+    there is no student or no image for it. Raises UserError where the teacher was measured on
+    another test split."""
     settings, supervised = run.settings, approach == "supervised"
     teacher = run.content_of("teacher.json", "python TeacherTrain.py")
     confidence = saved_split(run, len(target.train))[1] if target.train else None
     test, path = test_of(target), run / f"students/{approach}.pt"
     if teacher.get("test", test) != test:
-        raise UserError("The teacher was measured on another test split, or on none. Run python "
-                        "TeacherTrain.py, which measures it again.")
+        raise UserError("The teacher was measured on another test split, or on none. Measure it "
+                        f"again with {run.by_hand('python TeacherTrain.py')}.")
     images, rows, figures, made_from = learned_from(run, approach, target)
     frequencies = run / f"transfer/{approach}/weights.npy"
     frequencies = None if supervised or approach not in DRAWN_BY_WEIGHT else np.load(frequencies)
@@ -93,7 +94,7 @@ def train_student(run, approach, target, device):
     files = checkpoints.files_of(settings.student_arch, weights)
     product = run.product(f"students/{approach}.json", teacher=teacher["files"]["teacher.pt"],
                           transfer_set=made_from, files=list(files.values()))
-    if product.done and (product.content.get("test", test) == test or not path.exists()):
+    if product.done and product.content.get("test", test) == test:
         return product.content
     made = [path, run / f"students/{approach}.npz"] if target.test else [path]
     if product.done:        # with another test split, or none

@@ -24,7 +24,6 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
 
 import csv
 import io
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +38,7 @@ from kd.report import about_transfer_set
 from kd.run import open_stage
 from kd.scoring import Scoring
 from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES
-from kd.thresholds import passes
+from kd.thresholds import passes, share_of
 from kd.values import name_of_approach
 
 MANIFEST = ["source", "index", "file", "predicted", "score"]
@@ -108,7 +107,7 @@ def select(approach, candidates, thresholds, rules):
         badness = -scores if rules.keeps_high[approach] else scores
         eligible = passes(scores, candidates.predicted, thresholds[approach],
                           rules.keeps_high[approach])
-        least = math.ceil(rules.floor * room - 1e-9)
+        least = share_of(room, rules.floor)
         short = np.bincount(group[eligible], minlength=group.max(initial=0) + 1) < least
         scored = ~np.isnan(badness)
         if not rules.balance:       # thresholds are those of classes: what passes comes first
@@ -272,8 +271,8 @@ def report_pool(scoring):
         say(f"  The teacher is right on {right:.2%} of the confidence set, which is near chance: "
             "the results below mean little.")
     elif found <= FAR * min(classes, count) and settings.recipe != "far":
-        say("  This pool looks like another domain: try --recipe far --approaches even, or for "
-            "photographs --approaches matched (docs/results.md).")
+        say("  This pool looks like another domain: try --recipe far with the approach even, or "
+            "for photographs matched (docs/results.md).")
 
 
 def report_transfer_set(approach, summary):

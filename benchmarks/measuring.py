@@ -71,7 +71,7 @@ def peaks():
 
 def as_source(images):
     """(N, size, size, 3) uint8 as a source that is packed."""
-    return Packed("random", images, None, None, None, None, "", 0)
+    return Packed("random", images, None, None, None, None, "", "", 0)
 
 
 def trained(classifier, images, objective, recipe, device, after_epoch=None):

@@ -31,7 +31,7 @@ class _WandbWriter:
             self.run = wandb.init(dir=folder, name=f"{folder.parents[1].name} {folder.name}",
                                   id=known.read_text(), resume="allow")
         except wandb.errors.Error as error:
-            raise UserError(f"wandb: {first_line(error)} WANDB_MODE=offline needs no "
+            raise UserError(f"wandb: {first_line(error).rstrip('.')}. WANDB_MODE=offline needs no "
                             "account.") from None
 
     def add_scalar(self, name, value, step):

@@ -6,6 +6,7 @@ load. What it calls vgg13_bn is vgg13_bn_cifar here, as torchvision has another 
 """
 import re
 from collections import OrderedDict
+from itertools import pairwise
 
 from torch import nn
 from torchvision.models.resnet import BasicBlock
@@ -23,10 +24,9 @@ def _conv(into, out, size=3, stride=1, bias=False):
 
 def _stages(blocks, widths, block):
     """Three stages, block(into, out, stride) each; from the second on they begin with a stride."""
-    return [nn.Sequential(*(
-        block(out if place else into, out, 1 if place or not stage else 2)
-        for place in range(blocks)))
-        for stage, (into, out) in enumerate(zip(widths, widths[1:], strict=False))]
+    return [nn.Sequential(block(into, out, stride),
+                          *(block(out, out, 1) for _ in range(blocks - 1)))
+            for (into, out), stride in zip(pairwise(widths), (1, 2, 2), strict=True)]
 
 
 def _block(into, out, stride):

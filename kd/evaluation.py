@@ -2,7 +2,7 @@
 import numpy as np
 
 from kd import engine
-from kd.files import UserError, write_atomically
+from kd.files import UserError, digest, write_atomically
 from kd.processes import on_all_ranks
 
 TRAIN_SHARE = 0.8       # of the target's training split; the rest is the confidence set
@@ -29,8 +29,8 @@ def saved_split(run, count):
 
 
 def test_of(target):
-    """What tells its test split from another one; None where it has none."""
-    return target.test.fingerprint if target.test else None
+    """A digest of its test images and their labels; None where it has none."""
+    return target.test and f"{target.test.digest}{digest(target.test.labels)}"
 
 
 def watcher(target, confidence, device):

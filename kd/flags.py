@@ -17,6 +17,8 @@ USES = {"TeacherTrain": ("teacher",), "distill": STAGES,
 MAKES = {"TeacherTrain": ("teacher",), "mms_threshold": ("scores",), "entropy": ("scores",),
          "transfer": ("scores", "transfer"), "distill": ("students",)}
 MAKER = {stage: f"{script}.py" for script, stages in MAKES.items() for stage in stages}
+
+
 def _approach(names):
     return "everyday", dict(type=values.approach, metavar="A", default="mms", help=(
         f"one of {', '.join(names)}, or a Python file with a criterion of your own (default: mms)"))

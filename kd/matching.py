@@ -102,9 +102,9 @@ def statistics(scoring):
     step = max(1, count // SAMPLE)
 
     def write(file):
-        with torch.inference_mode():    # the first images may run it twice, once in each layout
-            classifier.eval()(models.noise(classifier))
         with watched(classifier) as shown, torch.inference_mode():
+            classifier.eval()(models.noise(classifier))     # which may run it twice, in two layouts
+            shown()
             sample = [block.cpu() for block in _blocks(
                 scoring, classifier, shown, [(source, rows[::step]) for source, rows in parts])]
             axes = directions(torch.cat(sample)).to(scoring.device)
@@ -150,15 +150,15 @@ def match(values, size):
         value, gradient, hessian = best
         if np.abs(gradient).max() < 1e-6:
             break
-        step, scale = np.linalg.solve(hessian, gradient), 1.0
-        while scale > 1e-12:     # weights at the cap or near 0 leave the hessian hardly any rank
-            tried = _dual(values, point - scale * step, cap, ridge)
-            if tried[0] < value:
-                break
-            scale /= 2
-        else:
+        # Weights at the cap or near 0 leave the hessian hardly any rank, and the step far too long.
+        step = np.linalg.solve(hessian, gradient)
+        while np.abs(step).max() > 1e-9 and not (
+                _dual(values, point - step, cap, ridge, False)[0] < value):
+            step /= 2
+        if np.abs(step).max() <= 1e-9:
             break
-        point, best = point - scale * step, tried
+        point = point - step
+        best = _dual(values, point, cap, ridge)
     return np.concatenate([np.minimum(cap, np.exp(np.minimum(part @ point, np.log(cap))))
                            for part in _parts(values)])
 
@@ -169,17 +169,18 @@ def _parts(values):
         yield np.concatenate([part, np.ones((len(part), 1))], 1)
 
 
-def _dual(values, point, cap, ridge):
+def _dual(values, point, cap, ridge, derivatives=True):
     """(value, gradient, hessian) of the dual, whose gradient is 0 where the weights do as they
-    should."""
+    should; the latter two without meaning unless `derivatives`."""
     value, gradient, hessian = 0.0, np.zeros(len(point)), np.zeros((len(point),) * 2)
     for part in _parts(values):
         exponent = part @ point
         free = exponent < np.log(cap)
         weight = np.where(free, np.exp(np.minimum(exponent, np.log(cap))), cap)
         value += np.where(free, weight, cap * (1 + exponent - np.log(cap))).sum()
-        gradient += weight @ part
-        hessian += (part * np.where(free, weight, 0.0)[:, None]).T @ part
+        if derivatives:
+            gradient += weight @ part
+            hessian += (part * np.where(free, weight, 0.0)[:, None]).T @ part
     count = len(values)
     gradient = gradient / count + ridge * point
     gradient[-1] -= 1

@@ -92,8 +92,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Packed(Source):
-    """images: (N, size, size, 3) uint8, memory-mapped; bad: how many others can't be read; the rest
-    as in Images."""
+    """images: (N, size, size, 3) uint8, memory-mapped; digest: of them; bad: how many others can't
+    be read; the rest as in Images."""
 
     name: str
     images: np.ndarray
@@ -102,6 +102,7 @@ class Packed(Source):
     files: Sequence | None
     numbers: np.ndarray | None
     fingerprint: str
+    digest: str
     bad: int
 
     def __len__(self):
@@ -195,7 +196,7 @@ def open_pack(images, folder, name, size):
     bad = [number for number, *_ in _listed(folder / "bad.txt")]
     kept = images.take(np.delete(np.arange(images.count), bad)) if bad else images
     return Packed(name, pixels, kept.labels, kept.classes, kept.files, kept.rows,
-                  images.fingerprint, len(bad))
+                  images.fingerprint, meta["digests"]["images.npy"], len(bad))
 
 
 def _digests(folder):

@@ -44,13 +44,21 @@ def collect(experiment):
             "rows": rows, "notes": [shown(note) for note in notes(experiment)]}
 
 
+def tested(record):
+    """On what test split its teacher was measured."""
+    return record.teacher.get("test")
+
+
 def notes(experiment):
     """What the table must not hide, in sentences."""
     record, approaches, records = experiment.first, experiment.approaches, experiment.records
     settings, held = record.settings, record.held_out
     unfinished = [name for name in approaches if any(name not in each.students for each in records)]
     absent = [name for name in EATS_SOURCES if name not in record.sources]
-    start, size = settings.supervised_weights, record.teacher.get("parameters")
+    supervised, size = experiment.trained("supervised"), record.teacher.get("parameters")
+    start = next((each.get("weights", "none") for each in supervised), "none")
+    others = [name for name in approaches for each in records if name in each.students
+              and each.students[name].get("test", tested(each)) != tested(each)]
     sizes = {name_of_arch(each["arch"]): each["parameters"] for each in record.students.values()
              if each.get("parameters")}
     selected = set(approaches) - {"supervised", "all", "matched", *DRAWN_BY_WEIGHT}
@@ -70,9 +78,10 @@ def notes(experiment):
          f"Selected with --threshold {made['threshold']} --calibrate {made['calibrate']} --floor "
          f"{made['floor']:g} --fill {made['fill']}{' --no-balance' * made['no_balance']}."),
         ("eats" in approaches and absent,
-         f"eats was made without {listed(absent)}: not among the sources."),
-        (experiment.trained("supervised"), "The supervised student learns from labels and starts "
-         f"from {'random' if start == 'none' else name_of_arch(start)} weights.")) if true]
+         f"eats does without {listed(absent)}: not among the sources."),
+        (others, f"Measured on another test split than the teacher: {listed(others)}."),
+        (supervised, "The supervised student learns from labels and starts from "
+         f"{'random' if start == 'none' else name_of_arch(start)} weights.")) if true]
     if size and sizes:
         counts = listed([f"{arch} has {count:,}" for arch, count in sizes.items()])
         found.append(f"Parameters: {counts}, the teacher {size:,}.")

@@ -112,15 +112,18 @@ class Run:
         """The content of an earlier stage's product. Raises UserError that says how to make it."""
         content, wrong = read_product(self, name)
         if content is None:
-            settings, target = self.settings, self.settings.target
-            usual = f"runs/{name_of(target)}"
-            given = {"target": target != "cifar10", "run_dir": settings.run_dir != usual,
-                     "teacher_arch": is_own(settings.teacher_arch)}
-            flags = "".join(f" {flag_of(name)} {getattr(settings, name)}"
-                            for name in given if given[name])
             raise UserError(f"{wrong or f'{self / name} is missing'}. Make it with "
-                            f"`{command}{flags}`.")
+                            f"{self.by_hand(command)}.")
         return content
+
+    def by_hand(self, command):
+        """A stage's command as it is typed for this run, in quotes."""
+        settings, target = self.settings, self.settings.target
+        usual = f"runs/{name_of(target)}"
+        given = {"target": target != "cifar10", "run_dir": settings.run_dir != usual,
+                 "teacher_arch": is_own(settings.teacher_arch)}
+        flags = (f" {flag_of(name)} {getattr(settings, name)}" for name in given if given[name])
+        return f"`{command}{''.join(flags)}`"
 
     @property
     def restarted(self):

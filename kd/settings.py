@@ -97,8 +97,8 @@ class Settings:
         "the strongest known for sources that resemble the target, far for others, quick takes "
         "minutes (default: reference; quick for digits)")
     seeds: tuple = _everyday(None, (0,), values.list_of(values.seed, "seed"), "N[,N,...]",
-        "random seed; of several, the whole run is repeated for each, and "
-        "the table has mean and deviation (default: 0)")
+        "random seed; of several, the whole run is repeated for each, and the table has mean and "
+        "deviation (default: 0)")
     run_dir: str = _everyday(None, "", values.path, "DIR",
         "the run folder (default: runs/<target>)")
 

@@ -185,7 +185,7 @@ def test_batch_norms_are_folded_in_a_network_that_flattens_its_maps(nets):
     classifier = models.build(f"{nets}:views", CLASSES)
     network = classifier.network
     network.conv1 = nn.Sequential(network.conv1, nn.BatchNorm2d(4))
-    folded = models.folded(with_statistics(classifier))
+    folded = models.folded(classifier)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
 
 

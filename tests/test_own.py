@@ -280,7 +280,7 @@ def test_a_test_split_that_comes_later_is_measured_and_nothing_is_trained_again(
     run, folder = tmp_path / "run", f"secret={tmp_path / 'secret'}"
     ran("compile.py", own, "--target", "secret", "--data-free")
     before = [(run / name).read_bytes() for name in ("teacher.pt", "students/mms.pt")]
-    assert "The teacher was measured on another test split, or on none. Run python " in refused(
+    assert "measured on another test split, or on none. Measure it again with `python " in refused(
         "distill.py", own, "--target", folder, "--data-free", "--approach", "mms")
     ran("compile.py", own, "--target", folder, "--data-free")
     results = read(run, "results.json")
@@ -295,7 +295,7 @@ def test_a_test_split_that_comes_later_is_measured_and_nothing_is_trained_again(
 
 def test_a_teacher_that_fits_its_images_badly_or_too_well_is_asked_about(capsys):
     def said(accuracy, on_confidence, classes):
-        say_if_odd({"accuracy": accuracy, "confidence_accuracy": on_confidence}, classes)
+        say_if_odd({"accuracy": accuracy, "confidence_accuracy": on_confidence}, classes, "target")
         return capsys.readouterr().out
     for figures in ((0.9, 0.1, 12), (0.1, None, 12), (None, 0.55, 2)):
         assert "is low. Are its pixels and the order of its classes" in said(*figures)

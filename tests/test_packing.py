@@ -277,7 +277,7 @@ path, count, size, how = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.ar
 before, source = peak(), Streamed("x", Images(count, Read(), "x"), size, 0.01)
 if how == "packed":
     pixels = np.memmap(path, np.uint8, "c", 0, (count, size, size, 3))
-    source = Packed("x", pixels, None, None, None, None, "x", 0)
+    source = Packed("x", pixels, None, None, None, None, "x", "", 0)
 assert sum(len(pixels) for pixels, _, _ in source.batches(batch_size=128)) == count
 print(peak() - before)
 """
