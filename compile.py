@@ -25,7 +25,7 @@ from kd.processes import alone, first_alone, gathered, rank, wait, world_size
 from kd.record import Experiment
 from kd.run import Run, read_product
 from kd.scoring import Scoring, load_criteria, no_mms, report_thresholds
-from kd.settings import resolve
+from kd.settings import ON_TARGET, resolve
 from kd.training import require_batch
 from kd.values import name_of, name_of_approach
 from TeacherTrain import load_checkpoint, new_teacher, report_teacher, train_teacher, weights_of
@@ -47,7 +47,7 @@ def check_everything_is_there(settings):
     for run in runs:
         run.check()
     load_criteria(settings)
-    reads_sources = set(settings.approaches) != {"supervised"}
+    reads_sources = not set(settings.approaches) <= set(ON_TARGET)
     data.locate(settings, reads_sources)
     have_teacher = all(run.has("teacher.json") for run in runs)
     weights = [] if have_teacher else weights_of(settings)
@@ -69,7 +69,7 @@ def check_networks(settings, target):
     approaches = set(settings.approaches)
     teacher = (load_checkpoint(settings, target) if settings.teacher_checkpoint else
                new_teacher(settings, target.classes))
-    if approaches != {"supervised"}:
+    if not approaches <= set(ON_TARGET):
         bucket_size(settings, target, teacher.classes)
     student = models.untrained(settings.student_arch, teacher.classes, "none", settings.image_size)
     if settings.student_weights == "teacher":
@@ -94,7 +94,7 @@ def prepare(settings, device, target):
     run = Run(settings)
     report_teacher(train_teacher(run, target, device))
     approaches = [name_of_approach(each) for each in settings.approaches]
-    selecting = [approach for approach in approaches if approach != "supervised"]
+    selecting = [approach for approach in approaches if approach not in ON_TARGET]
     if selecting:
         scoring = Scoring(run, device, data, target)
         for approach in selecting:
@@ -141,7 +141,7 @@ def main(argv):
     say(f"target: {name_of(settings.target)}, {describe(target)}")
     check_networks(settings, target)
     # Whatever is wrong with a source shows here, before anything long.
-    needed = settings.sources if set(settings.approaches) != {"supervised"} else ()
+    needed = () if set(settings.approaches) <= set(ON_TARGET) else settings.sources
     for spec in needed:
         first_alone(lambda spec=spec: data.load_source(settings, spec))
     seeds = of_each_seed(settings)

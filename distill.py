@@ -1,7 +1,8 @@
 """Train the student of one approach.
 
-In:  teacher.pt and transfer/<approach>/ (for `supervised`: the target's labelled training part
-instead). Out: students/<approach>.pt, .json, and .npz (its answers to the test split).
+In:  teacher.pt and transfer/<approach>/ (`supervised` and `original`: the target's training part
+instead, of which the first has the labels). Out: students/<approach>.pt, .json, and .npz (its
+answers to the test split).
 
 With z the logits and T the temperature, the loss of a batch is
 
@@ -33,7 +34,7 @@ from kd.export import export, require_packages
 from kd.files import UserError, is_first, require_none, say
 from kd.processes import first_alone, on_all_ranks
 from kd.run import open_stage
-from kd.settings import DRAWN_BY_WEIGHT
+from kd.settings import DRAWN_BY_WEIGHT, ON_TARGET
 from kd.training import Checkpoint, Watch, cross_entropy, train
 from kd.values import name_of, name_of_approach, name_of_arch
 
@@ -148,7 +149,7 @@ def measured(run, approach, student, target, confidence, device):
 def learned_from(run, approach, target):
     """What a student learns from: (images (N, H, W, 3) uint8, rows (n,) of them, figures about
     them, what they were made from)."""
-    if approach == "supervised":
+    if approach in ON_TARGET:
         train, labels = saved_split(run, len(target.train))[0], target.train.labels
         per_class = np.bincount(labels[train], minlength=len(target.classes)).tolist()
         figures = {"sources": [name_of(run.settings.target)], "per_class": per_class}

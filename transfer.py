@@ -37,7 +37,7 @@ from kd.processes import first_alone, on_all_ranks
 from kd.report import about_transfer_set
 from kd.run import open_stage
 from kd.scoring import Scoring
-from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES
+from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES, ON_TARGET
 from kd.thresholds import passes, share_of
 from kd.values import name_of_approach
 
@@ -286,9 +286,9 @@ def report_transfer_set(approach, summary):
 def main(argv):
     run, given = open_stage(argv, "transfer", __doc__)
     settings, approach = run.settings, name_of_approach(given["approach"])
-    if approach == "supervised":
-        raise UserError("supervised has no transfer set: it learns from the target's labelled "
-                        "images. Run `python distill.py --approach supervised`.")
+    if approach in ON_TARGET:
+        raise UserError(f"{approach} has no transfer set: it learns from the target's training "
+                        f"images. Run `python distill.py --approach {approach}`.")
     device = engine.pick_device(settings.device)
     scoring = Scoring(run, device, data)
     first_alone(lambda: data.obtain(settings))

@@ -7,7 +7,7 @@ import sys
 from kd import values
 from kd.files import UserError, listed, one_field, read_json
 from kd.recipes import RECIPES
-from kd.settings import APPROACHES, FIELDS, FLAGS, GROUPS, MORE_APPROACHES, STAGES
+from kd.settings import APPROACHES, FIELDS, FLAGS, GROUPS, MORE_APPROACHES, ON_TARGET, STAGES
 from kd.values import is_own
 
 # The stages whose settings are flags of each script; compile.py has all of them.
@@ -28,7 +28,8 @@ def _approach(names):
 MORE = {
     "compile": {"config": ("running", dict(metavar="FILE", help="a config.json whose flags hold "
                 "where the command line says nothing else, to repeat a run"))},
-    "transfer": {"approach": _approach(APPROACHES[1:] + MORE_APPROACHES)},
+    "transfer": {"approach": _approach([each for each in APPROACHES + MORE_APPROACHES
+                                        if each not in ON_TARGET])},
     "distill": {"approach": _approach(APPROACHES + MORE_APPROACHES), "export": ("everyday", dict(
         choices=("onnx", "state_dict", "safetensors"),
         help="also write the student in another form, beside its checkpoint"))},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kd.files import listed, write_json, write_text
 from kd.record import Experiment, accuracy_text, mean, shown
-from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES
+from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES, ON_TARGET
 from kd.values import name_of, name_of_arch
 
 HEADS = ("approach", "student", "sources", "images", "per class", "accuracy %", "retention",
@@ -61,7 +61,7 @@ def notes(experiment):
               and each.students[name].get("test", tested(each)) != tested(each)]
     sizes = {name_of_arch(each["arch"]): each["parameters"] for each in record.students.values()
              if each.get("parameters")}
-    selected = set(approaches) - {"supervised", "all", "matched", *DRAWN_BY_WEIGHT}
+    selected = set(approaches) - {*ON_TARGET, "all", "matched", *DRAWN_BY_WEIGHT}
     made = next((each["made_from"] for each in record.summaries.values()), settings.of_stage(
         "transfer"))
     found = [sentence for true, sentence in (
@@ -80,6 +80,8 @@ def notes(experiment):
         ("eats" in approaches and absent,
          f"eats does without {listed(absent)}: not among the sources."),
         (others, f"Measured on another test split than the teacher: {listed(others)}."),
+        ("original" in approaches, "The student of original learns from the target's own training "
+         "images: what other images are held against."),
         (supervised, "The supervised student learns from labels and starts from "
          f"{'random' if start == 'none' else name_of_arch(start)} weights.")) if true]
     if size and sizes:

@@ -26,7 +26,9 @@ DATA_FREE_SIZE = 50_000     # images of a transfer set where no training split s
 SOURCE_SHARE = 0.25         # of a class's candidates that pass where thresholds come from them
 FINE_TUNING_SCALE = 0.1     # of the teacher's learning rate when it starts from trained weights
 APPROACHES = ("supervised", "eats", "balanced", "random", "mms", "entropy")
-MORE_APPROACHES = ("all", "matched", "even", "weighted", "confidence", "energy", "cross_entropy")
+MORE_APPROACHES = ("all", "matched", "even", "weighted", "confidence", "energy", "cross_entropy",
+                   "original")
+ON_TARGET = ("supervised", "original")      # learn from the target's own images, to compare with
 DRAWN_BY_WEIGHT = ("even", "weighted")      # every image, some more often than others
 EATS_SOURCES = ("svhn", "tinyimagenet")     # arXiv 2011.09113
 PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "caltech101",
@@ -131,7 +133,8 @@ class Settings:
         "mean of the teacher's pixels, in [0, 1] (default: what its weights state, else "
         "0.5,0.5,0.5)")
     teacher_std: tuple | None = _teacher(None, values.std, "R,G,B",
-        "their standard deviation (default: what its weights state, else 0.5,0.5,0.5)")
+        "standard deviation of the teacher's pixels (default: what its weights state, else "
+        "0.5,0.5,0.5)")
     teacher_epochs: int = _teacher(BY_RECIPE, values.count, "N",
         "epochs of the teacher's training")
     teacher_lr: float = _teacher(BY_RECIPE, values.positive, "RATE",
@@ -316,9 +319,9 @@ def _require_consistent(settings):
         (len(set(names)) < len(names), "--approaches names an approach twice."),
         (settings.data_free and not settings.teacher_checkpoint,
          "--data-free needs a teacher: give yours as --teacher-checkpoint FILE."),
-        (settings.data_free and "supervised" in names,
-         "supervised learns from the target's labelled images, which --data-free does not touch: "
-         "leave it out of --approaches."),
+        *((settings.data_free and name in names,
+           f"{name} learns from the target's training images, which --data-free does not touch: "
+           "leave it out of --approaches.") for name in ON_TARGET),
         (settings.data_free and settings.calibrate == "target",
          "--calibrate target needs images of the target, which --data-free does not touch: use "
          "--calibrate sources."),

@@ -305,6 +305,15 @@ def test_a_teacher_that_fits_its_images_badly_or_too_well_is_asked_about(capsys)
         assert said(*figures) == ""
 
 
+def test_original_learns_the_teachers_answers_to_the_targets_own_images(run, flags):
+    ran("compile.py", flags, "--approaches", "original,mms", "--augment", "crop,cutmix")
+    rows = {row["approach"]: row for row in read(run, "results.json")["rows"]}
+    assert (rows["original"]["transfer_size"], rows["original"]["sources"]) == (96, ["colours"])
+    assert "what other images are held against." in str(read(run, "results.json")["notes"])
+    assert not (run / "transfer/original").exists()
+    assert "original has no transfer set" in refused("transfer.py", flags, "--approach", "original")
+
+
 def test_even_has_the_images_of_all_and_draws_rare_classes_as_often(run, flags):
     ran("compile.py", flags, "--approaches", "all,even")
     one, other = ((run / f"transfer/{name}/images.npy").read_bytes() for name in ("all", "even"))
