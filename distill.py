@@ -111,8 +111,7 @@ def train_student(run, approach, target, device):
     seed = engine.seed_for(settings.seed, "student")        # the same start for all approaches
     engine.seed_all(seed)
     student, figures["weights"] = new_student(run, weights, teacher["classes"])
-    objective, recipe = objective_of(run, images, None if supervised else run / "teacher.pt",
-                                     target, device)
+    objective, recipe = objective_of(run, images, supervised, target, device)
     steps = recipe.all_steps(len(rows))
     if not recipe.steps and steps < FEW_STEPS and not settings.limit:
         say(f"student {approach}: {recipe.epochs} epochs of {len(rows):,} images are {steps} steps"
@@ -174,14 +173,15 @@ def new_student(run, weights, classes):
     return student, weights
 
 
-def objective_of(run, images, teacher_path, target, device):
-    """(objective, recipe) of a student: labels where there is no path of a teacher."""
+def objective_of(run, images, supervised, target, device):
+    """(objective, recipe) of a student: labels, or the teacher's answers."""
     recipe = run.settings.student_recipe
-    steps = [step for step in recipe.augment.split(",") if step.partition(":")[0] not in MIXING]
-    if teacher_path is None:        # a mixed image has no single label
+    if supervised:      # a mixed image has no single label
+        views = [step for step in recipe.augment.split(",")
+                 if step.partition(":")[0] not in MIXING]
         return (cross_entropy(target.train.labels, device),
-                dataclasses.replace(recipe, augment=",".join(steps) or "none"))
-    teacher = checkpoints.load(teacher_path, run.settings.teacher_arch)
+                dataclasses.replace(recipe, augment=",".join(views) or "none"))
+    teacher = checkpoints.load(run / "teacher.pt", run.settings.teacher_arch)
     teacher = models.folded(teacher).to(device)
     if recipe.augment == "none":
         return fixed_objective(teacher, images, recipe.temperature, device), recipe

@@ -11,7 +11,7 @@ threshold of a class,
     balanced, eats     the same without a threshold (eats: from SVHN and TinyImageNet alone)
     all                every image of every source
     random             as many images as mms has, without threshold or balance
-    matched            so many that the pool has the teacher's batch statistics (kd/matching.py)
+    matched            drawn so that batch norms see the target's statistics (kd/matching.py)
     weighted           every image, drawn in each step as often as matched weighs it
     even               every image, drawn so that all classes come equally often
 
@@ -38,7 +38,7 @@ from kd.report import about_transfer_set
 from kd.run import open_stage
 from kd.scoring import Scoring
 from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES, ON_TARGET
-from kd.thresholds import passes, share_of
+from kd.thresholds import least_count, passes
 from kd.values import name_of_approach
 
 MANIFEST = ["source", "index", "file", "predicted", "score"]
@@ -107,7 +107,7 @@ def select(approach, candidates, thresholds, rules):
         badness = -scores if rules.keeps_high[approach] else scores
         eligible = passes(scores, candidates.predicted, thresholds[approach],
                           rules.keeps_high[approach])
-        least = share_of(room, rules.floor)
+        least = least_count(room, rules.floor)
         short = np.bincount(group[eligible], minlength=group.max(initial=0) + 1) < least
         scored = ~np.isnan(badness)
         if not rules.balance:       # thresholds are those of classes: what passes comes first

@@ -20,7 +20,7 @@ import torch
 
 from kd import checkpoints, engine, models
 from kd.files import UserError, file_digest, say, write_atomically
-from kd.processes import on_all_ranks, wait
+from kd.processes import wait
 from kd.progress import Progress
 
 LIMIT = 5.0             # of a statistic, in deviations: channels that hardly ever fire say no more
@@ -83,44 +83,42 @@ def _blocks(scoring, classifier, shown, parts):
     progress.close()
 
 
-@on_all_ranks
 def statistics(scoring):
     """v - o of all candidates in DIRECTIONS, as of `directions`, (N, K) float16, memory-mapped;
-    made in one more pass of the teacher, and kept in scores/matched.npy. scoring: a
-    kd.scoring.Scoring."""
+    made in three more passes of the teacher, over a sample, the confidence set and all, by the
+    first process alone, and kept in scores/matched.npy. scoring: a kd.scoring.Scoring."""
     run, path = scoring.run, scoring.run / "scores" / "matched.npy"
-    calibrate = run.settings.calibrate
     images = [[name, source.fingerprint] for name, source in scoring.sources.items()]   # in order
     product = run.product("scores/matched.json", remake=True, teacher=scoring.digest,
-                          images=images, code=file_digest(__file__), calibrate=calibrate)
-    if product.done:
-        return np.load(path, mmap_mode="r")
+                          images=images, code=file_digest(__file__),
+                          calibrate=run.settings.calibrate)
+    if not product.done:
+        write_atomically(path, lambda file: _write_statistics(scoring, file))
+        product.write({"images": len(scoring.candidates)}, [path])
+    wait()
+    return np.load(path, mmap_mode="r")
+
+
+def _write_statistics(scoring, file):
+    run, candidates, count = scoring.run, scoring.candidates, len(scoring.candidates)
     classifier = checkpoints.load(run / "teacher.pt", run.settings.teacher_arch).to(scoring.device)
-    candidates, count = scoring.candidates, len(scoring.candidates)
     parts = [(source, candidates.index[candidates.source == number])
              for number, source in enumerate(scoring.sources.values())]
     step = max(1, count // SAMPLE)
-
-    def write(file):
-        with watched(classifier) as shown, torch.inference_mode():
-            classifier.eval()(models.noise(classifier))     # which may run it twice, in two layouts
-            shown()
-            sample = [block.cpu() for block in _blocks(
-                scoring, classifier, shown, [(source, rows[::step]) for source, rows in parts])]
-            axes = directions(torch.cat(sample)).to(scoring.device)
-            origin = 0.0
-            if calibrate == "target":
-                origin = torch.cat([block @ axes for block in _blocks(
-                    scoring, classifier, shown, [scoring.confidence])]).mean(0)
-            shape = (count, axes.shape[1])
-            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_2_0(file, header)
-            for block in _blocks(scoring, classifier, shown, parts):
-                file.write((block @ axes - origin).half().cpu().numpy().data)
-    write_atomically(path, write)
-    product.write({"images": count}, [path])
-    wait()
-    return np.load(path, mmap_mode="r")
+    with watched(classifier) as shown, torch.inference_mode():
+        classifier.eval()(models.noise(classifier))     # which may run it twice, in two layouts
+        shown()
+        sample = [block.cpu() for block in _blocks(
+            scoring, classifier, shown, [(source, rows[::step]) for source, rows in parts])]
+        axes = directions(torch.cat(sample)).to(scoring.device)
+        origin = 0.0
+        if run.settings.calibrate == "target":
+            origin = torch.cat([block @ axes for block in _blocks(
+                scoring, classifier, shown, [scoring.confidence])]).mean(0)
+        header = {"descr": "<f2", "fortran_order": False, "shape": (count, axes.shape[1])}
+        np.lib.format.write_array_header_2_0(file, header)
+        for block in _blocks(scoring, classifier, shown, parts):
+            file.write((block @ axes - origin).half().cpu().numpy().data)
 
 
 def directions(sample):

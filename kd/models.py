@@ -199,8 +199,8 @@ def inherit(student, teacher, required=False):
 @torch.no_grad()
 def folded(classifier):
     """A copy in eval mode, with its batch norms folded into the convolutions that are seen to come
-    before them: the same logits up to rounding, on a CPU 8 % (ResNet-34) to 41 % (MobileNet) more
-    of them. The classifier itself where they would differ, or where it can't be copied."""
+    before them: the same logits up to rounding, on a CPU 8 % (ResNet-34) to 41 % (MobileNet)
+    faster. The classifier itself where they would differ, or where it can't be copied."""
     try:
         copied = copy.deepcopy(classifier.eval())
     except (RuntimeError, TypeError, NotImplementedError):      # a network may refuse that

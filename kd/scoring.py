@@ -79,7 +79,8 @@ def load_criteria(settings):
 
 def score_batches(teacher, source, rows, criteria, device, label):
     """One pass of the teacher over a source. Returns {"predicted": (N,) int64, "index": (N,) int64,
-    and (N,) float32 for each of `criteria`}; images whose logits are not finite are left out.
+    and (N,) float32 for each of `criteria`}, and how many images are left out, whose logits are
+    not finite.
 
     source: what has `batches` (kd/packing.py); rows: as there. Of several processes each answers
     for a part of the batches, and all return the whole."""

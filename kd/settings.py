@@ -76,7 +76,7 @@ _running = functools.partial(setting, "running", None)
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a run, resolved: no field is left for a later stage to guess."""
+    """Every setting of a run. None and "auto" are decided where they are used."""
 
     target: str = _everyday("teacher", "cifar10", values.data_set_spec, "NAME|NAME=PATH",
         "data set whose classes the teacher knows: a known name, or a folder that holds "
@@ -138,7 +138,7 @@ class Settings:
     teacher_epochs: int = _teacher(BY_RECIPE, values.count, "N",
         "epochs of the teacher's training")
     teacher_lr: float = _teacher(BY_RECIPE, values.positive, "RATE",
-        "its peak learning rate; a tenth of it from trained weights")
+        "its peak learning rate (default: the recipe's, a tenth of it from trained weights)")
     teacher_batch_size: int = _teacher(BY_RECIPE, values.batch, "N", "its batch size")
     teacher_augment: str = _teacher(BY_RECIPE, None)
     classes: tuple | int | None = _teacher(None, values.classes, "N|FILE",
@@ -199,7 +199,7 @@ class Settings:
     tensorboard: bool = _running(False, bool,
         "write losses, accuracies and views into the run folder's tensorboard/")
     wandb: bool = _running(False, bool,
-        "send the same to Weights & Biases, as its WANDB_ variables say")
+        "send what --tensorboard writes to Weights & Biases, which WANDB_ variables set up")
     restart: bool = _running(False, bool, "delete what the run folder holds and begin again")
     restart_from: str | None = _running(None, STAGES, "STAGE",
         "delete what STAGE and those after it have made, and make it again: "

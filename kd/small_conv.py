@@ -1,4 +1,4 @@
-"""A convolution that is fast on tiny maps: 32x32 networks run 1.5 to 1.8 times as fast on a CPU.
+"""A convolution that is fast on tiny maps, where a CPU is slow (docs/speed.md has how much).
 
 At 32x32 the last blocks of a stock ResNet work on 2x2 and 1x1 pixels, where most taps of a 3x3
 kernel see only padding and the weight gradient costs more than all other layers together.

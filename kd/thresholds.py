@@ -4,7 +4,7 @@ import math
 import numpy as np
 
 
-def share_of(count, share):
+def least_count(count, share):
     """The least whole number that is this share of `count`; 0.07 * 100 is 7 and a little."""
     return math.ceil(share * count - 1e-9)
 
@@ -18,7 +18,7 @@ def share_threshold(scores, predicted, classes, keeps_high, share):
     thresholds, scored = np.full(classes, np.nan), ~np.isnan(scores)
     for label in np.unique(predicted[scored]):
         ordered = np.sort(scores[scored & (predicted == label)])
-        count = max(1, share_of(len(ordered), share))
+        count = max(1, least_count(len(ordered), share))
         thresholds[label] = ordered[-count] if keeps_high else ordered[count - 1]
     return thresholds
 

@@ -141,10 +141,10 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
     rows): the mean loss of a batch, where views are the augmented pixels that the classifier saw.
     weights: (n,), how often each row comes; None: once an epoch.
 
-    A step draws from (seed, epoch, step) alone. After an epoch, or a thousand steps, and when a
-    signal asks to stop, everything is saved; a later call resumes there and ends in the same
-    bits. Raises UserError when the loss is no longer finite or memory runs out; the
-    checkpoint stays."""
+    A step draws from (seed, epoch, step) alone, and of several processes from the rank. After an
+    epoch, or a thousand steps, and when a signal asks to stop, everything is saved; a later call
+    resumes there and ends in the same bits. Raises UserError when the loss is no longer finite or
+    memory runs out; the checkpoint stays."""
     require_batch(watch.label, min(recipe.batch_size, len(rows)))
     remedy = "Use a smaller --batch-size (--teacher-batch-size), or a smaller network."
     with orderly(), enough_memory(watch.label, device, remedy):
