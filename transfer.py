@@ -175,7 +175,9 @@ def make_transfer_set(run, approach, scoring):
         return product.content
     size = min(len(candidates), bucket * len(classes))
     if approach in ("matched", "weighted"):
-        candidates.scores[approach], shown = matched_weights(scoring, size), approach
+        shown = "matched"       # for both, and solved once
+        if shown not in candidates.scores:
+            candidates.scores[shown] = matched_weights(scoring, size)
     elif approach == "even":
         candidates.scores["even"], shown = even_weights(candidates.predicted), "even"
     rules = Rules(bucket, len(classes), {name: each.keeps_high

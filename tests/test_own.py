@@ -324,6 +324,14 @@ def test_even_has_the_images_of_all_and_draws_rare_classes_as_often(run, flags):
     assert not torch.equal(*heads)      # all else is the same: start, images, order of numbers
 
 
+def test_matched_and_weighted_share_their_weights(run, flags):
+    said = ran("compile.py", flags, "--approaches", "matched,weighted", "--transfer-size", "60",
+               "--restart-from", "transfer")
+    assert said.count("; effective size ") == 1
+    weights, columns = np.load(run / "transfer/weighted/weights.npy"), manifest(run, "matched")
+    assert {float(row["score"]) for row in columns} <= set(map(float, weights))
+
+
 def test_matched_aims_at_the_confidence_set(run, flags, painted, tmp_path):
     files = sorted((painted / "colours/train").rglob("*.png"))      # in the order of the data set
     (tmp_path / "same").mkdir()
