@@ -44,6 +44,6 @@ RECIPES = {
 RECIPES["quick"] = RECIPES["best"] | dict(
     teacher_epochs=12, teacher_batch_size=64, teacher_lr=0.02, teacher_augment="crop", epochs=16,
     steps=352, batch_size=64, lr=0.1, augment="none", student_weights="none")
-# For pools of another domain: the same with heavy views, from random weights.
+# For pools of another domain: the same with CutMix, from random weights.
 RECIPES["far"] = RECIPES["best"] | dict(
-    lr=0.2, augment="rrc,flip,colour,cutmix,mixup", student_weights="none")
+    lr=0.2, augment="crop,flip,cutmix", student_weights="none")
