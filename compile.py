@@ -47,14 +47,11 @@ def check_everything_is_there(settings):
     for run in runs:
         run.check()
     load_criteria(settings)
-    reads_sources = not set(settings.approaches) <= set(ON_TARGET)
+    reads_sources = bool(settings.read_sources)
     data.locate(settings, reads_sources)
     have_teacher = all(run.has("teacher.json") for run in runs)
     weights = [] if have_teacher else weights_of(settings)
-    if "supervised" in settings.approaches:
-        weights.append((settings.supervised_role, settings.student_arch,
-                        settings.supervised_weights, None))
-    weights.append(("student", settings.student_arch, settings.student_weights, None))
+    weights += map(settings.start_of, settings.approaches)
     require_none(models.unavailable(weights, settings.image_size))
     data.obtain(settings, reads_sources)
 
@@ -69,7 +66,7 @@ def check_networks(settings, target):
     approaches = set(settings.approaches)
     teacher = (load_checkpoint(settings, target) if settings.teacher_checkpoint else
                new_teacher(settings, target.classes))
-    if not approaches <= set(ON_TARGET):
+    if settings.read_sources:
         bucket_size(settings, target, teacher.classes)
     student = models.untrained(settings.student_arch, teacher.classes, "none", settings.image_size)
     if settings.student_weights == "teacher":
@@ -141,8 +138,7 @@ def main(argv):
     say(f"target: {name_of(settings.target)}, {describe(target)}")
     check_networks(settings, target)
     # Whatever is wrong with a source shows here, before anything long.
-    needed = () if set(settings.approaches) <= set(ON_TARGET) else settings.sources
-    for spec in needed:
+    for spec in settings.read_sources:
         first_alone(lambda spec=spec: data.load_source(settings, spec))
     seeds = of_each_seed(settings)
     for each in seeds:

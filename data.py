@@ -280,7 +280,7 @@ def _read_layout(record, root, split, named=None):
     except Exception as error:      # whatever a broken layout makes its reader raise
         raise UserError(f"{named or root} is incomplete or damaged ({one_field(str(error))}). "
                         "Delete it and run again, or give a folder of images as "
-                        f" {record.name}=PATH.") from None
+                        f"{record.name}=PATH.") from None
 
 
 def _pack_folder(settings, spec, split):

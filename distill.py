@@ -86,12 +86,12 @@ def train_student(run, approach, target, device):
     confidence = saved_split(run, len(target.train))[1] if target.train else None
     test, path = test_of(target), run / f"students/{approach}.pt"
     if teacher.get("test", test) != test:
-        raise UserError("The teacher was measured on another test split, or on none. Measure it "
-                        f"again with {run.by_hand('python TeacherTrain.py')}.")
+        run.refuse(f"{run / 'teacher.json'} is of another test split, or of none",
+                   "python TeacherTrain.py")
     images, rows, figures, made_from = learned_from(run, approach, target)
     frequencies = run / f"transfer/{approach}/weights.npy"
     frequencies = None if supervised or approach not in DRAWN_BY_WEIGHT else np.load(frequencies)
-    weights = settings.supervised_weights if supervised else settings.student_weights
+    _, _, weights, _ = settings.start_of(approach)
     files = checkpoints.files_of(settings.student_arch, weights)
     product = run.product(f"students/{approach}.json", teacher=teacher["files"]["teacher.pt"],
                           transfer_set=made_from, files=list(files.values()))
@@ -100,8 +100,8 @@ def train_student(run, approach, target, device):
     made = [path, run / f"students/{approach}.npz"] if target.test else [path]
     if product.done:        # with another test split, or none
         student = checkpoints.load(path, settings.student_arch).to(device)
-        return product.write(product.content | measured(run, approach, student, target, confidence,
-                                                        device), made)
+        return product.write(product.content | measured(
+            run, approach, student, teacher, target, confidence, device), made)
     figures |= {"approach": approach, "arch": settings.student_arch, "weights": weights,
                 "transfer_size": len(rows), **dict.fromkeys((
                     "accuracy", "confidence_accuracy", "retention", "agreement",
@@ -122,7 +122,7 @@ def train_student(run, approach, target, device):
                   run.board(f"student-{approach}"))
     training = train(student, images, rows, objective, recipe, seed=seed, device=device,
                      watch=watch, weights=frequencies)
-    figures |= measured(run, approach, student, target, confidence, device) | {
+    figures |= measured(run, approach, student, teacher, target, confidence, device) | {
         name: getattr(training, name) for name in ("seconds", "images_per_second", "history")}
     checkpoints.save(path, student, accuracy=figures["accuracy"])
     content = product.write(figures, made)
@@ -130,11 +130,11 @@ def train_student(run, approach, target, device):
     return content
 
 
-def measured(run, approach, student, target, confidence, device):
-    """The figures of a student that need images it has not learned from. Writes its answers."""
+def measured(run, approach, student, teacher, target, confidence, device):
+    """The figures of a student that need images it has not learned from. Writes its answers.
+    teacher: the content of teacher.json."""
     found, predicted = evaluate(student, target, confidence, run / f"students/{approach}.npz",
                                 device)
-    teacher = run.content_of("teacher.json", "python TeacherTrain.py")
     figures = {"retention": None, "agreement": None} | found
     if predicted is not None:
         with np.load(run / "teacher.npz") as saved:
@@ -224,10 +224,8 @@ def main(argv):
     if "export" in given:
         require_packages(given["export"])
     device = engine.pick_device(settings.device)
-    weights = settings.supervised_weights if approach == "supervised" else settings.student_weights
     if not run.has(f"students/{approach}.json"):
-        role = settings.supervised_role if approach == "supervised" else "student"
-        needed = [(role, settings.student_arch, weights, None)]
+        needed = [settings.start_of(approach)]
         first_alone(lambda: require_none(models.unavailable(needed, settings.image_size)))
     run.content_of("teacher.json", "python TeacherTrain.py")
     first_alone(lambda: data.obtain(settings, sources=False))

@@ -24,6 +24,7 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
 
 import csv
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +39,7 @@ from kd.report import about_transfer_set
 from kd.run import open_stage
 from kd.scoring import Scoring
 from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES, ON_TARGET
-from kd.thresholds import least_count, passes
+from kd.thresholds import passes
 from kd.values import name_of_approach
 
 MANIFEST = ["source", "index", "file", "predicted", "score"]
@@ -107,7 +108,7 @@ def select(approach, candidates, thresholds, rules):
         badness = -scores if rules.keeps_high[approach] else scores
         eligible = passes(scores, candidates.predicted, thresholds[approach],
                           rules.keeps_high[approach])
-        least = least_count(room, rules.floor)
+        least = math.ceil(rules.floor * room)
         short = np.bincount(group[eligible], minlength=group.max(initial=0) + 1) < least
         scored = ~np.isnan(badness)
         if not rules.balance:       # thresholds are those of classes: what passes comes first

@@ -33,8 +33,7 @@ def _block(into, out, stride):
     other = stride > 1 or into != out
     shortcut = nn.Sequential(_conv(into, out, 1, stride), nn.BatchNorm2d(out)) if other else None
     block = BasicBlock(into, out, stride, shortcut)
-    for conv in (block.conv1, block.conv2):
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    block.conv1, block.conv2 = _conv(into, out, stride=stride), _conv(out, out)
     return block
 
 

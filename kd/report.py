@@ -57,8 +57,9 @@ def notes(experiment):
     absent = [name for name in EATS_SOURCES if name not in record.sources]
     supervised, size = experiment.trained("supervised"), record.teacher.get("parameters")
     start = next((each.get("weights", "none") for each in supervised), "none")
-    others = [name for name in approaches for each in records if name in each.students
-              and each.students[name].get("test", tested(each)) != tested(each)]
+    others = [name for name in approaches if any(
+        each.students[name].get("test", tested(each)) != tested(each)
+        for each in records if name in each.students)]
     sizes = {name_of_arch(each["arch"]): each["parameters"] for each in record.students.values()
              if each.get("parameters")}
     selected = set(approaches) - {*ON_TARGET, "all", "matched", *DRAWN_BY_WEIGHT}

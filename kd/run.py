@@ -112,18 +112,18 @@ class Run:
         """The content of an earlier stage's product. Raises UserError that says how to make it."""
         content, wrong = read_product(self, name)
         if content is None:
-            raise UserError(f"{wrong or f'{self / name} is missing'}. Make it with "
-                            f"{self.by_hand(command)}.")
+            self.refuse(wrong or f"{self / name} is missing", command)
         return content
 
-    def by_hand(self, command):
-        """A stage's command as it is typed for this run, in quotes."""
+    def refuse(self, wrong, command):
+        """Raises UserError: what is wrong, and the stage's command, as typed here, that makes it
+        right."""
         settings, target = self.settings, self.settings.target
         usual = f"runs/{name_of(target)}"
         given = {"target": target != "cifar10", "run_dir": settings.run_dir != usual,
                  "teacher_arch": is_own(settings.teacher_arch)}
         flags = (f" {flag_of(name)} {getattr(settings, name)}" for name in given if given[name])
-        return f"`{command}{''.join(flags)}`"
+        raise UserError(f"{wrong}. Make it with `{command}{''.join(flags)}`.")
 
     @property
     def restarted(self):

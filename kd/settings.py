@@ -222,10 +222,17 @@ class Settings:
         as_the_teacher = self.teacher_weights == "imagenet" and not self.teacher_checkpoint
         return "imagenet" if as_the_teacher and has_imagenet_weights(self.student_arch) else "none"
 
+    def start_of(self, approach):
+        """(whose flag decides, architecture, weights, None) of the student of an approach, as
+        models.unavailable asks for it."""
+        weights = self.supervised_weights if approach == "supervised" else self.student_weights
+        role = "student" if weights == self.student_weights else "teacher"
+        return role, self.student_arch, weights, None
+
     @property
-    def supervised_role(self):
-        """Whose flag decides that."""
-        return "student" if self.supervised_weights == self.student_weights else "teacher"
+    def read_sources(self):
+        """The sources that the approaches need."""
+        return () if set(self.approaches) <= set(ON_TARGET) else self.sources
 
     @property
     def teacher_recipe(self):
@@ -308,12 +315,12 @@ def _require_consistent(settings):
     names = [name_of_approach(each) for each in settings.approaches]
     sources = [name_of(each) for each in settings.sources]
     known = APPROACHES + MORE_APPROACHES
-    for file in settings.criteria:
-        name = name_of_approach(file)
-        if name in (*known, *OURS) or not plain(name):
-            raise UserError(f"{file}: {name!r} can't be the name of an approach. Rename the file.")
+    files = {file: name_of_approach(file) for file in settings.criteria}
     unknown = [each for each in settings.approaches if each not in known and each[-3:] != ".py"]
     contradictions = (
+        *((name in (*known, *OURS) or not plain(name),
+           f"{file}: {name!r} can't be the name of an approach. Rename the file.")
+          for file, name in files.items()),
         (unknown, f"There is no approach {listed(unknown)}. There are {', '.join(known)}, and "
                   "FILE.py for a criterion of your own."),
         (len(set(names)) < len(names), "--approaches names an approach twice."),

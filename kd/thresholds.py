@@ -4,11 +4,6 @@ import math
 import numpy as np
 
 
-def least_count(count, share):
-    """The least whole number that is this share of `count`; 0.07 * 100 is 7 and a little."""
-    return math.ceil(share * count - 1e-9)
-
-
 def share_threshold(scores, predicted, classes, keeps_high, share):
     """The score that the surest `share` of the images of each class reach, at least one of them.
     (C,) float64, NaN for a class without images; scores that are NaN are left out.
@@ -18,7 +13,7 @@ def share_threshold(scores, predicted, classes, keeps_high, share):
     thresholds, scored = np.full(classes, np.nan), ~np.isnan(scores)
     for label in np.unique(predicted[scored]):
         ordered = np.sort(scores[scored & (predicted == label)])
-        count = max(1, least_count(len(ordered), share))
+        count = math.ceil(share * len(ordered))
         thresholds[label] = ordered[-count] if keeps_high else ordered[count - 1]
     return thresholds
 

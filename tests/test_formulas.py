@@ -95,13 +95,6 @@ def test_an_exact_hit_of_the_threshold_is_kept(criterion):
     assert passes(value, np.zeros(7, int), thresholds, criterion.KEEP == ">=").all()
 
 
-def test_a_share_of_a_hundred_is_no_image_more_than_that():
-    scores, predicted = np.arange(100.0), np.zeros(100, int)
-    for percent in (7, 28, 55, 90):     # 0.07 * 100 is a little above 7 in floating point
-        threshold = share_threshold(scores, predicted, 1, True, percent / 100)
-        assert (scores >= threshold).sum() == percent
-
-
 @pytest.mark.parametrize("high, expected", [(True, [7.0, 8.0]), (False, [1.0, 2.0])])
 def test_a_share_threshold_lets_the_surest_quarter_of_a_class_pass(high, expected):
     scores, predicted = np.arange(1.0, 9.0), np.zeros(8, int)

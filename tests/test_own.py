@@ -280,7 +280,7 @@ def test_a_test_split_that_comes_later_is_measured_and_nothing_is_trained_again(
     run, folder = tmp_path / "run", f"secret={tmp_path / 'secret'}"
     ran("compile.py", own, "--target", "secret", "--data-free")
     before = [(run / name).read_bytes() for name in ("teacher.pt", "students/mms.pt")]
-    assert "measured on another test split, or on none. Measure it again with `python " in refused(
+    assert "teacher.json is of another test split, or of none. Make it with `python " in refused(
         "distill.py", own, "--target", folder, "--data-free", "--approach", "mms")
     ran("compile.py", own, "--target", folder, "--data-free")
     results = read(run, "results.json")

@@ -114,7 +114,7 @@ def test_another_test_split_is_measured_and_nothing_is_trained_again(
     (tmp_path / "colours/test/red/001.png").unlink()
     target = ["--target", f"colours={tmp_path / 'colours'}"]
     flags = by_hand(painted, run)
-    assert "The teacher was measured on another test split" in refused("distill.py", flags, *target)
+    assert "teacher.json is of another test split" in refused("distill.py", flags, *target)
     ran("TeacherTrain.py", flags, *target)
     ran("distill.py", flags, *target, "--approach", "mms")
     said = ran("report.py", [], "--run-dir", run)
