@@ -104,7 +104,9 @@ def line(record, approach, pool):
     student, settings = record.students[approach], record.settings
     found = {"pool": pool, "seed": settings.seed, "approach": approach,
              "teacher": record.teacher["files"]["teacher.pt"],
-             **{name: getattr(settings, name) for name in ("steps", "batch_size", "augment")},
+             "teacher_accuracy": record.teacher["accuracy"],
+             **{name: getattr(settings, name) for name in (
+                 "steps", "batch_size", "lr", "temperature", "augment")},
              "images": student["transfer_size"], "confidence": student["confidence_accuracy"],
              **{name: student[name] for name in ("accuracy", "agreement", "seconds")}}
     if approach not in record.selected:
