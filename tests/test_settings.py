@@ -156,7 +156,10 @@ def test_help_is_there_at_once_and_shows_what_the_stage_uses_in_groups(script, s
 
 def commands_of(page):
     """The words of each command in its blocks of shell, of the scripts that have settings."""
-    for block in re.findall("```bash\n(.*?)```", page.read_text(), re.S):
+    text = page.read_text()
+    for name, value in re.findall('^([A-Z])="(.*)"$', text, re.M):
+        text = text.replace(f"${name}", value)
+    for block in re.findall("```bash\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", "").splitlines():
             words = shlex.split(line, comments=True)
             for at, word in enumerate(words):
