@@ -31,6 +31,7 @@ from kd.values import HF, data_set_spec, name_of
 
 PACKED_BELOW = 8e9      # bytes of a pack; larger sources are decoded as they are read
 DATA_SETS = registry()
+ARCHIVES = (".zip", ".tar", ".gz")
 NO_CLASSES = ("places365", *drawn.COUNTS)
 
 
@@ -175,8 +176,8 @@ def obtain(settings, sources=True):
     files = {path: file for _, place in absent for path, file in place.files.items()}
     require_none(fetch_all(files))
     for record, place in absent:
-        for archive in place.files if record.unpacked else ():
-            extract(archive, place.path / record.layout, 4 * record.unpacked,
+        for archive in (path for path in place.files if path.suffix in ARCHIVES):
+            extract(archive, place.path / record.layout,
                     functools.partial(_read_layout, record, split="source", named=archive))
 
 

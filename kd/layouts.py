@@ -139,7 +139,6 @@ class DataSet:
     files: tuple = ()
     target_files: tuple = ()
     layout: str = ""
-    unpacked: int = 0
 
 
 def registry():

@@ -30,7 +30,7 @@ SMALL = {"cifar10": {"train": 10, "test": 3, "source": 10},
 def small(monkeypatch):
     """The registry with the counts and sizes of what is written here."""
     for name, counts in SMALL.items():
-        register(monkeypatch, name, images=counts, unpacked=name != "svhn" and 1_000_000)
+        register(monkeypatch, name, images=counts)
 
 
 def register(monkeypatch, name, **changes):
