@@ -32,7 +32,7 @@ from kd.command import command
 from kd.evaluation import evaluate, saved_split, source_agreement, test_of, watcher
 from kd.export import export, require_packages
 from kd.files import UserError, is_first, require_none, say
-from kd.processes import first_alone, on_all_ranks
+from kd.processes import alone, first_alone, on_all_ranks
 from kd.run import open_stage
 from kd.settings import DRAWN_BY_WEIGHT, ON_TARGET
 from kd.training import Checkpoint, Watch, cross_entropy, train
@@ -233,7 +233,8 @@ def main(argv):
     target = first_alone(lambda: data.load_target(settings))
     report_student(train_student(run, approach, target, device))
     if "export" in given and is_first():
-        export_student(run, approach, given["export"], target)
+        with alone():
+            export_student(run, approach, given["export"], target)
 
 
 if __name__ == "__main__":

@@ -254,6 +254,7 @@ def write_transfer_set(folder, scoring, candidates, chosen, shown, size):
                 continue
             for pixels, index, files in scoring.sources[name].batches(candidates.index[rows]):
                 file.write(np.ascontiguousarray(pixels).data)
+                files = list(files)     # a shard is opened for each
                 of = rows[done:done + len(pixels)]
                 done += len(pixels)
                 use = quoting if any("\r" in each for each in files) else writer

@@ -17,6 +17,7 @@ from kd.files import UserError, first_line, is_first, let_go
 # Batch systems send SIGUSR1 before the time limit.
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")
             if hasattr(signal, name)]
+AT_ONCE = 2.0           # seconds in which the same request may come twice, torchrun's after another
 OTHERS_WAIT = 5.0       # seconds before another process than the first one says what is wrong
 
 
@@ -25,9 +26,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Signals:
-    """pending: the number of a signal that waits, or 0; orderly: how many pieces of work are under
-    way that want to end a step first."""
-    pending = orderly = 0
+    """pending: the number of a signal that waits, or 0; since: when it came; orderly: how many
+    pieces of work are under way that want to end a step first."""
+    pending = orderly = since = 0
 
 
 def interrupted():
@@ -49,9 +50,11 @@ def orderly():
 
 
 def _on_signal(number, frame):
-    again = bool(_Signals.pending)
-    _Signals.pending = number
-    if again or not _Signals.orderly:       # who asks twice does not want to wait
+    now = time.monotonic()
+    again = _Signals.pending and now - _Signals.since > AT_ONCE
+    if not _Signals.pending:
+        _Signals.pending, _Signals.since = number, now
+    if again or not _Signals.orderly:       # who asks again does not want to wait
         raise Interrupted(number)
 
 

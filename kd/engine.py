@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from kd.augment import to_device
-from kd.files import UserError
+from kd.files import UserError, say
 from kd.packing import release_pages
 from kd.processes import gathered, own_card, share_of
 from kd.progress import Progress
@@ -37,7 +37,9 @@ def pick_device(name):
                         f"without {name.upper()}.")
     if name == "cpu":
         keep_memory()
-    return own_card() if name == "cuda" else torch.device(name)
+    device = own_card() if name == "cuda" else torch.device(name)
+    say(f"device: {torch.cuda.get_device_name() if name == 'cuda' else name}")
+    return device
 
 
 def keep_memory():
@@ -99,8 +101,11 @@ def resident(images, device):
     tensor = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
     if device.type == "cpu":
         return tensor
-    memory = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda"
-              else torch.mps.recommended_max_memory())
+    if device.type == "cuda":       # and what torch keeps of what it no longer uses
+        memory = torch.cuda.mem_get_info(device)[0] + (
+            torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    else:
+        memory = torch.mps.recommended_max_memory()
     return tensor if tensor.nbytes > memory / 2 else tensor.to(device)
 
 

@@ -270,6 +270,9 @@ def require_trainable(classifier, image_size=IMAGE_SIZE):
     """The classifier as it was. Raises UserError unless it gives logits while it trains as well."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         answer = copy.deepcopy(classifier).train()(noise(classifier, image_size, 2))
+    _refuse(classifier.arch, any(not isinstance(value, torch.Tensor) for value in
+                                 classifier.network.state_dict().values()) and
+            "has other state than tensors (get_extra_state), which a checkpoint here can't hold")
     found = {_shape(each) for each in (answer if isinstance(answer, tuple) else [answer])
              if each is not None}
     _refuse(classifier.arch, found != {(2, len(classifier.classes))} and

@@ -2,12 +2,15 @@
 import csv
 import functools
 import statistics
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kd.files import one_field, say
+from kd.readers import Names
 from kd.run import read_product, read_settings
 from kd.settings import APPROACHES
 from kd.values import name_of, name_of_approach
@@ -38,7 +41,7 @@ class Images:
     index: np.ndarray
     predicted: np.ndarray
     score: np.ndarray
-    files: tuple = ()
+    files: Sequence = ()
 
     @property
     def key(self):
@@ -100,12 +103,19 @@ class Record:
         for name in (name for name, summary in self.summaries.items() if summary["size"]):
             with open(self.folder / f"transfer/{name}/manifest.csv", encoding="utf-8",
                       errors="surrogateescape", newline="") as file:
-                rows = list(csv.reader(file))[1:]
-            source, index, files, predicted, score = zip(*rows, strict=True)
-            found[name] = Images(np.array([self.sources.index(each) for each in source]),
-                                 np.array(index, np.int64), np.array(predicted, np.int64),
-                                 np.array([each or "nan" for each in score], float), files)
+                rows, columns = csv.reader(file), [array("q"), array("q"), array("q"), array("d")]
+                next(rows)
+                files = Names(self._fill(columns, rows))
+            found[name] = Images(*map(np.asarray, columns), files)
         return found
+
+    def _fill(self, columns, rows):
+        """Yields the file of each row of a manifest; the rest goes into columns."""
+        for source, index, file, predicted, score in rows:
+            for column, value in zip(columns, (self.sources.index(source), int(index),
+                                               int(predicted), float(score or "nan")), strict=True):
+                column.append(value)
+            yield file
 
     def places(self, keys):
         """{key: (Images, their pixels (N, size, size, 3) uint8, the row there)} of those of these

@@ -81,8 +81,8 @@ class Training:
         """Moves the average towards the weights and statistics of now. The decay warms up, so that
         a short training does not end as its beginning: min(decay, (1 + n) / (10 + n)) after n
         steps."""
-        pairs = list(zip(self.average.state_dict().values(), self.classifier.state_dict().values(),
-                         strict=True))
+        pairs = list(zip(*((*each.parameters(), *each.buffers())
+                           for each in (self.average, self.classifier)), strict=True))
         means = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_(*map(list, zip(*means, strict=True)),
                              1 - min(decay, (1 + self.done) / (10 + self.done)))
@@ -146,7 +146,8 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
     resumes there and ends in the same bits. Raises UserError when the loss is no longer finite or
     memory runs out; the checkpoint stays."""
     require_batch(watch.label, min(recipe.batch_size, len(rows)))
-    remedy = "Use a smaller --batch-size (--teacher-batch-size), or a smaller network."
+    remedy = ("Use a smaller --batch-size (--teacher-batch-size), --no-compile, or a smaller "
+              "network.")
     with orderly(), enough_memory(watch.label, device, remedy):
         classifier.to(device)
         state = Training(classifier, len(rows), recipe, device)
@@ -177,7 +178,6 @@ def require_batch(label, images):
 def train_one_epoch(state, images, batches, objective, recipe, seed, device, keeper):
     """The steps of one epoch that are left. batches: [(n,) int64 rows]."""
     state.classifier.train()
-    state.compile(recipe.compile, device)
     allow_tf32(True)
     mine = share_of(len(batches[0]))    # this process's share of every batch
     weight = (mine.stop - mine.start) * world_size() / len(batches[0])
@@ -186,6 +186,7 @@ def train_one_epoch(state, images, batches, objective, recipe, seed, device, kee
     batches, at = (order.to(where).split(count) for where in (device, images.device))
     pixels = prefetched((images[rows[mine]] for rows in at[state.step:]), device)
     for step, (batch, raw) in enumerate(zip(batches[state.step:], pixels, strict=True), state.step):
+        state.compile(recipe.compile, device)       # once it pays, which seconds tell
         generator = step_generator(seed, state.epoch, step)
         seed_all(seed_for(seed, f"{state.epoch}/{step}/{rank()}"), device)
         views = augment(raw, recipe.augment, generator, len(batch), mine)
