@@ -1,5 +1,6 @@
 """What the tests share: painted images, a run of seconds, scripts run as a user runs them."""
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,8 +87,8 @@ def small_run(painted):
     return ["--target", f"colours={painted / 'colours'}",
             "--sources", f"pool={painted / 'pool'},more={painted / 'more'}",
             "--teacher-arch", net, "--student-arch", net, "--recipe", "quick",
-            "--teacher-epochs", "4", "--epochs", "2", "--batch-size", "16", "--device", "cpu",
-            "--threshold", "published",
+            "--teacher-epochs", "8", "--teacher-batch-size", "16", "--epochs", "2",
+            "--batch-size", "16", "--device", "cpu", "--threshold", "published",
             "--data-dir", str(painted / "data")]
 
 
@@ -98,3 +99,16 @@ def finished_run(painted, tmp_path_factory):
     done = run_script("compile.py", *small_run(painted), "--run-dir", folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """That folder for one test: its files are links, of which `put` replaces those that change."""
+    return shutil.copytree(finished_run, tmp_path / "run", copy_function=os.link,
+                           ignore=shutil.ignore_patterns(".lock", ".holder"))
+
+
+@pytest.fixture
+def flags(painted, tmp_path):
+    """The flags of a run of seconds in the folder of `run`, whether it is there or not."""
+    return [*small_run(painted), "--run-dir", str(tmp_path / "run")]

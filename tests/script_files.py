@@ -3,9 +3,7 @@ import contextlib
 import csv
 import io
 import json
-import os
 import runpy
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -36,12 +34,6 @@ def run_here(script, *argv):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
-
-
-def linked(finished, folder):
-    """A run folder whose files are links to those of `finished`: `put` what is to be changed."""
-    return shutil.copytree(finished, folder, copy_function=os.link,
-                           ignore=shutil.ignore_patterns(".lock", ".holder"))
 
 
 def put(path, content):

@@ -10,7 +10,7 @@ import torch
 from conftest import NET, ROOT
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from script_files import by_hand, contents, linked, put, run_here
+from script_files import by_hand, contents, put, run_here
 from script_files import given as flags_given
 
 import data
@@ -148,10 +148,8 @@ def test_any_config_repeats_the_command_line_that_it_came_from(folder, few):
     assert len(repeated) > 10
 
 
-def test_anything_in_a_run_folder_is_refused_in_a_line_or_made_again(
-        finished_run, painted, tmp_path, few):
-    copy = linked(finished_run, tmp_path / "run")
-    before = contents(copy)
+def test_anything_in_a_run_folder_is_refused_in_a_line_or_made_again(run, painted, few):
+    before = contents(run)
     names = [name for name in before if name.endswith((".json", ".npz", ".csv"))
              and not name.startswith("results")]
     anything = JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40)
@@ -159,8 +157,8 @@ def test_anything_in_a_run_folder_is_refused_in_a_line_or_made_again(
     @few
     @given(st.sampled_from(names), anything, st.sampled_from(["transfer.py", "distill.py"]))
     def check(name, content, script):
-        put(copy / name, content)
-        done = run_here(script, *flags_given(script, by_hand(painted, copy)))
+        put(run / name, content)
+        done = run_here(script, *flags_given(script, by_hand(painted, run)))
         assert done.returncode in (0, 2) and done.stderr.count("\n") == (done.returncode == 2)
-        put(copy / name, before[name])
+        put(run / name, before[name])
     check()

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import NET, ROOT, run_script, small_run
+from conftest import NET, ROOT, run_script
 from PIL import Image
-from script_files import given, linked, manifest, pool, ran, read, refused
+from script_files import given, manifest, pool, ran, read, refused
 from test_selection import select_slowly
 
 from kd.thresholds import passes
@@ -32,40 +32,29 @@ def contrast(num_classes):
 """
 
 
-@pytest.fixture(scope="module")
-def taught(painted, tmp_path_factory):
-    """(A run folder with a teacher that knows all three colours, scores and the transfer set of
-    mms; its flags.)"""
-    folder = tmp_path_factory.mktemp("taught") / "run"
-    flags = [*small_run(painted), "--teacher-batch-size", "16", "--teacher-epochs", "8"]
-    ran("TeacherTrain.py", flags, "--run-dir", folder)
-    ran("transfer.py", flags, "--run-dir", folder, "--approach", "mms")
-    (painted / "networks.py").write_text(NETWORKS)
-    content = torch.load(folder / "teacher.pt", weights_only=True)
-    torch.save(content["state_dict"], painted / "weights.pth")
-    return folder, flags
+@pytest.fixture
+def networks(tmp_path):
+    (tmp_path / "networks.py").write_text(NETWORKS)
+    return tmp_path / "networks.py"
 
 
 @pytest.fixture
-def flags(taught, tmp_path):
-    return [*taught[1], "--run-dir", str(tmp_path / "run")]
-
-
-@pytest.fixture
-def run(taught, tmp_path):
-    """That run folder, for one test."""
-    return linked(taught[0], tmp_path / "run")
+def weights(finished_run, tmp_path):
+    """The teacher's, as somebody else would have saved them."""
+    content = torch.load(finished_run / "teacher.pt", weights_only=True)
+    torch.save(content["state_dict"], tmp_path / "weights.pth")
+    return str(tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--teacher-arch {}/networks.py:three --approaches mms,weighted",
+    ("--teacher-arch {}:three --approaches mms,weighted",
      "matched and weighted need a teacher with batch norms"),
     ("--teacher-arch alexnet --teacher-weights none --teacher-size 32",
      "alexnet can't process images of 32x32"),
     ("--transfer-size 1", "1 images are fewer than one for each of 3 classes")])
 def test_what_can_not_work_is_refused_before_the_teacher_is_trained(
-        flags, painted, tmp_path, words, said):
-    assert said in refused("compile.py", flags, *words.format(painted).split())
+        flags, networks, tmp_path, words, said):
+    assert said in refused("compile.py", flags, *words.format(networks).split())
     assert not (tmp_path / "run").exists()
 
 
@@ -79,13 +68,13 @@ def test_matched_weighs_the_images_of_sources_in_another_order(run, flags):
 
 
 def test_a_teacher_and_a_student_of_ones_own_run_from_data_to_table(
-        taught, flags, painted, tmp_path):
-    networks, run = painted / "networks.py", tmp_path / "run"
+        finished_run, flags, networks, weights, tmp_path):
+    run = tmp_path / "run"
     own = [*flags, "--teacher-arch", f"{networks}:make", "--student-arch", f"{networks}:three",
-           "--teacher-checkpoint", str(painted / "weights.pth"), "--approaches", "balanced"]
+           "--teacher-checkpoint", weights, "--approaches", "balanced"]
     ran("compile.py", own)
     before, figures, results = (read(*name) for name in (
-        (taught[0], "teacher.json"), (run, "teacher.json"), (run, "results.json")))
+        (finished_run, "teacher.json"), (run, "teacher.json"), (run, "results.json")))
     assert figures["history"] == [] and figures["accuracy"] == before["accuracy"] > 0.9
     assert results["teacher"]["arch"] == "networks.py:make"
     assert results["rows"][0]["student"] == "networks.py:three"
@@ -102,8 +91,8 @@ def test_a_teacher_and_a_student_of_ones_own_run_from_data_to_table(
 
 
 def test_without_a_linear_head_mms_is_refused_and_the_plain_margin_taken_when_asked(
-        taught, flags, painted, tmp_path):
-    own = [*flags, "--teacher-arch", f"{painted / 'networks.py'}:squashed"]
+        flags, networks, tmp_path):
+    own = [*flags, "--teacher-arch", f"{networks}:squashed"]
     said = refused("compile.py", own)
     assert "No linear layer makes the logits of networks.py:squashed" in said
     assert "Add --mms-plain" in said and not (tmp_path / "run").exists()
@@ -120,11 +109,11 @@ def test_without_a_linear_head_mms_is_refused_and_the_plain_margin_taken_when_as
 
 
 def test_images_whose_logits_are_not_finite_are_left_out_and_counted(
-        taught, flags, painted, tmp_path):
+        flags, networks, painted, tmp_path):
     folder, run = shutil.copytree(painted / "pool", tmp_path / "pool"), tmp_path / "run"
     for number in range(3):
         Image.new("RGB", (24, 28), "gray").save(folder / f"flat{number}.png")
-    said = ran("compile.py", flags, "--teacher-arch", f"{painted / 'networks.py'}:contrast",
+    said = ran("compile.py", flags, "--teacher-arch", f"{networks}:contrast",
                "--sources", f"pool={folder},more={painted / 'more'}", "--approaches", "all",
                "--data-dir", tmp_path / "data")
     assert "3 images are left out: the teacher's logits for them are NaN or infinite." in said
@@ -164,7 +153,8 @@ def test_what_a_criterion_raises_is_shown_with_its_traceback(flags, run, tmp_pat
 def test_approaches_whose_names_differ_behind_a_dot_keep_a_student_each(flags, run, tmp_path):
     shutil.copy(ROOT / "criteria/energy.py", tmp_path / "mms.v2.py")
     names = ["mms", "mms.v2"]
-    ran("compile.py", flags, "--approaches", f"mms,{tmp_path / 'mms.v2.py'}")
+    ran("compile.py", flags, "--restart-from", "students", "--approaches",
+        f"mms,{tmp_path / 'mms.v2.py'}")
     assert [row["approach"] for row in read(run, "results.json")["rows"]] == names
     assert "Not made yet" not in str(read(run, "results.json")["notes"])
     for name in names:
@@ -230,9 +220,9 @@ def test_shards_and_folders_packed_or_not_select_alike(run, flags, painted, tmp_
 
 @pytest.mark.parametrize("test_split", [True, False])
 def test_without_training_images_of_the_target_thresholds_come_from_the_sources(
-        taught, flags, painted, tmp_path, test_split):
+        flags, weights, painted, tmp_path, test_split):
     run, target = tmp_path / "run", "secret"
-    own = [*flags, "--teacher-checkpoint", str(painted / "weights.pth"), "--transfer-size", "60",
+    own = [*flags, "--teacher-checkpoint", weights, "--transfer-size", "60",
            "--threshold", "0.25"]
     if test_split:
         (tmp_path / "secret").mkdir()
@@ -271,11 +261,11 @@ def test_without_training_images_of_the_target_thresholds_come_from_the_sources(
 
 
 def test_a_test_split_that_comes_later_is_measured_and_nothing_is_trained_again(
-        taught, flags, painted, tmp_path):
+        flags, weights, painted, tmp_path):
     (tmp_path / "names.txt").write_text("blue\ngreen\nred\n")
     (tmp_path / "secret").mkdir()
     os.symlink(painted / "colours/test", tmp_path / "secret/test")
-    own = [*flags, "--teacher-checkpoint", str(painted / "weights.pth"), "--transfer-size", "60",
+    own = [*flags, "--teacher-checkpoint", weights, "--transfer-size", "60",
            "--approaches", "mms", "--classes", str(tmp_path / "names.txt")]
     run, folder = tmp_path / "run", f"secret={tmp_path / 'secret'}"
     ran("compile.py", own, "--target", "secret", "--data-free")
@@ -306,7 +296,8 @@ def test_a_teacher_that_fits_its_images_badly_or_too_well_is_asked_about(capsys)
 
 
 def test_original_learns_the_teachers_answers_to_the_targets_own_images(run, flags):
-    ran("compile.py", flags, "--approaches", "original,mms", "--augment", "crop,cutmix")
+    ran("compile.py", flags, "--approaches", "original,mms", "--augment", "crop,cutmix",
+        "--restart-from", "students")
     rows = {row["approach"]: row for row in read(run, "results.json")["rows"]}
     assert (rows["original"]["transfer_size"], rows["original"]["sources"]) == (96, ["colours"])
     assert "what other images are held against." in str(read(run, "results.json")["notes"])
@@ -346,7 +337,7 @@ def test_matched_aims_at_the_confidence_set(run, flags, painted, tmp_path):
 
 def test_a_student_starts_with_its_teachers_layers_and_a_live_teacher_in_bfloat16(run, flags):
     ran("distill.py", flags, "--approach", "mms", "--student-weights", "auto", "--lr", "1e-12",
-        "--augment", "crop", "--amp")
+        "--augment", "crop", "--amp", "--restart-from", "students")
     teacher, student = (torch.load(run / name, weights_only=True)["state_dict"]["head.weight"]
                         for name in ("teacher.pt", "students/mms.pt"))
     torch.testing.assert_close(student, teacher)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refusal, small_run
-from script_files import by_hand, linked, manifest, ran, read
+from script_files import by_hand, manifest, ran, read
 from test_training import learn, same, small
 from torch import nn
 
@@ -22,8 +22,8 @@ def torchrun(script, *arguments):
                           capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_two_processes_select_to_the_row_what_one_selects(painted, finished_run, tmp_path):
-    run = tmp_path / "run"
+def test_two_processes_select_to_the_row_what_one_selects(painted, finished_run, run, tmp_path):
+    alone, run = run, tmp_path / "two"
     flags = [*small_run(painted), "--run-dir", run, "--teacher-checkpoint",
              finished_run / "teacher.pt", "--approaches", "balanced,random,mms,entropy,matched"]
     done = torchrun("compile.py", *flags)
@@ -55,7 +55,6 @@ def test_two_processes_select_to_the_row_what_one_selects(painted, finished_run,
                     for each in (finished_run, run))
         assert same(one, two)
     assert not [line for line in lines if line.startswith("reused")]
-    alone = linked(finished_run, tmp_path / "alone")
     ran("transfer.py", by_hand(painted, alone), "--approach", "matched")
     one, two = ([(row["source"], row["index"]) for row in manifest(each, "matched")]
                 for each in (alone, run))

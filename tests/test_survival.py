@@ -53,7 +53,7 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(painted, tmp_path,
     rng = random.Random(pytestconfig.getoption("--kill-seed"))
     runs, pause, killed, between = 2, 0.05, 0, 0
     flags = [*small_run(painted), "--approaches", "supervised,mms", "--augment", "crop,mixup",
-             "--epochs", "20", "--teacher-epochs", "20", "--teacher-batch-size", "16"]
+             "--epochs", "20", "--teacher-epochs", "20"]
     if job == "the offline job":
         runs, pause = pytestconfig.getoption("--kill-runs"), 10.0
         flags = ["--target", "digits", "--device", "cpu", "--data-dir", str(tmp_path / "data")]
