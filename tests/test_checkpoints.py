@@ -218,7 +218,6 @@ def test_a_start_may_be_a_state_dict_or_a_checkpoint_that_knows_other_classes(ne
      r"size mismatch for head.bias: .* torch.Size\(\[4\]\) .* torch.Size\(\[3\]\)"),
     (lambda state: state.update({"head.bias": torch.zeros(1).expand(10 ** 12)}), "size mismatch"),
     (lambda state: state["head.bias"].fill_(float("nan")), "it has NaN or infinity in head.bias"),
-    (lambda state: [state.pop(key) for key in list(state)], "it holds no state dict"),
     (lambda state: state.update({"head.weight": torch.zeros(4, 16), "head.bias": torch.zeros(4)}),
      r"has 4 outputs, and there are 3 classes \(ant, small, .*\). Name its own with --classes")])
 def test_keys_that_do_not_fit_are_named_with_what_to_do(net, change, said):
@@ -302,9 +301,6 @@ def test_a_student_is_torchvisions_own_state_dict(form, tmp_path, capsys):
         plain.load_state_dict(load_file(tmp_path / "student.safetensors"))
     else:
         plain.load_state_dict(torch.load(tmp_path / "student.state_dict", weights_only=True))
-    with torch.no_grad():
-        torch.testing.assert_close(plain((pixels() - 0.5) / 0.5), predict(student, images()),
-                                   rtol=1e-4, atol=1e-4)
     again = checkpoints.load_teacher(tmp_path / f"student.{form}", "resnet18", CLASSES)
     assert torch.equal(predict(again, images()), predict(student, images()))
 
