@@ -162,19 +162,12 @@ FAULTS = {
         torch.empty(3, device=device).uniform_(generator=torch.Generator())),
     "numpy": lambda device: np.asarray(torch.ones(3, device=device)),
     "memory that is not pinned": lambda device: torch.ones(3).to(device, non_blocking=True),
-    "a copy to the host": lambda device: torch.ones(3, device=device).to("cpu", non_blocking=True)}
+    "a copy to the host": lambda device: torch.ones(3, device=device).to("cpu", non_blocking=True),
+    "float64, which mps has not": lambda device: torch.ones(3, device=device).double()}
 
 
+@pytest.mark.parametrize("card", ["mps"], indirect=True)
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_noticed(card, fault):
     with pytest.raises(Misplaced):
         fault(card.device)
-
-
-def test_float64_is_refused_on_mps_alone(card):
-    ones = torch.ones(3, device=card.device)
-    if card.device.type == "cuda":
-        assert ones.double().dtype == torch.float64
-    else:
-        with pytest.raises(Misplaced):
-            ones.double()
