@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from conftest import NET, refusal
+from layout_files import random_pixels
 from torch import nn
 
 from kd import checkpoints, models, own
@@ -278,13 +279,7 @@ def test_what_is_no_state_dict_is_refused_with_the_way_out(net, save, said):
     refusal(said, checkpoints.load_teacher, "given.pth", "net.py:make", CLASSES)
 
 
-def images(count=30):
-    return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8,
-                         generator=torch.Generator().manual_seed(0)).numpy()
-
-
-def pixels(count=30):
-    return torch.from_numpy(images())[:count].permute(0, 3, 1, 2) / 255
+IMAGES = random_pixels(30, 32, 32, 3)
 
 
 @pytest.mark.quick
@@ -293,7 +288,7 @@ def test_a_student_is_torchvisions_own_state_dict(form, tmp_path, capsys):
     if form == "safetensors":
         pytest.importorskip("safetensors", reason="safetensors is an optional extra")
     student = models.build("resnet18", CLASSES).eval()
-    export(student, form, tmp_path / f"student.{form}", images())
+    export(student, form, tmp_path / f"student.{form}", IMAGES)
     assert "On 30 images it gives the student's class for 30" in capsys.readouterr().out
     plain = torchvision.models.resnet18(num_classes=3).eval()
     if form == "safetensors":
@@ -302,7 +297,7 @@ def test_a_student_is_torchvisions_own_state_dict(form, tmp_path, capsys):
     else:
         plain.load_state_dict(torch.load(tmp_path / "student.state_dict", weights_only=True))
     again = checkpoints.load_teacher(tmp_path / f"student.{form}", "resnet18", CLASSES)
-    assert torch.equal(predict(again, images()), predict(student, images()))
+    assert torch.equal(predict(again, IMAGES), predict(student, IMAGES))
 
 
 def grey():
@@ -316,13 +311,14 @@ def grey():
 def test_onnx_has_all_that_the_student_does_for_any_batch(make, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install '.[export]'")
     student, path = make(), tmp_path / "student.onnx"
-    export(student, "onnx", path, images())
+    export(student, "onnx", path, IMAGES)
     assert list(tmp_path.iterdir()) == [path]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == CLASSES
     for count in (1, 3, 17):
-        [found] = session.run(["logits"], {"pixels": pixels(count).numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), predict(student, images())[:count],
+        pixels = torch.from_numpy(IMAGES[:count]).permute(0, 3, 1, 2) / 255
+        [found] = session.run(["logits"], {"pixels": pixels.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), predict(student, IMAGES)[:count],
                                    rtol=1e-3, atol=1e-3)
 
 
@@ -333,5 +329,5 @@ def test_an_export_that_gives_other_answers_is_not_written(tmp_path):
             return nn.functional.dropout(super().forward(x.flatten(1)), 0.5)
     drawn = Classifier(Drawn(3072, 3), "drawn", CLASSES)
     refusal("can't be exported as state_dict .it gives other logits", export, drawn, "state_dict",
-            tmp_path / "drawn.pth", images())
+            tmp_path / "drawn.pth", IMAGES)
     assert not list(tmp_path.iterdir())
