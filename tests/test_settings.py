@@ -100,8 +100,6 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--data-free", "--data-free needs a teacher: give yours as --teacher-checkpoint FILE."),
     ("--data-free --teacher-checkpoint t.pt --approaches supervised", "supervised learns from the "
      "target's training images, which --data-free does not touch: leave it out of --approaches."),
-    ("--data-free --teacher-checkpoint t.pt --approaches original", "original learns from the "
-     "target's training images, which --data-free does not touch: leave it out of --approaches."),
     ("--data-free --teacher-checkpoint t.pt --calibrate target", "--calibrate target needs images "
      "of the target, which --data-free does not touch: use --calibrate sources."),
     ("--approaches eats --sources stl10", "eats needs svhn or tinyimagenet among the sources, "
