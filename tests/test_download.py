@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import random
 import re
+import shutil
 import threading
 import time
 
@@ -208,6 +209,16 @@ def test_an_archive_that_is_put_there_by_hand_is_used(tmp_path, monkeypatch, sma
     (tmp_path / "d" / "Caltech-256" / "c.tar").write_bytes(content)
     assert len(source(tmp_path / "d", "caltech256")) == 20
     assert names_in(tmp_path / "d" / "Caltech-256") == ["256_ObjectCategories", "c.tar"]
+
+
+@pytest.mark.parametrize("name", ["tinyimagenet", "caltech256"])
+def test_an_archive_that_is_extracted_again_holds_the_same_images(
+        tmp_path, monkeypatch, server, small, name):
+    content, file = official(tmp_path, name), data.DATA_SETS[name].files[0].name
+    register(monkeypatch, name, files=(remote(content, server.url(file, serve(content))),))
+    first = source(tmp_path / "d", name).fingerprint
+    shutil.rmtree(tmp_path / "d" / data.DATA_SETS[name].layout)
+    assert source(tmp_path / "d", name).fingerprint == first
 
 
 def test_an_archive_that_is_not_whole_is_refused_and_named(tmp_path, monkeypatch, small):

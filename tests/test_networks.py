@@ -41,6 +41,10 @@ def pair(num_classes): return Net(num_classes, end=lambda z: (z, z))
 def nan(num_classes): return Net(num_classes, end=lambda z: z * torch.nan)
 def scaled(num_classes): return Net(num_classes, end=lambda z: 2 * z)
 def dropout(num_classes): return Net(num_classes, end=lambda z: F.dropout(z, 0.5))
+class Stateful(Net):
+    def get_extra_state(self): return {"scale": 1}
+    def set_extra_state(self, state): pass
+def stateful(num_classes): return Stateful(num_classes)
 class Views(Net):
     def __init__(self, classes):
         super().__init__(classes)
@@ -296,6 +300,7 @@ def make(num_classes):
     ("pair", "gives a tuple for three images of 3 classes"),
     ("four", r"gives \(3, 4\) for three images of 3 classes, not"),
     ("nan", "NaN or infinite for images of noise"),
+    ("stateful", "has other state than tensors"),
     ("dropout", "gives different answers when asked twice for the same images")])
 def test_what_can_not_be_a_teacher_or_learn_is_named_before_any_work(nets, factory, said):
     def question():

@@ -55,6 +55,8 @@ def test_two_processes_select_to_the_row_what_one_selects(painted, finished_run,
                     for each in (finished_run, run))
         assert same(one, two)
     assert not [line for line in lines if line.startswith("reused")]
+    done = torchrun("distill.py", *by_hand(painted, run), "--export", "state_dict")
+    assert done.returncode == 0 and (run / "students/mms.pth").exists(), done.stderr
     ran("transfer.py", by_hand(painted, alone), "--approach", "matched")
     one, two = ([(row["source"], row["index"]) for row in manifest(each, "matched")]
                 for each in (alone, run))
