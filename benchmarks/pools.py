@@ -11,7 +11,9 @@ In the photo-polluted pool lie 60,000 photographs in random order: the 26 classe
 that show what CIFAR10 shows (6 %), its 174 others, and 30,000 images of twelve superclasses of
 CIFAR100 that show nothing of it. The labels serve to build it, and to say how much of a selection
 is related. The related pool is all of CIFAR100, TinyImageNet and Caltech101 but for two copies of
-CIFAR10's test images, which `copies` shows.
+CIFAR10's test images, which `copies` shows. `make` looks for CIFAR100's training images as
+/data/cifar100-source/<class>/*.jpg, for /data/tiny-imagenet-200 (the figures are of 150 of the 500
+images of each class) and for /data/101_ObjectCategories (816 images).
 """
 import hashlib
 import json

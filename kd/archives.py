@@ -8,7 +8,7 @@ import zipfile
 
 from kd.files import holding, say
 
-# Links and devices, and names that leave the folder, are left out; from Python 3.11.4.
+# Refuses devices, and names and links that leave the folder; from Python 3.11.4.
 SAFE = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 

@@ -17,7 +17,7 @@ from kd.files import UserError, first_line, is_first, let_go
 # Batch systems send SIGUSR1 before the time limit.
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")
             if hasattr(signal, name)]
-AT_ONCE = 2.0           # seconds in which the same request may come twice, torchrun's after another
+REPEATED = 2.0          # seconds within which a second signal is the first again, from torchrun
 OTHERS_WAIT = 5.0       # seconds before another process than the first one says what is wrong
 
 
@@ -50,12 +50,11 @@ def orderly():
 
 
 def _on_signal(number, frame):
-    now = time.monotonic()
-    again = _Signals.pending and now - _Signals.since > AT_ONCE
-    if not _Signals.pending:
+    now, first = time.monotonic(), not _Signals.pending
+    if first:
         _Signals.pending, _Signals.since = number, now
-    if again or not _Signals.orderly:       # who asks again does not want to wait
-        raise Interrupted(number)
+    if first and not _Signals.orderly or now - _Signals.since > REPEATED:
+        raise Interrupted(number)       # who asks again does not want to wait
 
 
 def command(main):

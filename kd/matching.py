@@ -30,8 +30,8 @@ RIDGE = 0.01            # on t, in units of the pool's variance
 ITERATIONS = 50
 LITTLE = 0.9            # of the gap is left: matched has nothing to offer
 CHUNK = 1 << 16         # rows that lie in memory at a time
-REMEDY = ("Run `python transfer.py --approach matched --device cpu` before, or leave matched and "
-          "weighted out.")
+REMEDY = ("On a GPU, run `python transfer.py --approach matched --device cpu` before; or leave "
+          "matched and weighted out.")
 
 
 def norms_of(classifier):

@@ -81,8 +81,9 @@ class Training:
         """Moves the average towards the weights and statistics of now. The decay warms up, so that
         a short training does not end as its beginning: min(decay, (1 + n) / (10 + n)) after n
         steps."""
-        pairs = list(zip(*((*each.parameters(), *each.buffers())
-                           for each in (self.average, self.classifier)), strict=True))
+        pairs = {value.data_ptr(): (kept, value) for kept, value in zip(
+            self.average.state_dict().values(), self.classifier.state_dict().values(),
+            strict=True)}.values()      # of a layer with two names once
         means = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_(*map(list, zip(*means, strict=True)),
                              1 - min(decay, (1 + self.done) / (10 + self.done)))

@@ -94,8 +94,8 @@ def test_a_signal_has_everything_saved_and_says_how_to_resume(painted, tmp_path,
          "--data-dir", painted / "data", "--run-dir", tmp_path / "run", "--device", "cpu"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "it learns\n" in iter(process.stdout.readline, "")
-    for _ in range(2):      # as where torchrun and the system both ask
-        process.send_signal(number)
+    for each in (number, signal.SIGTERM):       # as where torchrun asks as well
+        process.send_signal(each)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert said == "\nInterrupted. Run the same command again to resume.\n"
