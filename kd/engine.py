@@ -38,7 +38,7 @@ def pick_device(name):
     if name == "cpu":
         keep_memory()
     device = own_card() if name == "cuda" else torch.device(name)
-    say(f"device: {torch.cuda.get_device_name() if name == 'cuda' else name}")
+    say(f"device: {device}")
     return device
 
 
