@@ -27,7 +27,7 @@ from kd.run import Run, read_product
 from kd.scoring import Scoring, load_criteria, no_mms, report_thresholds
 from kd.settings import ON_TARGET, resolve
 from kd.training import require_batch
-from kd.values import name_of, name_of_approach
+from kd.values import is_file, name_of, name_of_approach
 from TeacherTrain import load_checkpoint, new_teacher, report_teacher, train_teacher, weights_of
 from transfer import bucket_size, make_transfer_set, report_pool, report_transfer_set
 
@@ -68,7 +68,8 @@ def check_networks(settings, target):
                new_teacher(settings, target.classes))
     if settings.read_sources:
         bucket_size(settings, target, teacher.classes)
-    student = models.untrained(settings.student_arch, teacher.classes, "none", settings.image_size)
+    weights = settings.student_weights if is_file(settings.student_weights) else "none"
+    student = models.untrained(settings.student_arch, teacher.classes, weights, settings.image_size)
     if settings.student_weights == "teacher":
         models.inherit(student, teacher, required=True)
     if models.head_weight(teacher) is None and not settings.mms_plain and (

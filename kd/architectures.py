@@ -134,5 +134,5 @@ def _imagenet(arch, weights):
         raise UserError(f"{arch} has no weights {weights}. It has {', '.join(kinds)}.")
     kind = kinds["DEFAULT" if weights == "imagenet" else weights]
     name = kind.url.rpartition("/")[2]
-    file = RemoteFile((kind.url,), sha256=name.partition(".")[0].rpartition("-")[2])
+    file = RemoteFile((kind.url,), sha256=Path(name).stem.rpartition("-")[2])
     return kind.transforms(), file, Path(torch.hub.get_dir()) / "checkpoints" / name

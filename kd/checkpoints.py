@@ -86,7 +86,7 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
         raise UserError(f"{path} {wrong}.")
     classifier = build(arch, classes, "none", *(
         given or each for given, each in zip((input_size, mean, std), stated, strict=True)))
-    known = outputs(classifier, state) if isinstance(state, dict) else None
+    known = outputs(classifier, state)
     if known not in (None, len(classes)):
         raise UserError(f"{path} has {known} outputs, and there are {len(classes)} classes "
                         f"({listed(classes, 3)}). Name its own with --classes.")

@@ -79,9 +79,11 @@ def unavailable(choices, image_size=IMAGE_SIZE):
     """
     lines = []
     for role, arch, weights, size in dict.fromkeys(choices):
-        classifier = build(arch, ["a", "b"], weights if is_file(weights) else "none",
-                           size or input_size_of(arch, image_size))
+        size = size or input_size_of(arch, image_size)
+        classifier = build(arch, ["a", "b"], "none", size)
         _watched(classifier, noise(classifier))
+        if is_file(weights):        # without a head only a network of its own classes can tell
+            build(arch, ["a", "b"], weights, size) if _head(classifier) else read_file(weights)
         try:
             if is_pretrained(weights):
                 make_network(arch, 2, weights)      # which fetches them
@@ -124,9 +126,10 @@ def _watched(classifier, images):
 
 
 def _same(some, others, tolerance=1e-4):
+    if some.shape != getattr(others, "shape", None):        # or it is no tensor
+        return False
     scale = others.nan_to_num(0, 0, 0).abs().max().item() if len(others) else 0
-    return some.shape == others.shape and torch.allclose(
-        some, others, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    return torch.allclose(some, others, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def _head(classifier):

@@ -257,10 +257,11 @@ def shard_paths(name, pattern):
     if found:
         first, last, width = int(found[1]), int(found[2]), len(found[1])
         start, end = pattern[:found.start()], pattern[found.end():]
-        return [path for number in range(first, last + 1)
-                for path in shard_paths(name, f"{start}{number:0{width}}{end}")]
-    folder, file = os.path.split(pattern)
-    paths = sorted(map(str, Path(folder).glob(file.replace("[", "[[]"))))
+        paths = [path for number in range(first, last + 1)
+                 for path in shard_paths(name, f"{start}{number:0{width}}{end}")]
+    else:
+        folder, file = os.path.split(pattern)
+        paths = sorted(map(str, Path(folder).glob(file.replace("[", "[[]"))))
     if not paths:
         raise UserError(f"{name}: there is no {pattern}. Shards are given as {name}=FOLDER/*.tar "
                         f"or {name}=FOLDER/{{000..099}}.tar.")

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from kd.files import UserError, file_digest, hold, is_first, listed, read_sealed, say, write_sealed
@@ -82,7 +83,7 @@ def read_product(run, name):
 
 def stage_of(name):
     return next(stage for stage, patterns in MADE_BY.items()
-                if any(Path(name).match(pattern) for pattern in patterns))
+                if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 class Run:
@@ -179,7 +180,7 @@ class Run:
         self.check()
         if is_first():
             self._clear()
-            for path in self.path.rglob(".*.part"):     # of a process that was killed while writing
+            for path in filter(Path.is_file, self.path.rglob(".*.part")):   # of a killed process
                 path.unlink()
         if always or not (self / "config.json").exists():
             settings = dataclasses.asdict(self.settings) | {"restart": False, "restart_from": None}

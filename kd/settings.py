@@ -14,6 +14,7 @@ from kd.recipes import RECIPES, SGD, Recipe
 from kd.values import (
     AUGMENTATIONS,
     has_imagenet_weights,
+    is_pretrained,
     name_of,
     name_of_approach,
     name_of_arch,
@@ -219,7 +220,7 @@ class Settings:
         """What the supervised student starts from: it has no teacher whose layers it could take."""
         if self.student_weights not in ("none", "teacher", "auto"):
             return self.student_weights
-        as_the_teacher = self.teacher_weights == "imagenet" and not self.teacher_checkpoint
+        as_the_teacher = is_pretrained(self.teacher_weights) and not self.teacher_checkpoint
         return "imagenet" if as_the_teacher and has_imagenet_weights(self.student_arch) else "none"
 
     def start_of(self, approach):
@@ -324,6 +325,9 @@ def _require_consistent(settings):
         (unknown, f"There is no approach {listed(unknown)}. There are {', '.join(known)}, and "
                   "FILE.py for a criterion of your own."),
         (len(set(names)) < len(names), "--approaches names an approach twice."),
+        (settings.teacher_weights in ("teacher", "auto"),
+         f"--teacher-weights {settings.teacher_weights}: a teacher starts from imagenet, none or a "
+         "file."),
         (settings.data_free and not settings.teacher_checkpoint,
          "--data-free needs a teacher: give yours as --teacher-checkpoint FILE."),
         *((settings.data_free and name in names,

@@ -96,7 +96,7 @@ def is_ours(content):
 
 def tensors_of(content, at="", depth=4):
     """Yields (keys joined by dots, tensor) of the dense real tensors in dicts within dicts."""
-    for key, value in dict.items(content):
+    for key, value in dict.items(content) if isinstance(content, dict) else ():
         if isinstance(value, dict) and depth:
             yield from tensors_of(value, f"{at}{key}.", depth - 1)
         elif isinstance(value, torch.Tensor):
@@ -134,7 +134,7 @@ def fit(network, content, path, arch, remedy=""):
     expected = {name: value for name, value in network.state_dict().items()
                 if isinstance(value, torch.Tensor)}
     names = {_bare(name): name for name in expected}
-    theirs = dict(tensors_of(content)) if isinstance(content, dict) else {}
+    theirs = dict(tensors_of(content))
     prefix, *others = _prefixes(theirs, {key: expected[names[key]].shape for key in names})
     state = collections.OrderedDict()
     for key, value in theirs.items():

@@ -305,8 +305,8 @@ class _Keeper:
         state.history.append({"epoch": state.epoch + 1, "loss": loss, "lr": state.rate,
                               "confidence_accuracy": reached})
         state.total, state.step = torch.zeros((), device=self.device), 0
+        self.began = time.monotonic()       # what was evaluated meanwhile is no step
         self._save()
-        self.began = time.monotonic()
 
     def close(self):
         self.progress.close()

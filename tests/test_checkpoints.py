@@ -277,6 +277,7 @@ def test_no_code_from_a_file_runs(net, bomb, zipped):
 def test_what_is_no_state_dict_is_refused_with_the_way_out(net, save, said):
     save(net)
     refusal(said, checkpoints.load_teacher, "given.pth", "net.py:make", CLASSES)
+    refusal(said, models.build, "net.py:make", CLASSES, "given.pth")
 
 
 IMAGES = random_pixels(30, 32, 32, 3)

@@ -190,6 +190,7 @@ REFUSED = {     # what it is: (target, sources, what the line says), in the work
     "a target without classes": ("noise", "glyphs", "no data set noise to be a target"),
     "compressed shards": ("pets={}/pets", "pool={}/a.tar.gz", "uncompressed .tar shards"),
     "no shards": ("pets={}/pets", "pool={}/{{000..002}}.tar", r"there is no .*000.tar.*\*.tar"),
+    "a range backwards": ("pets={}/pets", "pool={}/{{2..0}}.tar", "there is no .*2..0.*tar"),
     "the target": ("pets={}/pets", "pool={}/pets", "pool and the target are the same folder"),
     "a class of it": ("pets={}/pets", "pool={}/pets/train/ant", "pool and the target"),
     "what holds it": ("pets={}/pets", "pool={}", "the same folder"),

@@ -1,5 +1,6 @@
 """Networks: what they are given, their heads, and what is asked of them before any long work."""
 import copy
+import re
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from kd import architectures, checkpoints, models, own
 from kd.classifier import IMAGENET
 from kd.download import RemoteFile
-from kd.files import file_digest
+from kd.files import UserError, file_digest
 from kd.settings import resolve
 from kd.small_conv import SmallInputConv2d
 
@@ -230,6 +231,15 @@ def test_weights_that_do_not_exist_are_a_line_each(nets):
         f"There are no ImageNet weights for {nets}:make. Or use --teacher-weights none."]
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "mnasnet1_0", "shufflenet_v2_x0_5"])
+def test_the_checksum_of_imagenet_weights_is_the_one_in_their_name(arch, monkeypatch):
+    def fetched(file, path):
+        assert re.search(r"-([0-9a-f]{8,})\.pth$", file.urls[0])[1] == file.sha256
+        raise UserError("seen.")
+    monkeypatch.setattr(architectures, "fetch", fetched)
+    assert "seen." in models.unavailable([("teacher", arch, "imagenet", None)])[0]
+
+
 @pytest.mark.parametrize("arch, options", [
     ("resnet18", {}), ("googlenet", {"transform_input": True, "init_weights": False})])
 def test_torchvisions_weights_bring_their_mean_and_deviation(
@@ -262,6 +272,17 @@ def test_timms_weights_bring_their_mean_and_deviation(tmp_path):
     assert (ours.mean, ours.input_size) == ([0.1, 0.2, 0.3], 224)
     assert torch.equal(ours.network.cls_token, theirs.cls_token)
     assert models.build(arch, CLASSES).mean == [0.5] * 3      # random weights state nothing
+
+
+def test_weights_of_a_file_are_for_networks_without_a_head_and_with_two_outputs_too(
+        nets, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(models.build(f"{nets}:scaled", CLASSES).network.state_dict(), path)
+    assert models.unavailable([("student", f"{nets}:scaled", str(path), None)]) == []
+    given = models.build(f"{nets}:scaled", CLASSES, str(path)).network
+    assert torch.equal(given.fc.weight, torch.load(path, weights_only=True)["fc.weight"])
+    refusal("gives a tuple for three images of 3 classes", lambda: models.require_logits(
+        models.build(f"{nets}:pair", CLASSES, str(path))))
 
 
 def test_what_a_network_of_the_users_raises_is_shown_with_what_it_was_given(nets):

@@ -149,13 +149,16 @@ def test_a_criterion_that_gives_something_else_is_named(flags, run, tmp_path, te
     assert said in found and f"{tmp_path / 'mine.py'}" in found
 
 
-def test_what_a_criterion_raises_is_shown_with_its_traceback(flags, run, tmp_path):
-    (tmp_path / "mine.py").write_text(criterion("1 / 0"))
+@pytest.mark.parametrize("text, said", [
+    ("1 / 0", "ZeroDivisionError: division by zero"),
+    ("open('/nowhere')", "FileNotFoundError: [Errno 2] No such file or directory: '/nowhere'")])
+def test_what_a_criterion_raises_is_shown_with_its_traceback(flags, run, tmp_path, text, said):
+    (tmp_path / "mine.py").write_text(criterion(text))
     done = run_script("transfer.py", *given("transfer.py", flags), "--approach",
                       tmp_path / "mine.py")
     assert done.returncode == 1 and done.stderr.startswith("Traceback ")
     assert 'mine.py", line 3, in score' in done.stderr
-    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+    assert done.stderr.endswith(f"{said}\n")
 
 
 def test_approaches_whose_names_differ_behind_a_dot_keep_a_student_each(flags, run, tmp_path):

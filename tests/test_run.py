@@ -14,7 +14,8 @@ from script_files import by_hand, contents, outcome, put, ran, read, refused, ru
 from kd import checkpoints
 from kd.files import write_sealed
 from kd.readers import decode
-from kd.run import environment
+from kd.run import Run, environment
+from kd.settings import resolve
 
 APPROACHES = ("supervised", "balanced", "random", "mms", "entropy")
 STAGES = ("TeacherTrain.py", "mms_threshold.py", "entropy.py", "transfer.py", "distill.py")
@@ -127,6 +128,12 @@ def test_a_setting_that_differs_is_named_with_both_values_and_what_helps(
         f"compile.py: {run / product} was made {was}, not {new}. To make it again, add "
         f"--restart-from {stage}{', which keeps what comes before,' * (stage != 'teacher')} or "
         "choose another --run-dir.\n")
+
+
+@pytest.mark.quick
+def test_a_students_name_may_be_that_of_another_stages_file(tmp_path):
+    found = Run(resolve({"run_dir": str(tmp_path)})).product("students/teacher.json")
+    assert "temperature" in found.made_from
 
 
 def test_a_stage_makes_nothing_again_that_another_one_makes(run, painted):

@@ -38,6 +38,8 @@ STANDS_FOR = {
         run_dir="runs/pets", recipe="reference", approaches=APPROACHES),
     "--teacher-arch net.py:make": dict(
         teacher_weights="none", supervised_weights="none", teacher_lr=0.1),
+    "--teacher-weights IMAGENET1K_V1": dict(
+        teacher_lr=pytest.approx(0.01), supervised_weights="imagenet"),
     "--student-arch net.py:make": dict(teacher_weights="imagenet", supervised_weights="none"),
     "--teacher-checkpoint t.pt": dict(teacher_weights="imagenet", supervised_weights="none"),
     "--data-free --teacher-checkpoint t.pt": dict(
@@ -97,6 +99,8 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--approaches a/my.py,b/my.py", "--approaches names an approach twice."),
     ("--approaches /mms.py", "/mms.py: 'mms' can't be the name of an approach. Rename the file."),
     ("--approaches /file.py", "/file.py: 'file' can't be the name of an approach."),
+    ("--teacher-weights auto", "--teacher-weights auto: a teacher starts from imagenet, none or a "
+     "file."),
     ("--data-free", "--data-free needs a teacher: give yours as --teacher-checkpoint FILE."),
     ("--data-free --teacher-checkpoint t.pt --approaches supervised", "supervised learns from the "
      "target's training images, which --data-free does not touch: leave it out of --approaches."),

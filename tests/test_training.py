@@ -2,6 +2,7 @@
 import itertools
 import math
 import random
+import time
 
 import numpy as np
 import pytest
@@ -258,3 +259,10 @@ def test_images_with_weights_come_as_often_as_those_say():
         seen += torch.cat(batches).bincount(minlength=150)
     assert seen[:101].sum() == 0
     assert ((seen[101:] / (200 * 49 / 50) - weights[1:]).abs() < 0.12).all()
+
+
+def test_the_seconds_of_a_training_are_those_of_its_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_INTERVAL", 0.0)
+    _, state = learn(tmp_path / "a.part", RECIPES["everything"],
+                     evaluate=lambda network: time.sleep(0.5) or 0.5)
+    assert len(state.history) == 4 and 0 < state.seconds < 1
