@@ -65,9 +65,7 @@ def train_teacher(run, target, device):
         say_if_odd(accuracies, len(teacher.classes), settings.calibrate)
     if not product.done:
         checkpoints.save(path, teacher, accuracy=figures["accuracy"])
-    content = product.write(figures, files)
-    checkpoint.remove()
-    return content
+    return product.write(figures, files)
 
 
 def new_teacher(settings, classes):

@@ -32,18 +32,17 @@ from TeacherTrain import load_checkpoint, new_teacher, report_teacher, train_tea
 from transfer import bucket_size, make_transfer_set, report_pool, report_transfer_set
 
 
-def of_each_seed(settings):
-    """The settings of each seed's run: several seeds have a folder each below the run folder."""
+def runs_of(settings):
+    """The Run of each seed: several seeds have a folder each below the run folder."""
     if len(settings.seeds) == 1:
-        return [settings]
-    return [dataclasses.replace(settings, seeds=(seed,),
-                                run_dir=str(Path(settings.run_dir) / f"seed-{seed}"))
+        return [Run(settings)]
+    return [Run(dataclasses.replace(settings, seeds=(seed,),
+                                    run_dir=str(Path(settings.run_dir) / f"seed-{seed}")))
             for seed in settings.seeds]
 
 
-def check_everything_is_there(settings):
+def check_everything_is_there(settings, runs):
     """Raises UserError early, for what is wrong or can't be had; fetches the rest."""
-    runs = [Run(each) for each in of_each_seed(settings)]
     for run in runs:
         run.check()
     load_criteria(settings)
@@ -56,10 +55,10 @@ def check_everything_is_there(settings):
     data.obtain(settings, reads_sources)
 
 
-def check_networks(settings, target):
+def check_networks(settings, target, runs):
     """Raises UserError where the teacher that is given does not fit or can't give an approach, or
     where the student can't be trained."""
-    if all(Run(each).has("teacher.json") for each in of_each_seed(settings)):
+    if all(run.has("teacher.json") for run in runs):
         return
     if not settings.teacher_checkpoint:
         require_batch("--teacher-batch-size", settings.teacher_batch_size)
@@ -87,12 +86,14 @@ def describe(target):
     return (" and ".join(splits) or "no images") + classes
 
 
-def prepare(settings, device, target):
-    """Teacher, scores and transfer sets of one seed. Returns (its Run, the approaches)."""
-    run = Run(settings)
+def approaches_of(run):
+    return [name_of_approach(each) for each in run.settings.approaches]
+
+
+def prepare(run, device, target):
+    """Teacher, scores and transfer sets of one seed."""
     report_teacher(train_teacher(run, target, device))
-    approaches = [name_of_approach(each) for each in settings.approaches]
-    selecting = [approach for approach in approaches if approach not in ON_TARGET]
+    selecting = [approach for approach in approaches_of(run) if approach not in ON_TARGET]
     if selecting:
         scoring = Scoring(run, device, data, target)
         for approach in selecting:
@@ -102,13 +103,12 @@ def prepare(settings, device, target):
         report_pool(scoring)
         for approach in selecting:
             report_transfer_set(approach, make_transfer_set(run, approach, scoring))
-    return run, approaches
 
 
 def train_students(runs, target, device):
-    """All rows of all seeds. runs: [(Run, its approaches)]. Several processes share the students
-    out, one to a device, and each trains its own as a single process would."""
-    pairs = [(run, approach) for run, approaches in runs for approach in approaches]
+    """All rows of all seeds. Several processes share the students out, one to a device, and each
+    trains its own as a single process would."""
+    pairs = [(run, approach) for run in runs for approach in approaches_of(run)]
     if world_size() > 1 and len(pairs) > 1:
         lacking = gathered([at for at, (run, approach) in enumerate(pairs) if read_product(
             run, f"students/{approach}.json")[0] is None])[0]       # as the first process sees it
@@ -120,10 +120,10 @@ def train_students(runs, target, device):
         wait()
         for run, approach in lacking:       # by this process or another one
             run.made.add(f"students/{approach}.json")
-    for run, approaches in runs:
+    for run in runs:
         if len(runs) > 1:
             say(f"seed {run.settings.seed}")
-        for approach in approaches:
+        for approach in approaches_of(run):
             report_student(train_student(run, approach, target, device))
         if run.reused:
             say(f"reused: {listed(list(run.reused))}")
@@ -133,22 +133,20 @@ def main(argv):
     began = time.monotonic()
     given = parse(argv, "compile", __doc__)
     settings = resolve(given)
-    device = engine.pick_device(settings.device)
-    first_alone(lambda: is_first() and check_everything_is_there(settings))
+    device, runs = engine.pick_device(settings.device), runs_of(settings)
+    first_alone(lambda: is_first() and check_everything_is_there(settings, runs))
     target = first_alone(lambda: data.load_target(settings))
     say(f"target: {name_of(settings.target)}, {describe(target)}")
-    check_networks(settings, target)
+    check_networks(settings, target, runs)
     # Whatever is wrong with a source shows here, before anything long.
     for spec in settings.read_sources:
         first_alone(lambda spec=spec: data.load_source(settings, spec))
-    seeds = of_each_seed(settings)
-    for each in seeds:
-        first_alone(lambda each=each: Run(each).open(device, given))
-    runs = []
-    for each in seeds:
-        if len(seeds) > 1:
-            say(f"seed {each.seed}")
-        runs.append(prepare(each, device, target))
+    for run in runs:
+        first_alone(lambda run=run: run.open(device, given))
+    for run in runs:
+        if len(runs) > 1:
+            say(f"seed {run.settings.seed}")
+        prepare(run, device, target)
     train_students(runs, target, device)
     if is_first():
         experiment = Experiment(settings.run_dir, settings)

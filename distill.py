@@ -125,9 +125,7 @@ def train_student(run, approach, target, device):
     figures |= measured(run, approach, student, teacher, target, confidence, device) | {
         name: getattr(training, name) for name in ("seconds", "images_per_second", "history")}
     checkpoints.save(path, student, accuracy=figures["accuracy"])
-    content = product.write(figures, made)
-    part.remove()
-    return content
+    return product.write(figures, made)
 
 
 def measured(run, approach, student, teacher, target, confidence, device):

@@ -249,14 +249,11 @@ def write_transfer_set(folder, scoring, candidates, chosen, shown, size):
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_2_0(file, header)
         for number, name in enumerate(candidates.names):
-            rows, done = chosen[candidates.source[chosen] == number], 0
-            if not len(rows):
-                continue
+            rows = chosen[candidates.source[chosen] == number]
             for pixels, index, files in scoring.sources[name].batches(candidates.index[rows]):
                 file.write(np.ascontiguousarray(pixels).data)
                 files = list(files)     # a shard is opened for each
-                of = rows[done:done + len(pixels)]
-                done += len(pixels)
+                of, rows = np.split(rows, [len(pixels)])
                 use = quoting if any("\r" in each for each in files) else writer
                 use.writerows(zip([name] * len(of), index.tolist(), files,
                                   candidates.predicted[of].tolist(), scores[of].tolist(),

@@ -53,17 +53,13 @@ def wrong_with(path, file):
     return None
 
 
-def _part_of(path):
-    return path.with_name(f"{path.name}.part")
-
-
 def _length(path):
     return path.stat().st_size if path.exists() else 0
 
 
 def remaining(path, file):
     """Bytes still to fetch."""
-    return max(0, (file.size or 0) - (_length(path) or _length(_part_of(path))))
+    return max(0, (file.size or 0) - (_length(path) or _length(Path(f"{path}.part"))))
 
 
 def fetch(file, path):
@@ -73,7 +69,7 @@ def fetch(file, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with holding(path, f"fetching {path.name}"):
             if not path.exists():       # else another process fetched it while we waited
-                return _from_mirrors(file, path, _part_of(path))
+                return _from_mirrors(file, path, Path(f"{path}.part"))
     wrong = wrong_with(path, file)
     if wrong:
         raise UserError(f"{path} {wrong}. Delete it, and it is fetched again, or put the right one "

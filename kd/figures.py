@@ -214,11 +214,12 @@ def strip(record, criterion):
     if criterion not in record.thresholds.get("keeps_high", ()):    # a run of an older version
         return None
     labels, pool = _labels(record), record.pools[criterion]
+    keys = pool.key
     groups = [(labels[label], kinds) for label, kinds in ranked(record, criterion).items()
               if any(map(len, kinds))]
     if not groups:
         return None
-    where = record.places(pool.key[np.concatenate([row for _, kinds in groups for row in kinds])])
+    where = record.places(keys[np.concatenate([row for _, kinds in groups for row in kinds])])
     drawn, (axes,) = _panels(1, 1, WIDTH / 18 * 1.3 * len(groups))
     for number, kind in enumerate(KINDS):
         axes.text(4.5 * number, -0.5, kind, fontsize=9)
@@ -227,7 +228,7 @@ def strip(record, criterion):
         axes.text(-0.1, y + 0.5, name, ha="right", va="center")
         for x, row in ((4.5 * kind + place, row) for kind, rows in enumerate(kinds)
                        for place, row in enumerate(rows)):
-            _, pixels, there = where[pool.key[row]]
+            _, pixels, there = where[keys[row]]
             axes.imshow(pixels[there], extent=(x, x + 0.94, y + 0.94, y))
             axes.text(x, y - 0.04, f"{record.sources[pool.source[row]][:10]}\n"
                       f"{pool.score[row]:.3g}", fontsize=4, linespacing=1)

@@ -185,12 +185,8 @@ def pack(images, folder, name, size, max_bad):
 def open_pack(images, folder, name, size):
     """The Packed in `folder`; None where none is whole, of these files and of this size."""
     meta = read_json(folder / "pack.json") or {}
-    if (meta.get("fingerprint"), meta.get("size")) != (images.fingerprint, size):
-        return None
-    try:
-        if meta.get("digests") != _digests(folder):
-            return None
-    except UserError:       # a file is missing
+    if (meta.get("fingerprint"), meta.get("size")) != (images.fingerprint, size) or (
+            meta.get("digests") != _digests(folder)):
         return None
     pixels = np.load(folder / "images.npy", mmap_mode="c")
     bad = [number for number, *_ in _listed(folder / "bad.txt")]
@@ -200,7 +196,9 @@ def open_pack(images, folder, name, size):
 
 
 def _digests(folder):
-    return {name: file_digest(folder / name) for name in ("images.npy", "bad.txt")}
+    """{name: digest, or False where the file is missing}."""
+    return {name: (folder / name).is_file() and file_digest(folder / name)
+            for name in ("images.npy", "bad.txt")}
 
 
 def _listed(path):

@@ -111,11 +111,6 @@ def share_of(count):
     return slice(rank() * count // world_size(), (rank() + 1) * count // world_size())
 
 
-def agreed(number):
-    """The largest of these numbers that any process has."""
-    return max(gathered(int(number)))
-
-
 def summed(tensor):
     """The sum of this tensor over all processes."""
     if _together():

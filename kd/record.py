@@ -57,6 +57,7 @@ class Record:
         self.settings, self.config = read_settings(folder)
         self.sources = [name_of(spec) for spec in self.settings.sources]
         self.teacher = self._product("teacher.json")
+        self.test = self.teacher.get("test")        # on what test split it was measured
         self.thresholds = self._product("thresholds.json")
         self.held_out = self._product("scores/held_out.json")
         self.classes = [shown(name) for name in

@@ -44,11 +44,6 @@ def collect(experiment):
             "rows": rows, "notes": [shown(note) for note in notes(experiment)]}
 
 
-def tested(record):
-    """On what test split its teacher was measured."""
-    return record.teacher.get("test")
-
-
 def notes(experiment):
     """What the table must not hide, in sentences."""
     record, approaches, records = experiment.first, experiment.approaches, experiment.records
@@ -58,7 +53,7 @@ def notes(experiment):
     supervised, size = experiment.trained("supervised"), record.teacher.get("parameters")
     start = next((each.get("weights", "none") for each in supervised), "none")
     others = [name for name in approaches if any(
-        each.students[name].get("test", tested(each)) != tested(each)
+        each.students[name].get("test", each.test) != each.test
         for each in records if name in each.students)]
     sizes = {name_of_arch(each["arch"]): each["parameters"] for each in record.students.values()
              if each.get("parameters")}

@@ -62,6 +62,8 @@ class Product:
         write_sealed(self.run / self.name, self.content)
         self.run.made.add(self.name)
         self.run.reused.pop(self.label, None)
+        if is_first():      # what an interrupted training would have resumed from
+            (self.run / self.name).with_suffix(".part").unlink(missing_ok=True)
         return self.content
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from kd import checkpoints, engine, models
 from kd.evaluation import saved_split
@@ -84,15 +85,12 @@ def score_batches(teacher, source, rows, criteria, device, label):
 
     source: what has `batches` (kd/packing.py); rows: as there. Of several processes each answers
     for a part of the batches, and all return the whole."""
-    import torch
     weight, total = models.head_weight(teacher), len(source if rows is None else rows)
-    index, done = np.empty(total, np.int64), 0
+    index = []
 
     def pixels():
-        nonlocal done
         for images, numbers, _ in source.batches(rows, engine.evaluation_batch(teacher), share_of):
-            index[done:done + len(numbers)] = numbers
-            done += len(numbers)
+            index.append(numbers)
             yield torch.from_numpy(np.ascontiguousarray(images))
 
     def of_logits(logits):
@@ -100,8 +98,7 @@ def score_batches(teacher, source, rows, criteria, device, label):
         return logits.topk(2, 1).indices[:, 0], logits.isfinite().all(1), *scores
     predicted, finite, *scores = engine.columns_of(
         teacher, pixels(), device, of_logits, label, total)
-    parts = gathered(index[:done])
-    index = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    index = np.concatenate(sum(gathered(index), []))
     named = dict(zip(("predicted", "index", *criteria), (predicted, index, *scores), strict=True))
     left_out = int((~finite).sum())
     if left_out:
@@ -180,40 +177,7 @@ def join(scores):
     return Candidates(tuple(scores), source, index, columns)
 
 
-# ---- Thresholds ----------------------------------------------------------------------------------
-
-@on_all_ranks
-def make_thresholds(run, scores, criteria, classes):
-    """Makes thresholds.json, unless it is there and made from the same. Returns {criterion: (C,)
-    float64, NaN where a class has none}.
-
-    scores: those of the confidence set, or, with --calibrate sources, of all candidates; classes:
-    their names.
-    """
-    settings = run.settings
-    inputs = {name: [criterion.digest, digest(scores[name], scores["predicted"])]
-              for name, criterion in criteria.items()}
-    product = run.product("thresholds.json", remake=True, criteria=inputs,
-                          threshold=settings.threshold, calibrate=settings.calibrate)
-    if not product.done:
-        made = {}
-        for name, criterion in criteria.items():
-            column, predicted = scores[name], scores["predicted"]
-            if settings.threshold == "published":
-                found = criterion.threshold(column, predicted, len(classes))
-            else:
-                found = share_threshold(column, predicted, len(classes), criterion.keeps_high,
-                                        settings.threshold)
-            if np.isinf(found).any():
-                label = classes[np.isinf(found).argmax()]
-                raise UserError(f"{criterion.path}: the threshold of {label} is infinite, so that "
-                                "no image or every image passes it.")
-            made[name] = [None if math.isnan(value) else value for value in found.tolist()]
-        sides = {name: criterion.keeps_high for name, criterion in criteria.items()}
-        product.write(made | {"calibrated_on": settings.calibrate, "classes": classes,
-                              "keeps_high": sides})
-    return {name: np.array(product.content[name], float) for name in criteria}      # None is NaN
-
+# ---- What a stage needs of all this --------------------------------------------------------------
 
 def report_thresholds(name, scoring):
     side = "at least" if scoring.criteria[name].keeps_high else "at most"
@@ -221,8 +185,6 @@ def report_thresholds(name, scoring):
             for label, value in zip(scoring.classes, scoring.thresholds[name], strict=True)]
     say(f"thresholds: {name}, {side} ({listed(said)})")
 
-
-# ---- What a stage needs of all this --------------------------------------------------------------
 
 def no_mms(arch):
     """The sentence about a teacher whose logits come from something else than a linear layer."""
@@ -296,13 +258,35 @@ class Scoring:
         return train, train.rows[saved_split(self.run, len(train))[1]]
 
     @functools.cached_property
+    @on_all_ranks
     def thresholds(self):
-        """{criterion: (C,) float64}, as from `make_thresholds`."""
-        if self.run.settings.calibrate == "target":
-            scores = saved_scores(self, "confidence", *self.confidence)
-        else:
-            scores = self.candidates.scores
-        return make_thresholds(self.run, scores, self.criteria, self.classes)
+        """{criterion: (C,) float64, NaN where a class has none}, kept in thresholds.json: of the
+        confidence set, or, with --calibrate sources, of all candidates."""
+        settings, classes = self.run.settings, self.classes
+        scores = (saved_scores(self, "confidence", *self.confidence)
+                  if settings.calibrate == "target" else self.candidates.scores)
+        predicted = scores["predicted"]
+        inputs = {name: [criterion.digest, digest(scores[name], predicted)]
+                  for name, criterion in self.criteria.items()}
+        product = self.run.product("thresholds.json", remake=True, criteria=inputs,
+                                   threshold=settings.threshold, calibrate=settings.calibrate)
+        if not product.done:
+            made = {}
+            for name, criterion in self.criteria.items():
+                if settings.threshold == "published":
+                    found = criterion.threshold(scores[name], predicted, len(classes))
+                else:
+                    found = share_threshold(scores[name], predicted, len(classes),
+                                            criterion.keeps_high, settings.threshold)
+                if np.isinf(found).any():
+                    label = classes[np.isinf(found).argmax()]
+                    raise UserError(f"{criterion.path}: the threshold of {label} is infinite, so "
+                                    "that no image or every image passes it.")
+                made[name] = [None if math.isnan(value) else value for value in found.tolist()]
+            sides = {name: criterion.keeps_high for name, criterion in self.criteria.items()}
+            product.write(made | {"calibrated_on": settings.calibrate, "classes": classes,
+                                  "keeps_high": sides})
+        return {name: np.array(product.content[name], float) for name in self.criteria}
 
     def require(self, approach):
         """Raises UserError where this teacher can't have that approach."""

@@ -17,7 +17,7 @@ from kd.board import Board
 from kd.command import Interrupted, interrupted, orderly
 from kd.engine import allow_tf32, autocast, enough_memory, prefetched, resident, seed_all, seed_for
 from kd.files import UserError, is_first, say, write_atomically
-from kd.processes import agreed, rank, share_buffers, share_of, shared, summed, world_size
+from kd.processes import gathered, rank, share_buffers, share_of, shared, summed, world_size
 from kd.progress import Progress
 
 AUXILIARY_WEIGHT = 0.4      # of an auxiliary head's loss, as in Inception (Szegedy et al. 2015)
@@ -254,10 +254,6 @@ class Checkpoint:
             torch.save(state | {"made_from": self.made_from}, buffer)
         write_atomically(self.path, lambda file: file.write(buffer.getbuffer()))
 
-    def remove(self):
-        if is_first():
-            self.path.unlink(missing_ok=True)
-
 
 class _Keeper:
     """Called after each step and each epoch of a Training."""
@@ -284,7 +280,7 @@ class _Keeper:
         looks = 1 if self.device.type == "cpu" else CHECK_STEPS
         stop = interrupted()
         if world_size() > 1:
-            stop = agreed(stop) if last or state.step % AGREE_STEPS == 0 else 0
+            stop = max(gathered(stop)) if last or state.step % AGREE_STEPS == 0 else 0
         end_of_round = state.step % ROUND == 0
         if stop or last or end_of_round or len(self.losses) >= looks:
             self._require_finite(stop or last or end_of_round)
@@ -324,7 +320,7 @@ class _Keeper:
 
     def _save(self, always=False):
         due = always or time.monotonic() - self.saved >= SAVE_INTERVAL
-        if not agreed(due):
+        if not any(gathered(due)):
             return
         self._tick()
         self.watch.checkpoint.save(self.state.state())
