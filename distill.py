@@ -111,7 +111,8 @@ def train_student(run, approach, target, device):
     seed = engine.seed_for(settings.seed, "student")        # the same start for all approaches
     engine.seed_all(seed)
     student, figures["weights"] = new_student(run, weights, teacher["classes"])
-    objective, recipe = objective_of(run, images, supervised, target, device)
+    recipe = settings.student_recipe(figures["weights"])
+    objective, recipe = objective_of(run, images, supervised, recipe, target, device)
     steps = recipe.all_steps(len(rows))
     if not recipe.steps and steps < FEW_STEPS and not settings.limit:
         say(f"student {approach}: {recipe.epochs} epochs of {len(rows):,} images are {steps} steps"
@@ -171,9 +172,8 @@ def new_student(run, weights, classes):
     return student, weights
 
 
-def objective_of(run, images, supervised, target, device):
+def objective_of(run, images, supervised, recipe, target, device):
     """(objective, recipe) of a student: labels, or the teacher's answers."""
-    recipe = run.settings.student_recipe
     if supervised:      # a mixed image has no single label
         views = [step for step in recipe.augment.split(",")
                  if step.partition(":")[0] not in MIXING]

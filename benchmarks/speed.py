@@ -26,7 +26,7 @@ from kd.settings import resolve
 from kd.training import cross_entropy
 
 REFERENCE, BATCH = resolve({}), engine.EVALUATION_BATCH
-LIVE = replace(resolve({"recipe": "best"}).student_recipe, augment="crop,flip", ema=0.0)
+LIVE = replace(resolve({"recipe": "best"}).student_recipe(), augment="crop,flip", ema=0.0)
 
 
 def random_images(count):
@@ -116,7 +116,7 @@ def compare(device, images, rounds):
     for name, arch, recipe, given in (
             ("teacher training", "resnet34", REFERENCE.teacher_recipe, (None,) * 3),
             ("scoring", "resnet34", None, teachers),
-            ("distillation, fixed pixels", "resnet18", REFERENCE.student_recipe, teachers),
+            ("distillation, fixed pixels", "resnet18", REFERENCE.student_recipe(), teachers),
             ("distillation, augmented, live teacher", "resnet18", LIVE, teachers)):
         here, loop, plain = taking_turns(ways(arch, recipe, given, images, device), rounds).values()
         rows.append([name, *map(np.median, (here, loop, here / loop, plain, here / plain))])

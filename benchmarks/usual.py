@@ -143,7 +143,8 @@ def measure(settings, recipe, teacher, thresholds, files, device=CPU):
 def compare(device, batch_sizes, epochs, count):
     """The tables for batches of these sizes; count: images of each source."""
     for batch_size in batch_sizes:
-        recipe = replace(resolve({}).student_recipe, lr=0.01, batch_size=batch_size, epochs=epochs)
+        recipe = replace(resolve({}).student_recipe(), lr=0.01, batch_size=batch_size,
+                         epochs=epochs)
         with tempfile.TemporaryDirectory() as folder:
             settings = resolve({"target": "digits", "data_dir": folder, "teacher_epochs": 2})
             took, selected = measure(settings, recipe, *prepared(settings, count, device), device)

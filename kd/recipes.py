@@ -26,6 +26,8 @@ class Recipe:
         return self.steps or self.epochs * self.steps_of_epoch(count)
 
 
+# Peak rates of `best`'s students, by what they start from.
+FROM_RANDOM, FROM_TRAINED = 0.2, 0.05
 SGD = dict(momentum=0.9, weight_decay=5e-4, schedule="onecycle")
 
 # Defaults by recipe. How the published teacher was trained is not stated: `reference` trains it as
@@ -38,7 +40,7 @@ RECIPES = {
         student_weights="none", threshold="published", floor=0.0, fill="first"),
     "best": dict(
         teacher_epochs=24, teacher_batch_size=128, teacher_lr=0.1, teacher_augment="crop,flip",
-        epochs=40, steps=6_000, batch_size=256, lr=0.05, **SGD, augment="crop,flip",
+        epochs=40, steps=6_000, batch_size=256, lr=None, **SGD, augment="crop,flip",
         temperature=4.0, ema=0.0, student_weights="auto", threshold=0.9, floor=1.0, fill="random"),
 }
 RECIPES["quick"] = RECIPES["best"] | dict(
@@ -46,4 +48,4 @@ RECIPES["quick"] = RECIPES["best"] | dict(
     steps=352, batch_size=64, lr=0.1, augment="none", student_weights="none")
 # For pools of another domain: the same with CutMix, from random weights.
 RECIPES["far"] = RECIPES["best"] | dict(
-    lr=0.2, augment="crop,flip,cutmix", student_weights="none")
+    augment="crop,flip,cutmix", student_weights="none")

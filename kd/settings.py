@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kd import values
 from kd.files import UserError, listed
-from kd.recipes import RECIPES, SGD, Recipe
+from kd.recipes import FROM_RANDOM, FROM_TRAINED, RECIPES, SGD, Recipe
 from kd.values import (
     AUGMENTATIONS,
     has_imagenet_weights,
@@ -178,7 +178,9 @@ class Settings:
     epochs: int = _students(BY_RECIPE, values.count, "N", "passes over the images")
     steps: int = _students(BY_RECIPE, values.count, "N", "batches, instead of --epochs")
     batch_size: int = _students(BY_RECIPE, values.batch, "N", "images per batch")
-    lr: float = _students(BY_RECIPE, values.positive, "RATE", "peak learning rate")
+    lr: float | None = _students(BY_RECIPE, values.positive, "RATE",
+        f"peak learning rate (default: the recipe's; best has {FROM_RANDOM} from random weights, "
+        f"{FROM_TRAINED} from others)")
     schedule: str = _students(BY_RECIPE, ("constant", "onecycle", "cosine", "multistep"),
         "learning-rate schedule; multistep divides it by ten after 5, 6 and 7 eighths of the steps")
     momentum: float = _students(BY_RECIPE, values.below_one, "M", "Nesterov momentum")
@@ -241,10 +243,11 @@ class Settings:
                       augment=self.teacher_augment, amp=self.amp, compile=self.compile,
                       **SGD)
 
-    @property
-    def student_recipe(self):
+    def student_recipe(self, weights="none"):
+        """The Recipe of a student that starts from `weights`, as distill.new_student gives them."""
         names = [field.name for field in dataclasses.fields(Recipe)]
-        return Recipe(**{name: getattr(self, name) for name in names})
+        lr = self.lr or (FROM_RANDOM if weights == "none" else FROM_TRAINED)
+        return Recipe(**{name: getattr(self, name) for name in names} | {"lr": lr})
 
     def of_stage(self, stage):
         """{name: value as JSON has it} of the settings that a stage's files depend on first."""

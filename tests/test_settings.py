@@ -49,7 +49,7 @@ STANDS_FOR = {
     "--recipe best": dict(
         steps=6_000, batch_size=256, student_weights="auto", threshold=0.9, floor=1.0),
     "--recipe far": dict(
-        steps=6_000, batch_size=256, lr=0.2, schedule="onecycle", temperature=4.0, floor=1.0,
+        steps=6_000, batch_size=256, schedule="onecycle", temperature=4.0, floor=1.0,
         augment="crop,flip,cutmix", student_weights="none", threshold=0.9)}
 
 
@@ -63,6 +63,13 @@ def test_a_recipe_gives_way_to_the_command_line_and_steps_to_epochs():
     best = settings_of("--recipe", "best")
     assert settings_of("--recipe", "best", "--lr", "0.2") == replace(best, lr=0.2)
     assert settings_of("--recipe", "best", "--epochs", "3") == replace(best, epochs=3, steps=0)
+
+
+@pytest.mark.parametrize("words, rates", [
+    ("--recipe best", [0.2, 0.05, 0.05]), ("--recipe best --lr 0.3", [0.3] * 3), ("", [0.1] * 3)])
+def test_the_rate_of_best_follows_from_what_a_student_starts_with(words, rates):
+    settings = settings_of(*words.split())
+    assert [settings.student_recipe(start).lr for start in ("none", "teacher", "imagenet")] == rates
 
 
 @pytest.mark.parametrize("flag, text, value", [
