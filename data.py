@@ -216,7 +216,8 @@ def load_source(settings, spec):
     """The source `spec`, Packed or Streamed, without labels."""
     visited = set()
     images = _read(settings, spec, "source", "source", visited)
-    _require_apart(settings, spec, set(map(Path, visited)))     # links may lead anywhere
+    others = [each for each in settings.sources if each != spec]
+    _require_apart(replace(settings, sources=(*others, spec)), spec, set(map(Path, visited)))
     images = replace(images, labels=None, classes=None).limited(settings.limit)
     name, size, max_bad = name_of(spec), settings.image_size, settings.max_bad
     is_large = images.count * size * size * 3 > PACKED_BELOW

@@ -1,5 +1,6 @@
 """Checkpoints: of this project, which say themselves what they are, and of anybody else."""
 import io
+import os
 
 import torch
 
@@ -15,7 +16,10 @@ from kd.values import HUB, is_file, is_own
 def files_of(arch, *files):
     """{path: digest} of the files that a network is made from: that of its architecture, where it
     is the user's own, and those of its weights."""
-    paths = [arch.rpartition(":")[0]] if is_own(arch) and not arch.startswith(HUB) else []
+    paths = [arch.rpartition(":")[0]] if is_own(arch) else []
+    if arch.startswith(HUB):        # what a repository on this machine has
+        local = f"{paths[0].removeprefix(HUB)}/hubconf.py"
+        paths = [local] if os.path.isfile(local) else []
     paths += [path for path in files if path and is_file(str(path))]
     return {str(path): file_digest(weights_file(path)) for path in paths}
 

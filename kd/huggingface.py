@@ -42,12 +42,14 @@ def open_rows(where, files):
     try:
         rows = (datasets.load_dataset("parquet", data_files=files, split="train") if files else
                 datasets.load_dataset(where.removeprefix(HF), split="train"))
-    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
+        named = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+        named += [name for name in ("image", "img") if name in rows.features]
+        if not named:
+            raise ValueError(f"it has no column of images, but {listed(list(rows.features))}")
+        column = named[0]
+        rows = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError,
+            datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{where} could not be loaded ({first_line(error)}).") from None
-    column = next((name for name, kind in rows.features.items()
-                   if isinstance(kind, datasets.Image) or name in ("image", "img")), None)
-    if column is None:
-        raise UserError(f"{where} has no column of images. It has {listed(list(rows.features))}.")
-    rows = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
     reader = RowReader(rows, column)
     return Images(len(rows), reader, rows._fingerprint, files=reader)

@@ -84,6 +84,9 @@ class Source:
         numbers, where = self.numbers, range(len(self)) if rows is None else rows
         if rows is not None and numbers is not None:
             where = np.searchsorted(numbers, rows)
+            lost = np.setdiff1d(rows, numbers)
+            if len(lost):
+                _refuse_changed(self.name, f"image {lost[0]} can't be read")
         wanted = [where[k:k + batch_size] for k in range(0, len(where), batch_size)]
         for pixels, at in self._pixels(wanted[share(len(wanted))], rows is None):
             yield pixels, at if numbers is None else numbers[at], (
@@ -134,12 +137,19 @@ class Streamed(Source):
             unreadable += bad
             if bad and not everything:
                 number, file, what = bad[0]
-                raise UserError(f"{self.name} has changed since it was scored: {file or number} "
-                                f"can't be read ({what}). Add --restart-from scores.")
+                _refuse_changed(self.name, f"{file or number} can't be read ({what})")
             if good:
                 yield pixels, np.array(good, np.int64)
+        if everything:
+            from kd.processes import gathered
+            counts, lists = zip(*gathered((count, unreadable)), strict=True)     # of all processes
+            count, unreadable = sum(counts), sum(lists, [])
         if unreadable:
             _require_few(self.name, unreadable, count, self.max_bad)
+
+
+def _refuse_changed(name, what):
+    raise UserError(f"{name} has changed since it was scored: {what}. Add --restart-from scores.")
 
 
 def release_pages(images):
@@ -154,10 +164,12 @@ def _require_few(label, bad, count, max_bad, listing=None):
     """bad: [(number, file, what is wrong)]. Raises UserError where they are too many."""
     if len(bad) > max_bad * count or len(bad) == count:
         number, file, what = bad[0]
-        listed = f" All are listed in {listing}." if listing else ""
-        raise UserError(f"{label}: {len(bad):,} of {count:,} images can't be read, more than "
-                        f"{max_bad:.4g} of all; the first is {file or number} ({what}).{listed} "
-                        f"--max-bad {min(1, len(bad) / count + 0.005):.2f} leaves them out.")
+        listed, limit, remedy = f" All are listed in {listing}." if listing else "", "", ""
+        if len(bad) < count:
+            limit = f", more than {max_bad:.4g} of all"
+            remedy = f" --max-bad {min(1, len(bad) / count + 0.005):.2f} leaves them out."
+        raise UserError(f"{label}: {len(bad):,} of {count:,} images can't be read{limit}; the "
+                        f"first is {file or number} ({what}).{listed}{remedy}")
 
 
 def pack(images, folder, name, size, max_bad):

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from kd.files import UserError, digest, first_line, listed, say
 
@@ -27,6 +27,12 @@ from kd.files import UserError, digest, first_line, listed, say
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF",
            *(["AVIF"] if find_spec("PIL.AvifImagePlugin") else []))
 SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .ppm .pgm .pbm .tif .tiff .avif".split())
+# How the orientations that EXIF knows are turned upright. (ImageOps.exif_transpose also writes the
+# EXIF anew, and fails where that holds anything odd.)
+TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                        Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                        Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                        Image.Transpose.ROTATE_90), 2))
 # What lies beside images, and need not be opened to see that it is none.
 COMPANIONS = set(".txt .json .csv .md .xml .html .cls .db .ini .log .npy .zip .tar .gz".split())
 BEGINNING = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}WEBP"
@@ -115,8 +121,11 @@ def decode(image, size):
         raise ValueError(f"{kind} pixels have no fixed range")
     tags = getattr(image, "tag_v2", {})     # of a TIFF
     if "exif" in image.info:
+        turn = None
         with contextlib.suppress(Exception):    # of one that can't be read, which turns nothing
-            image = ImageOps.exif_transpose(image)
+            turn = TURNS.get(image.getexif().get(0x112))
+        if turn is not None:
+            image = image.transpose(turn)
     if image.mode.startswith("I"):
         image = _of_eight_bits(image, tags)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -140,12 +149,14 @@ def _of_eight_bits(image, tags):
 
 
 def state_of(root, paths):
-    """A digest of the names, sizes and times of change of files below `root`."""
+    """A digest of the names, sizes and times of change of files below `root`, and of which of them
+    can't be read."""
     state = hashlib.sha256()        # not of `root`: files that have moved are the same
     for path in paths:
         try:
-            status = os.stat(os.path.join(root, path))
-            about = f"{status.st_size}\0{status.st_mtime_ns}"
+            file = os.path.join(root, path)
+            status, closed = os.stat(file), not os.access(file, os.R_OK)
+            about = f"{status.st_size}\0{status.st_mtime_ns}" + "\0closed" * closed
         except OSError as error:        # a link to nowhere; decoding says what is wrong with it
             about = str(error.errno)
         state.update(os.fsencode(f"{path}\0{about}\n"))
@@ -241,8 +252,11 @@ def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
     files = list_images(root, label, lambda path: re.fullmatch(pattern, path) is not None
                         and class_of(path) not in exclude)
     classes, labels = np.unique([class_of(path) for path in files], return_inverse=True)
-    empty = [entry.name for entry in os.scandir(root) if entry.is_dir()
-             and not is_hidden(entry.name) and class_of(entry.name) not in classes]
+    empty = [entry.name for entry in os.scandir(root) if os.path.isdir(entry.path)
+             and not is_hidden(entry.name) and class_of(entry.name) not in (*classes, *exclude)]
+    closed = [name for name in empty if not os.access(os.path.join(root, name), os.R_OK | os.X_OK)]
+    if closed:
+        raise UserError(f"{root}: {listed(sorted(closed))} can't be read.")
     if label and empty:
         say(f"{label}: {listed(sorted(empty))} holds no image and is not a class.")
     return read_files(root, files, labels, classes.tolist())
@@ -261,7 +275,8 @@ def shard_paths(name, pattern):
                  for path in shard_paths(name, f"{start}{number:0{width}}{end}")]
     else:
         folder, file = os.path.split(pattern)
-        paths = sorted(map(str, Path(folder).glob(file.replace("[", "[[]"))))
+        paths = sorted(str(path) for path in Path(folder).glob(file.replace("[", "[[]"))
+                       if not is_hidden(path.name))
     if not paths:
         raise UserError(f"{name}: there is no {pattern}. Shards are given as {name}=FOLDER/*.tar "
                         f"or {name}=FOLDER/{{000..099}}.tar.")

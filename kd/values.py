@@ -37,7 +37,7 @@ def has_imagenet_weights(arch):
 
 def name_of_arch(arch):
     """An architecture, or a path, without its folders."""
-    return arch if arch.startswith("timm:") else arch.rpartition("/")[2]
+    return arch if arch.startswith(("timm:", HUB)) else arch.rpartition("/")[2]
 
 
 def plain(name):
@@ -79,7 +79,10 @@ def path(text):
     """An absolute spelling; links stay as they are, so that people recognise their paths."""
     if not text:        # of a shell variable that is not set
         raise Wrong("no path is given")
-    return str(Path(text).expanduser().absolute())
+    try:
+        return str(Path(text).expanduser().absolute())
+    except RuntimeError:
+        raise Wrong(f"'{text}': there is no such home folder") from None
 
 
 def data_set_spec(text):
@@ -168,6 +171,8 @@ def classes(text):
         names = json.loads(content) if content.lstrip()[:1] == "[" else content.splitlines()
     except ValueError:
         raise Wrong(f"{text} is not UTF-8 text with one class per line") from None
+    except OSError:
+        raise Wrong(f"{text} can't be read") from None
     seen, unique = {}, []       # ImageNet has two cranes: the second becomes "crane (2)"
     for name in filter(None, (str(name).strip() for name in names)):
         seen[name] = seen.get(name, 0) + 1

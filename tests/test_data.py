@@ -170,6 +170,14 @@ def test_a_target_has_a_class_per_folder_hidden_ones_and_empty_ones_left_out(tmp
 
 
 @pytest.mark.quick
+def test_a_class_that_can_not_be_read_is_named(tmp_path, monkeypatch):
+    spec = pets(tmp_path / "pets")
+    (tmp_path / "pets" / "train" / "cow").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("cow"))
+    refusal("pets/train: cow can't be read.", target, tmp_path / "d", spec)
+
+
+@pytest.mark.quick
 def test_classes_take_the_order_of_the_names_that_are_given(tmp_path, capsys):
     composed, split = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     spec = pets(tmp_path / "pets", names=("ant", split))        # as macOS writes the accent
@@ -219,6 +227,12 @@ def test_links_below_a_source_lead_to_no_image_of_the_target_but_its_neighbours_
     assert len(data.load_source(settings, settings.sources[0])) == 1
     (tmp_path / "pets" / "unlabelled" / "b").symlink_to(tmp_path / "pets" / "test" / "ant")
     refusal("pool and the target", data.load_source, settings, settings.sources[0])
+    save(tmp_path / "web", "a.png")
+    save(tmp_path / "mix", "b.png")
+    (tmp_path / "mix" / "a").symlink_to(tmp_path / "web")
+    settings = settings_of(tmp_path / "d", spec, tuple(f"{name}={tmp_path / name}" for name in (
+        "mix", "web")))
+    refusal("mix and the source web are the same", data.load_source, settings, settings.sources[0])
 
 
 @pytest.mark.parametrize("change, said", [

@@ -353,6 +353,7 @@ def broken(num_classes):
     checkpoints.save(tmp_path / "wide.pt", classifier)
     refusal("code runs only where the command line names it", checkpoints.load,
             tmp_path / "wide.pt")
+    assert list(checkpoints.files_of(f"hub:{tmp_path}:wide")) == [f"{tmp_path}/hubconf.py"]
     again = checkpoints.load(tmp_path / "wide.pt", f"hub:{tmp_path}:wide")
     assert torch.equal(again(random_images(2)), classifier.eval()(random_images(2)))
     refusal("hub:/nowhere:wide could not be loaded", models.build, "hub:/nowhere:wide", ["a", "b"])

@@ -20,6 +20,7 @@ from PIL import Image
 from torchvision.transforms import Resize
 
 import data
+from kd import processes
 from kd.packing import Streamed
 from kd.readers import Names, decode
 from kd.values import data_set_spec
@@ -63,6 +64,9 @@ def of(*colour):
 
 TURNED = Image.Exif()
 TURNED[0x112] = 6
+# The same beside a resolution that is a text.
+TURNED_TOO = b"Exif\0\0II*\0" + struct.pack("<IHHHIIHHI4sI", 8, 2, 0x112, 3, 1, 6, 0x11A, 2, 4,
+                                            b"72\0\0", 0)
 WIDE = np.random.default_rng(1).integers(0, 65536, (32, 32, 3))
 GREY, NOISE = WIDE[..., 0].astype(np.uint16), made.random_pixels(32, 32, 3)
 UPPER = (WIDE >> 8).astype(np.uint8)
@@ -71,6 +75,8 @@ READ = {
     "JPEG of CMYK": (filled((0, 255, 255, 0), "CMYK", "JPEG"), of(255, 0, 0), 4),
     "turned by its EXIF": (saved(Image.fromarray(NOISE), "WEBP", lossless=True, exif=TURNED),
                            np.rot90(NOISE, -1), 0),
+    "turned by an EXIF with something odd": (saved(
+        Image.fromarray(NOISE), "WEBP", lossless=True, exif=TURNED_TOO), np.rot90(NOISE, -1), 0),
     "16 bits of grey": (saved(Image.fromarray(GREY), "PNG"), UPPER[..., [0, 0, 0]], 0),
     "16 bits of each colour": (png16(WIDE), UPPER, 0),
     "1 bit": (filled(1, "1"), of(255, 255, 255), 0),
@@ -117,6 +123,7 @@ def test_a_shard_is_read_as_a_folder_is(tmp_path):
     assert sorted(found.files) == sorted(f"000.tar/./{name}" for name in names)
     (tmp_path / "moved").mkdir()
     shutil.copy2(tmp_path / "000.tar", tmp_path / "moved")
+    (tmp_path / "moved" / "._000.tar").write_bytes(b"what macOS leaves")
     moved = source(tmp_path / "e", f"pool={tmp_path}/moved/*.tar")
     assert moved.fingerprint == found.fingerprint
 
@@ -252,6 +259,27 @@ def test_more_unreadable_images_than_the_share_are_one_line(tmp_path, how):
     streamed = source(tmp_path / "d", spec, pack="never", max_bad=1.0)
     refusal(r"^pool has changed since it was scored: 003.png can't be read \(Unid.*\). Add "
             "--restart-from scores.$", gathered, streamed, rows=np.array([3]))
+    packed = source(tmp_path / "d", spec, pack="always", max_bad=1.0)
+    refusal("pool has changed since it was scored: image 3 can't be read.", gathered, packed,
+            rows=np.array([2, 3]))
+    refusal(r"^pool: 3 of 3 images can't be read; the first is 000.png \(Uni.*bad.txt.$", source,
+            tmp_path / "d", pool(tmp_path / "none" / "pool", 3, bad=[0, 1, 2]))
+
+
+@pytest.mark.quick
+def test_of_a_stream_the_share_is_that_of_all_processes(tmp_path, monkeypatch):
+    spec = pool(tmp_path / "pool", bad=[3, 77])
+    monkeypatch.setattr(processes, "gathered", lambda value: [value, (300, [])])
+    assert len(gathered(source(tmp_path / "d", spec, pack="never"))[1]) == 98
+
+
+@pytest.mark.quick
+def test_files_that_can_be_read_at_last_are_other_files(tmp_path, monkeypatch):
+    spec = pool(tmp_path / "pool", 3)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    before = source(tmp_path / "d", spec).fingerprint
+    monkeypatch.undo()
+    assert source(tmp_path / "d", spec).fingerprint != before
 
 
 def test_large_sources_are_streamed_unless_they_shall_be_packed(tmp_path, monkeypatch):
@@ -318,8 +346,10 @@ def test_rows_of_hugging_face_data_sets_answer_as_the_same_images_in_a_folder_do
     save(tmp_path / "pool", *(f"{i}.png" for i in range(9)), size=(40, 36))
     folder, repository = source(tmp_path / "d", f"p={tmp_path / 'pool'}"), tmp_path / "hub" / "rows"
     rows = datasets.Dataset.from_dict(
-        {"label": list(range(10)), "img": [*(f"{tmp_path}/pool/{i}.png" for i in range(9)), None]},
-        features=datasets.Features({"label": datasets.Value("int64"), "img": datasets.Image()}))
+        {"image": ["x"] * 10, "label": list(range(10)),
+         "img": [*(f"{tmp_path}/pool/{i}.png" for i in range(9)), None]},
+        features=datasets.Features({"image": datasets.Value("string"), "img": datasets.Image(),
+                                    "label": datasets.Value("int64")}))
     (repository / "data").mkdir(parents=True)
     rows.to_parquet(repository / "data" / "train-00000-of-00001.parquet")
     for pack in ("always", "never", "always"):
@@ -328,8 +358,8 @@ def test_rows_of_hugging_face_data_sets_answer_as_the_same_images_in_a_folder_do
         [(pixels, index, files)] = found.batches(rows=np.arange(9))
         np.testing.assert_array_equal(pixels, folder.images)
         assert found.name == "rows" and list(files) == [f"{i}.png" for i in range(9)]
-    rows.remove_columns("img").to_parquet(repository / "data" / "train-00000-of-00001.parquet")
-    refusal("has no column of images. It has label", source, tmp_path / "d",
+    rows.select_columns("label").to_parquet(repository / "data" / "train-00000-of-00001.parquet")
+    refusal("it has no column of images, but label", source, tmp_path / "d",
             data_set_spec(spec.format(repository)))
 
 

@@ -88,6 +88,7 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
 
 @pytest.mark.parametrize("words, said", [
     ("--lr=0.1x", "'0.1x' is not a positive number"),
+    ("--run-dir=~nobody-here/x", "'~nobody-here/x': there is no such home folder"),
     ("--ema=1", "'1' is not a number from 0 up to, not including, 1"),
     ("--floor=101%", "'101%' is not a share from 0 to 1, as 0.05 or 5%"),
     ("--batch-size=1", "'1' is not a batch size of 2 or more"),
