@@ -57,8 +57,8 @@ def fixed_objective(teacher, images, temperature, device):
     """KD on unchanging pixels: the teacher's logits for all images are computed here, once."""
     teacher_logits = engine.predict(teacher, images, device=device,
                                     label="teacher's answers").to(device)
-    return lambda logits, views, rows: kd_loss(logits.float(), teacher_logits[rows.to(device)],
-                                               temperature)
+    return lambda logits, views, rows: loss_of_answers(
+        logits.float(), teacher_logits[rows.to(device)], temperature)
 
 
 def live_objective(teacher, temperature, device, amp=None):
@@ -68,8 +68,14 @@ def live_objective(teacher, temperature, device, amp=None):
     def objective(logits, views, rows):
         with torch.no_grad(), engine.autocast(device, amp):
             teacher_logits = teacher(views)
-        return kd_loss(logits.float(), teacher_logits.float(), temperature)
+        return loss_of_answers(logits.float(), teacher_logits.float(), temperature)
     return objective
+
+
+def loss_of_answers(logits, teacher_logits, temperature):
+    """`kd_loss`; an image for which the teacher's logits are not finite adds nothing to it."""
+    answered = teacher_logits.isfinite().all(1, keepdim=True)
+    return kd_loss(logits, torch.where(answered, teacher_logits, logits.detach()), temperature)
 
 
 @on_all_ranks

@@ -17,7 +17,7 @@ from torch import nn
 from kd.augment import to_device
 from kd.files import UserError, say
 from kd.packing import release_pages
-from kd.processes import gathered, own_card, share_of
+from kd.processes import gathered, own_card, share_of, world_size
 from kd.progress import Progress
 
 CPU = torch.device("cpu")
@@ -29,7 +29,8 @@ PREFETCHED = 2              # batches that wait on the device, where the images 
 def pick_device(name):
     """torch.device for "auto", "cpu", "cuda" or "mps". Raises UserError where it isn't there."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
+                 # gloo carries none of its tensors
+                 "mps": torch.backends.mps.is_available() and world_size() == 1}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
     if not available[name]:

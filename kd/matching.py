@@ -49,7 +49,11 @@ def norms_of(classifier):
 def watched(classifier):
     """Within it, a function gives what the last batch showed in every batch norm, (n, D)
     float32."""
-    seen = []
+    seen, count = [], 0
+
+    def begin(module, given):
+        nonlocal count
+        count = len(given[0])
 
     def look(module, given):
         pixels = given[0].float()
@@ -59,13 +63,15 @@ def watched(classifier):
         rest = tuple(range(2, pixels.dim()))
         square = pixels.square()
         found = (pixels.mean(rest), square.mean(rest) - 1) if rest else (pixels, square - 1)
-        seen.extend(each.clamp(-LIMIT, LIMIT) for each in found)
+        seen.extend(each.unflatten(0, (count, -1)).mean(1).clamp(-LIMIT, LIMIT)
+                    for each in found)      # where an image has several rows, its tokens
 
     def shown():
         found = torch.cat(seen, 1)
         seen.clear()
         return found
     with contextlib.ExitStack() as hooks:
+        hooks.enter_context(classifier.register_forward_pre_hook(begin))
         for norm in norms_of(classifier):
             hooks.enter_context(norm.register_forward_pre_hook(look))
         yield shown
@@ -117,7 +123,8 @@ def _write_statistics(scoring, file):
         origin = 0.0
         if run.settings.calibrate == "target":
             origin = torch.cat([block @ axes for block in _blocks(
-                scoring, classifier, shown, [scoring.confidence])]).mean(0)
+                scoring, classifier, shown, [scoring.confidence])])
+            origin = origin[origin.isfinite().all(1)].mean(0)       # of those that are scored
         header = {"descr": "<f2", "fortran_order": False, "shape": (count, axes.shape[1])}
         np.lib.format.write_array_header_2_0(file, header)
         for block in _blocks(scoring, classifier, shown, parts):

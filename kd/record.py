@@ -63,6 +63,7 @@ class Record:
         self.classes = [shown(name) for name in
                         (self.teacher or self.thresholds).get("classes", ())]
         found = [*map(name_of_approach, self.settings.approaches),
+                 *sorted(path.parent.name for path in self.folder.glob("transfer/*/summary.json")),
                  *sorted(path.stem for path in self.folder.glob("students/*.json"))]
         self.approaches = sorted(set(found), key=[*APPROACHES, *found].index)
         self.students = self._products("students/{}.json", self.approaches)

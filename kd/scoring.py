@@ -86,10 +86,11 @@ def score_batches(teacher, source, rows, criteria, device, label):
     source: what has `batches` (kd/packing.py); rows: as there. Of several processes each answers
     for a part of the batches, and all return the whole."""
     weight, total = models.head_weight(teacher), len(source if rows is None else rows)
-    index = []
+    index, batch = [], engine.evaluation_batch(teacher)
+    mine = share_of(-(-total // batch))
 
     def pixels():
-        for images, numbers, _ in source.batches(rows, engine.evaluation_batch(teacher), share_of):
+        for images, numbers, _ in source.batches(rows, batch, share_of):
             index.append(numbers)
             yield torch.from_numpy(np.ascontiguousarray(images))
 
@@ -97,7 +98,8 @@ def score_batches(teacher, source, rows, criteria, device, label):
         scores = (criterion.score(logits, weight) for criterion in criteria.values())
         return logits.topk(2, 1).indices[:, 0], logits.isfinite().all(1), *scores
     predicted, finite, *scores = engine.columns_of(
-        teacher, pixels(), device, of_logits, label, total)
+        teacher, pixels(), device, of_logits, label,
+        min(total, mine.stop * batch) - mine.start * batch)
     index = np.concatenate(sum(gathered(index), []))
     named = dict(zip(("predicted", "index", *criteria), (predicted, index, *scores), strict=True))
     left_out = int((~finite).sum())

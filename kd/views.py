@@ -11,6 +11,7 @@ A teacher that answers every view teaches a function and not a list of images (B
     tint:0.3    red, green, blue each times e^-0.3 to e^0.3, plus up to 0.3 * 128 either way
     invert:0.5  every other one as its negative
 """
+import functools
 import math
 
 import torch
@@ -51,6 +52,13 @@ def _places(steps, drawn):
                         torch.stack([wide * sine, high * cosine, top], 1)], 1)
 
 
+@functools.cache
+def _constants(device):
+    """Copied there once: a copy waits for the device."""
+    axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
+    return torch.tensor([0.299, 0.587, 0.114], device=device), axis, torch.eye(3, device=device)
+
+
 def _colours(steps, drawn, pixels):
     """(N, 3, 3), (N, 3): what the colours of an image become. Contrast is about its mean grey; the
     hue is a turn about the grey axis (Rodrigues)."""
@@ -58,10 +66,9 @@ def _colours(steps, drawn, pixels):
     tint, strength = 2 * drawn[6:].T - 1, steps.get("colour", 0.0)
     bright, contrast, saturation = ((2 * drawn[:3] - 1) * strength).exp()
     saturation = torch.where(grey < steps.get("grey", 0.0), 0.0, saturation)[:, None, None]
-    luma, one = pixels.new_tensor([0.299, 0.587, 0.114]), torch.eye(3, device=pixels.device)
+    luma, axis, one = _constants(pixels.device)
     mean = pixels.mean((2, 3)) @ luma
     angle = ((2 * hue - 1) * math.radians(36 * strength))[:, None, None]
-    axis = pixels.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     turned = one + angle.sin() * axis + (1 - angle.cos()) * (axis @ axis)
     matrix = (saturation * one + (1 - saturation) * luma.expand(3, 3)) @ turned
     matrix = (bright * contrast)[:, None, None] * matrix

@@ -129,6 +129,18 @@ def test_images_whose_logits_are_not_finite_are_left_out_and_counted(
     assert not any("flat" in row["file"] for row in manifest(run, "all"))
     summary = read(run, "transfer/all/summary.json")
     assert summary["unreadable"] == {"pool": 3} and summary["size"] == 180
+    # The target, too, may have such images: nothing is learned or matched from them.
+    colours = shutil.copytree(painted / "colours", tmp_path / "colours", symlinks=False)
+    for number in range(20):
+        Image.new("RGB", (24, 28), "gray").save(colours / f"train/red/flat{number}.png")
+    said = ran("compile.py", flags, "--teacher-arch", f"{networks}:contrast",
+               "--teacher-checkpoint", run / "teacher.pt", "--target", f"colours={colours}",
+               "--approaches", "original,matched", "--transfer-size", "60", "--run-dir",
+               tmp_path / "second", "--data-dir", tmp_path / "data")
+    assert "scores: confidence" in said and "nan" not in said
+    rows = read(tmp_path / "second", "results.json")["rows"]
+    assert [row["transfer_size"] for row in rows] == [112, 60]
+    assert all(row["accuracy"] is not None for row in rows)
 
 
 def criterion(score, thresholds="[0] * classes"):
@@ -280,6 +292,14 @@ def test_a_test_split_that_comes_later_is_measured_and_nothing_is_trained_again(
     ran("compile.py", own, "--target", "secret", "--data-free")
     [row] = read(run, "results.json")["rows"]
     assert (row["accuracy"], row["agreement"], row["retention"]) == (None, None, None)
+    # A checkpoint that says its classes, in another order than that of the folders.
+    (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
+    bare = ["--target", "secret", "--data-free", "--run-dir"]
+    ran("TeacherTrain.py", own, *bare, tmp_path / "a")
+    bare = [*own[:-2], "--teacher-checkpoint", tmp_path / "a/teacher.pt"], *bare, tmp_path / "b"
+    ran("TeacherTrain.py", *bare)
+    assert "knows red, green, blue, and the target has blue, green, red, in another" in refused(
+        "TeacherTrain.py", *bare, "--target", folder)
 
 
 def test_a_teacher_that_fits_its_images_badly_or_too_well_is_asked_about(capsys):
