@@ -27,7 +27,7 @@ from kd.run import Run, read_product
 from kd.scoring import Scoring, load_criteria, no_mms, report_thresholds
 from kd.settings import ON_TARGET, resolve
 from kd.training import require_batch
-from kd.values import is_file, name_of, name_of_approach
+from kd.values import is_file, name_of
 from TeacherTrain import load_checkpoint, new_teacher, report_teacher, train_teacher, weights_of
 from transfer import bucket_size, make_transfer_set, report_pool, report_transfer_set
 
@@ -86,14 +86,10 @@ def describe(target):
     return (" and ".join(splits) or "no images") + classes
 
 
-def approaches_of(run):
-    return [name_of_approach(each) for each in run.settings.approaches]
-
-
 def prepare(run, device, target):
     """Teacher, scores and transfer sets of one seed."""
     report_teacher(train_teacher(run, target, device))
-    selecting = [approach for approach in approaches_of(run) if approach not in ON_TARGET]
+    selecting = [approach for approach in run.settings.rows if approach not in ON_TARGET]
     if selecting:
         scoring = Scoring(run, device, data, target)
         for approach in selecting:
@@ -108,7 +104,7 @@ def prepare(run, device, target):
 def train_students(runs, target, device):
     """All rows of all seeds. Several processes share the students out, one to a device, and each
     trains its own as a single process would."""
-    pairs = [(run, approach) for run in runs for approach in approaches_of(run)]
+    pairs = [(run, approach) for run in runs for approach in run.settings.rows]
     if world_size() > 1 and len(pairs) > 1:
         lacking = gathered([at for at, (run, approach) in enumerate(pairs) if read_product(
             run, f"students/{approach}.json")[0] is None])[0]       # as the first process sees it
@@ -123,7 +119,7 @@ def train_students(runs, target, device):
     for run in runs:
         if len(runs) > 1:
             say(f"seed {run.settings.seed}")
-        for approach in approaches_of(run):
+        for approach in run.settings.rows:
             report_student(train_student(run, approach, target, device))
         if run.reused:
             say(f"reused: {listed(list(run.reused))}")

@@ -8,7 +8,6 @@ Out: Packed or Streamed (kd/packing.py), which answer with batches of uint8 pixe
     python data.py --all
 """
 import functools
-import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -116,16 +115,16 @@ def _folders_of(place, role):
     return {place.path.resolve()} if place.kind in ("folder", "extracted") else set()
 
 
-def _require_apart(settings, spec, folders):
+def _require_apart(settings, spec, sources, folders):
     """Raises UserError where a source that is read from these real paths holds images of the target
-    or of an earlier source, or is the data or the run folder."""
+    or of one of `sources`, or is the data or the run folder."""
     others = {"the data folder": {Path(settings.data_dir).resolve() / "packed"}}
     if settings.run_dir:
         others["the run folder"] = {Path(settings.run_dir).resolve()}
     if _has_images(settings.target):
         role = "test" if settings.data_free else "target"
         others["the target"] = _folders_of(find(settings.target, settings.data_dir, role), role)
-    for other in itertools.takewhile(lambda other: other != spec, settings.sources):
+    for other in sources:
         place = find(other, settings.data_dir)
         others[f"the source {name_of(other)}"] = _folders_of(place, "source")
     for what, theirs in others.items():
@@ -154,7 +153,8 @@ def locate(settings, sources=True):
         try:
             place = find(spec, settings.data_dir, role)
             if role == "source":
-                _require_apart(settings, spec, _folders_of(place, role))
+                earlier = settings.sources[:settings.sources.index(spec)]
+                _require_apart(settings, spec, earlier, _folders_of(place, role))
         except UserError as error:
             lines.append(str(error))
             continue
@@ -216,8 +216,8 @@ def load_source(settings, spec):
     """The source `spec`, Packed or Streamed, without labels."""
     visited = set()
     images = _read(settings, spec, "source", "source", visited)
-    others = [each for each in settings.sources if each != spec]
-    _require_apart(replace(settings, sources=(*others, spec)), spec, set(map(Path, visited)))
+    _require_apart(settings, spec, [each for each in settings.sources if each != spec],
+                   set(map(Path, visited)))     # links may lead anywhere
     images = replace(images, labels=None, classes=None).limited(settings.limit)
     name, size, max_bad = name_of(spec), settings.image_size, settings.max_bad
     is_large = images.count * size * size * 3 > PACKED_BELOW

@@ -47,7 +47,10 @@ def kd_loss(student_logits, teacher_logits, temperature):
     """The loss above. Logits: (N, C) float32. Returns a scalar.
 
     "batchmean" sums over the classes and averages over the images; "mean" would also divide by C
-    and make the gradient that much smaller."""
+    and make the gradient that much smaller. An image for which the teacher's logits are not finite
+    adds nothing."""
+    answered = teacher_logits.isfinite().all(1, keepdim=True)
+    teacher_logits = torch.where(answered, teacher_logits, student_logits.detach())
     return temperature ** 2 * F.kl_div(
         F.log_softmax(student_logits / temperature, dim=1),
         F.log_softmax(teacher_logits / temperature, dim=1), reduction="batchmean", log_target=True)
@@ -57,8 +60,8 @@ def fixed_objective(teacher, images, temperature, device):
     """KD on unchanging pixels: the teacher's logits for all images are computed here, once."""
     teacher_logits = engine.predict(teacher, images, device=device,
                                     label="teacher's answers").to(device)
-    return lambda logits, views, rows: loss_of_answers(
-        logits.float(), teacher_logits[rows.to(device)], temperature)
+    return lambda logits, views, rows: kd_loss(logits.float(), teacher_logits[rows.to(device)],
+                                               temperature)
 
 
 def live_objective(teacher, temperature, device, amp=None):
@@ -68,14 +71,8 @@ def live_objective(teacher, temperature, device, amp=None):
     def objective(logits, views, rows):
         with torch.no_grad(), engine.autocast(device, amp):
             teacher_logits = teacher(views)
-        return loss_of_answers(logits.float(), teacher_logits.float(), temperature)
+        return kd_loss(logits.float(), teacher_logits.float(), temperature)
     return objective
-
-
-def loss_of_answers(logits, teacher_logits, temperature):
-    """`kd_loss`; an image for which the teacher's logits are not finite adds nothing to it."""
-    answered = teacher_logits.isfinite().all(1, keepdim=True)
-    return kd_loss(logits, torch.where(answered, teacher_logits, logits.detach()), temperature)
 
 
 @on_all_ranks

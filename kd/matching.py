@@ -60,11 +60,10 @@ def watched(classifier):
         shape = (1, -1, *[1] * (pixels.dim() - 2))
         scale = (module.running_var + module.eps).rsqrt()
         pixels = (pixels - module.running_mean.view(shape)) * scale.view(shape)
-        rest = tuple(range(2, pixels.dim()))
-        square = pixels.square()
-        found = (pixels.mean(rest), square.mean(rest) - 1) if rest else (pixels, square - 1)
-        seen.extend(each.unflatten(0, (count, -1)).mean(1).clamp(-LIMIT, LIMIT)
-                    for each in found)      # where an image has several rows, its tokens
+        pixels = pixels.unflatten(0, (count, -1))       # an image may have several rows, its tokens
+        rest = (1, *range(3, pixels.dim()))
+        found = pixels.mean(rest), pixels.square().mean(rest) - 1
+        seen.extend(each.clamp(-LIMIT, LIMIT) for each in found)
 
     def shown():
         found = torch.cat(seen, 1)

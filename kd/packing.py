@@ -84,7 +84,7 @@ class Source:
         numbers, where = self.numbers, range(len(self)) if rows is None else rows
         if rows is not None and numbers is not None:
             where = np.searchsorted(numbers, rows)
-            lost = np.setdiff1d(rows, numbers)
+            lost = rows[numbers[np.minimum(where, len(numbers) - 1)] != rows]
             if len(lost):
                 _refuse_changed(self.name, f"image {lost[0]} can't be read")
         wanted = [where[k:k + batch_size] for k in range(0, len(where), batch_size)]

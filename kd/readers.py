@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kd.files import UserError, digest, first_line, listed, say
 
@@ -27,12 +27,6 @@ from kd.files import UserError, digest, first_line, listed, say
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF",
            *(["AVIF"] if find_spec("PIL.AvifImagePlugin") else []))
 SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .ppm .pgm .pbm .tif .tiff .avif".split())
-# How the orientations that EXIF knows are turned upright. (ImageOps.exif_transpose also writes the
-# EXIF anew, and fails where that holds anything odd.)
-TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
-                        Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-                        Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-                        Image.Transpose.ROTATE_90), 2))
 # What lies beside images, and need not be opened to see that it is none.
 COMPANIONS = set(".txt .json .csv .md .xml .html .cls .db .ini .log .npy .zip .tar .gz".split())
 BEGINNING = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}WEBP"
@@ -121,11 +115,10 @@ def decode(image, size):
         raise ValueError(f"{kind} pixels have no fixed range")
     tags = getattr(image, "tag_v2", {})     # of a TIFF
     if "exif" in image.info:
-        turn = None
         with contextlib.suppress(Exception):    # of one that can't be read, which turns nothing
-            turn = TURNS.get(image.getexif().get(0x112))
-        if turn is not None:
-            image = image.transpose(turn)
+            image.getexif()
+            del image.info["exif"]      # it is read; written anew, it may fail at anything odd
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = _of_eight_bits(image, tags)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

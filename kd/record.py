@@ -13,7 +13,7 @@ from kd.files import one_field, say
 from kd.readers import Names
 from kd.run import read_product, read_settings
 from kd.settings import APPROACHES
-from kd.values import name_of, name_of_approach
+from kd.values import name_of
 
 
 def shown(name):
@@ -62,7 +62,7 @@ class Record:
         self.held_out = self._product("scores/held_out.json")
         self.classes = [shown(name) for name in
                         (self.teacher or self.thresholds).get("classes", ())]
-        found = [*map(name_of_approach, self.settings.approaches),
+        found = [*self.settings.rows,
                  *sorted(path.parent.name for path in self.folder.glob("transfer/*/summary.json")),
                  *sorted(path.stem for path in self.folder.glob("students/*.json"))]
         self.approaches = sorted(set(found), key=[*APPROACHES, *found].index)

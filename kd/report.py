@@ -10,7 +10,7 @@ from pathlib import Path
 from kd.files import listed, write_json, write_text
 from kd.record import Experiment, accuracy_text, mean, shown
 from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES, ON_TARGET
-from kd.values import name_of, name_of_approach, name_of_arch
+from kd.values import name_of, name_of_arch
 
 HEADS = ("approach", "student", "sources", "images", "per class", "accuracy %", "retention",
          "agreement %", "seconds", "img/s")
@@ -48,7 +48,7 @@ def notes(experiment):
     """What the table must not hide, in sentences."""
     record, approaches, records = experiment.first, experiment.approaches, experiment.records
     settings, held = record.settings, record.held_out
-    unfinished = [name for name in map(name_of_approach, settings.approaches)
+    unfinished = [name for name in settings.rows
                   if any(name not in each.students for each in records)]
     absent = [name for name in EATS_SOURCES if name not in record.sources]
     supervised, size = experiment.trained("supervised"), record.teacher.get("parameters")

@@ -213,6 +213,11 @@ class Settings:
         return self.seeds[0]
 
     @property
+    def rows(self):
+        """The names of the approaches in the table and the run folder."""
+        return [name_of_approach(each) for each in self.approaches]
+
+    @property
     def criteria(self):
         """The files of the user's own criteria among the approaches."""
         return tuple(each for each in self.approaches if each.endswith(".py"))
@@ -316,7 +321,7 @@ def _has_eats(sources):
 
 
 def _require_consistent(settings):
-    names = [name_of_approach(each) for each in settings.approaches]
+    names = settings.rows
     sources = [name_of(each) for each in settings.sources]
     known = APPROACHES + MORE_APPROACHES
     files = {file: name_of_approach(file) for file in settings.criteria}

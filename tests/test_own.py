@@ -130,7 +130,7 @@ def test_images_whose_logits_are_not_finite_are_left_out_and_counted(
     summary = read(run, "transfer/all/summary.json")
     assert summary["unreadable"] == {"pool": 3} and summary["size"] == 180
     # The target, too, may have such images: nothing is learned or matched from them.
-    colours = shutil.copytree(painted / "colours", tmp_path / "colours", symlinks=False)
+    colours = shutil.copytree(painted / "colours", tmp_path / "colours")
     for number in range(20):
         Image.new("RGB", (24, 28), "gray").save(colours / f"train/red/flat{number}.png")
     said = ran("compile.py", flags, "--teacher-arch", f"{networks}:contrast",
