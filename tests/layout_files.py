@@ -16,7 +16,7 @@ import data
 from kd.download import RemoteFile
 from kd.settings import Settings
 
-RED, GREEN, BLUE = (250, 10, 10), (10, 250, 10), (10, 10, 250)
+RED, GREEN = (250, 10, 10), (10, 250, 10)
 # How many images the writers below write.
 SMALL = {"cifar10": {"train": 10, "test": 3, "source": 10},
          "cifar100": {"train": 3, "test": 2, "source": 3},

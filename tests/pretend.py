@@ -7,13 +7,11 @@ tensor. Refused, as a `Misplaced`: a CPU tensor beside tensors on the device, a 
 products and convolutions have the 10-bit mantissas of TF32 where that is allowed.
 """
 import functools
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import torch
-from conftest import ROOT
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
@@ -65,11 +63,11 @@ class OnDevice(torch.Tensor):
         self.numpy()
 
     def tolist(self):
-        self.card.note("wait")
+        self.card.seen["wait"] += 1
         return self.values.tolist()
 
     def __reduce_ex__(self, protocol):
-        self.card.note("wait")
+        self.card.seen["wait"] += 1
         return self.values.detach().__reduce_ex__(protocol)
 
 
@@ -91,9 +89,8 @@ class _Names(TorchFunctionMode):
 
 
 class Card(TorchDispatchMode):
-    """The device itself; within it, tensors can be put there. seen: Counter of (what, where), what:
-    "wait", "copy" to the device or "product" in full float32 or "TF32"; where: "file.py:function"
-    of this project."""
+    """The device itself; within it, tensors can be put there. seen: Counter of what happens: "wait"
+    of the host, "copy" to the device, "product" in full float32 or "TF32"."""
 
     def __init__(self, kind):
         super().__init__()
@@ -110,20 +107,6 @@ class Card(TorchDispatchMode):
 
     def __deepcopy__(self, memo):
         return self
-
-    def waits(self):
-        """{"file.py:function": how often the host waits for the device there}."""
-        return {where: count for (what, where), count in self.seen.items() if what == "wait"}
-
-    def note(self, what):
-        frame = sys._getframe(1)
-        while (frame.f_code.co_filename == __file__ or
-               "site-packages" in frame.f_code.co_filename or       # perhaps below ROOT
-               not frame.f_code.co_filename.startswith(str(ROOT))):
-            frame = frame.f_back
-        code = frame.f_code
-        name = code.co_qualname.removesuffix(".<locals>.<listcomp>")        # none since 3.12
-        self.seen[what, f"{code.co_filename.rpartition('/')[2]}:{name}"] += 1
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return self.call(function, args, kwargs or {})
@@ -153,7 +136,7 @@ class Card(TorchDispatchMode):
             self._copy(packet, args, kwargs, goes)
         elif packet in WAITING or packet is aten.index and any(
                 each is not None and each.dtype == torch.bool for each in args[1]):
-            self.note("wait")
+            self.seen["wait"] += 1
         result_here = goes or here and to is None
         if packet is aten.copy_:
             result_here = isinstance(args[0], OnDevice)
@@ -179,9 +162,9 @@ class Card(TorchDispatchMode):
         if freely and (source_here or source.untyped_storage().data_ptr() not in self.pinned):
             raise Misplaced("an asynchronous copy of memory that is not pinned")
         if target_here:
-            self.note("copy")
+            self.seen["copy"] += 1
         if not freely:
-            self.note("wait")
+            self.seen["wait"] += 1
 
     def _compute(self, function, packet, args, kwargs, result_here):
         owners = {}
@@ -193,7 +176,7 @@ class Card(TorchDispatchMode):
         if packet in PRODUCTS and self.device.type == "cuda":
             allowed = (torch.backends.cudnn.allow_tf32 if "conv" in str(packet) else
                        torch.backends.cuda.matmul.allow_tf32)
-            self.note("TF32" if allowed else "product")
+            self.seen["TF32" if allowed else "product"] += 1
             args = tree_map_only(torch.Tensor, rounded, args) if allowed else args
         found = function(*args, **kwargs)
 

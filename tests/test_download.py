@@ -16,7 +16,6 @@ from layout_files import WRITERS, names_in, register, remote, source, tar_of, zi
 
 import data
 from kd import download
-from kd.archives import extract
 from kd.download import RemoteFile, fetch, fetch_all, remaining
 
 small, server = made.small, made.server
@@ -195,10 +194,17 @@ def test_an_archive_is_fetched_verified_extracted_and_read(
     content, file = official(tmp_path, name), data.DATA_SETS[name].files[0].name
     url = server.url(file, serve(content))
     register(monkeypatch, name, files=(remote(content, url),))
-    for _ in range(2):
+    fingerprints, layout = set(), tmp_path / "d" / data.DATA_SETS[name].layout
+    for begun in (False, True):     # extracted, and once more from the archive that is there
+        shutil.rmtree(layout, ignore_errors=True)
+        if begun:       # an extraction that was killed
+            (tmp_path / "d" / f".{layout.name}.part" / layout.name).mkdir(parents=True)
+            (tmp_path / "d" / f".{layout.name}.part" / layout.name / "junk").write_text("")
         found = source(tmp_path / "d", name)
+        fingerprints.add(found.fingerprint)
         assert len(found) == data.DATA_SETS[name].images["source"]
-    assert names_in(tmp_path / "d") == sorted([data.DATA_SETS[name].layout, file, "packed"])
+    assert len(fingerprints) == 1 and not list(layout.rglob("junk"))
+    assert names_in(tmp_path / "d") == sorted([layout.name, file, "packed"])
     assert len(server.asked) == 1
 
 
@@ -211,16 +217,6 @@ def test_an_archive_that_is_put_there_by_hand_is_used(tmp_path, monkeypatch, sma
     assert names_in(tmp_path / "d" / "Caltech-256") == ["256_ObjectCategories", "c.tar"]
 
 
-@pytest.mark.parametrize("name", ["tinyimagenet", "caltech256"])
-def test_an_archive_that_is_extracted_again_holds_the_same_images(
-        tmp_path, monkeypatch, server, small, name):
-    content, file = official(tmp_path, name), data.DATA_SETS[name].files[0].name
-    register(monkeypatch, name, files=(remote(content, server.url(file, serve(content))),))
-    first = source(tmp_path / "d", name).fingerprint
-    shutil.rmtree(tmp_path / "d" / data.DATA_SETS[name].layout)
-    assert source(tmp_path / "d", name).fingerprint == first
-
-
 def test_an_archive_that_is_not_whole_is_refused_and_named(tmp_path, monkeypatch, small):
     root = made.write_cifar10(tmp_path / "made")
     (root / "data_batch_4").unlink()
@@ -231,15 +227,3 @@ def test_an_archive_that_is_not_whole_is_refused_and_named(tmp_path, monkeypatch
     refusal(rf"^{tmp_path}/d/c.tar.gz is incomplete or damaged .*data_batch_4", source,
             tmp_path / "d", "cifar10")
     assert names_in(tmp_path / "d") == ["c.tar.gz"]
-
-
-def test_an_extraction_that_was_killed_is_begun_again(tmp_path):
-    archive, place = tmp_path / "pictures.tar.gz", tmp_path / "pictures"
-    (tmp_path / "made" / "pictures" / "deep").mkdir(parents=True)
-    (tmp_path / "made" / "pictures" / "deep" / "last.txt").write_text("2")
-    archive.write_bytes(tar_of(tmp_path / "made", "pictures"))
-    (tmp_path / ".pictures.part" / "pictures").mkdir(parents=True)
-    (tmp_path / ".pictures.part" / "pictures" / "junk").write_text("")
-    extract(archive, place, lambda folder: None)
-    assert names_in(place) == ["deep"] and names_in(place / "deep") == ["last.txt"]
-    assert names_in(tmp_path) == ["made", "pictures", "pictures.tar.gz"]

@@ -185,15 +185,6 @@ def test_batch_norms_are_folded_where_the_logits_stay_the_same(arch, left):
                                    atol=1e-4 * expected.abs().max().item())
 
 
-def test_batch_norms_are_folded_in_a_network_that_flattens_its_maps(nets):
-    torch.manual_seed(0)
-    classifier = models.build(f"{nets}:views", CLASSES)
-    network = classifier.network
-    network.conv1 = nn.Sequential(network.conv1, nn.BatchNorm2d(4))
-    folded = models.folded(classifier)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-
-
 def test_a_student_of_the_same_family_inherits_what_its_teacher_has():
     student, stranger = (models.build(arch, CLASSES) for arch in (
         "resnet18", "mobilenet_v3_small"))

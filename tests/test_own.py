@@ -1,5 +1,6 @@
 """A teacher at work: what it selects, and from what users bring: networks, criteria, shards."""
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from PIL import Image
 from script_files import given, manifest, pool, ran, read, refused
 from test_selection import select_slowly
 
+from kd import checkpoints, engine, models
 from kd.thresholds import passes
 from TeacherTrain import say_if_odd
 from transfer import Rules, even_weights
@@ -175,9 +177,12 @@ def test_what_a_criterion_raises_is_shown_with_its_traceback(flags, run, tmp_pat
 
 def test_approaches_whose_names_differ_behind_a_dot_keep_a_student_each(flags, run, tmp_path):
     shutil.copy(ROOT / "criteria/energy.py", tmp_path / "mms.v2.py")
-    names = ["mms", "mms.v2"]
-    ran("compile.py", flags, "--restart-from", "students", "--approaches",
-        f"mms,{tmp_path / 'mms.v2.py'}")
+    shutil.copy(ROOT / "criteria/energy.py", tmp_path / "teacher.py")      # as a file of the run
+    names = ["mms", "mms.v2", "teacher"]
+    files = ["--approaches", f"mms,{tmp_path / 'mms.v2.py'},{tmp_path / 'teacher.py'}"]
+    ran("compile.py", flags, "--restart-from", "students", *files)
+    assert "students/mms.json was made with --temperature 4" in refused(
+        "compile.py", flags, *files, "--temperature", "2")
     assert [row["approach"] for row in read(run, "results.json")["rows"]] == names
     assert "Not made yet" not in str(read(run, "results.json")["notes"])
     for name in names:
@@ -252,9 +257,12 @@ def test_without_training_images_of_the_target_thresholds_come_from_the_sources(
     assert not (run / "split.npz").exists() and not (run / "scores/confidence.npz").exists()
     # A twentieth of the images are in no transfer set: on them all students are compared.
     scores, out = pool(run), np.load(run / "scores/held_out.npz")
+    for row in results["rows"]:
+        student = checkpoints.load(run / f"students/{row['approach']}.pt", flags[7])
+        answers = engine.predict(student, out["images"]).argmax(1).numpy()
+        assert row["source_agreement"] == (answers == out["predicted"]).mean()
     held = len(scores["index"]) // 20
     assert out["images"].shape == (held, 32, 32, 3) and held > 2
-    assert all(0 <= row["source_agreement"] <= 1 for row in results["rows"])
     assert test_split != (f"Agreement: on {held} images of the sources that no student learned "
                           "from" in str(results["notes"]))      # the table has one or the other
     kept = {image.tobytes() for image in np.load(run / "transfer/balanced/images.npy")}
@@ -340,6 +348,36 @@ def test_matched_and_weighted_share_their_weights(run, flags):
     assert said.count("; effective size ") == 1
     weights, columns = np.load(run / "transfer/weighted/weights.npy"), manifest(run, "matched")
     assert {float(row["score"]) for row in columns} <= set(map(float, weights))
+    assert len(set(weights)) > 10
+
+
+def test_the_headline_of_the_first_page_runs(flags, weights, tmp_path):
+    """Data-free, with images of another size, from the weights to the table."""
+    run = tmp_path / "run"
+    ran("compile.py", flags, "--target", "secret", "--data-free", "--classes", "3",
+        "--image-size", "48", "--teacher-checkpoint", weights, "--recipe", "best",
+        "--transfer-size", "60", "--approaches", "matched,all", "--data-dir", tmp_path / "data")
+    matched, whole = (row["transfer_size"] for row in read(run, "results.json")["rows"])
+    assert abs(matched - 60) <= 1 and whole == 171       # but for those held out
+    assert np.load(run / "transfer/matched/images.npy").shape[1:] == (48, 48, 3)
+    student = torch.load(run / "students/all.pt", weights_only=True)
+    assert student["input_size"] == 48
+
+
+def test_the_code_of_the_page_about_ones_own_runs(flags, run, tmp_path, monkeypatch):
+    criterion, _, elsewhere = re.findall("```python\n(.*?)```", (ROOT / "docs/own.md").read_text(),
+                                         re.S)
+    (tmp_path / "my_metric.py").write_text(criterion)
+    ran("transfer.py", flags, "--approach", tmp_path / "my_metric.py")
+    assert len(manifest(run, "my_metric")) > 10
+    torch.manual_seed(0)
+    student = models.build("resnet18", list("abc"), "none", 32).eval()
+    checkpoints.save(tmp_path / "runs/cifar10/students/mms.pt", student)
+    monkeypatch.chdir(tmp_path)
+    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    given = {"images": images.permute(0, 3, 1, 2) / 255}
+    exec(elsewhere, given)
+    torch.testing.assert_close(given["logits"], student(images), rtol=1e-3, atol=1e-4)
 
 
 def test_matched_aims_at_the_confidence_set(run, flags, painted, tmp_path):
@@ -355,8 +393,12 @@ def test_matched_aims_at_the_confidence_set(run, flags, painted, tmp_path):
 
 
 def test_a_student_starts_with_its_teachers_layers_and_a_live_teacher_in_bfloat16(run, flags):
-    ran("distill.py", flags, "--approach", "mms", "--student-weights", "auto", "--lr", "1e-12",
-        "--augment", "crop", "--amp", "--restart-from", "students")
+    losses = []
+    for amp in ("--no-amp", "--amp"):
+        ran("distill.py", flags, "--approach", "mms", "--student-weights", "auto", "--lr", "1e-12",
+            "--augment", "crop", amp, "--restart-from", "students")
+        losses.append([each["loss"] for each in read(run, "students/mms.json")["history"]])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.1)
     teacher, student = (torch.load(run / name, weights_only=True)["state_dict"]["head.weight"]
                         for name in ("teacher.pt", "students/mms.pt"))
     torch.testing.assert_close(student, teacher)

@@ -44,7 +44,7 @@ def test_two_processes_select_to_the_row_what_one_selects(painted, finished_run,
     assert sum(line.startswith("| mms ") for line in lines) == 1
     rows = read(run, "results.json")["rows"]
     assert [row["approach"] for row in rows] == ["balanced", "random", "mms", "entropy", "matched"]
-    assert all(row["accuracy"] is not None for row in rows if row["transfer_size"] > 1)
+    assert all(row["accuracy"] > 0.5 for row in rows if row["transfer_size"] > 20)
     assert not list(run.rglob("*.part"))
     for name in ("mms.json", "mms.pt", "mms.npz"):      # nor the last one, which a kill left out
         (run / "students" / name).unlink()

@@ -14,8 +14,7 @@ from script_files import by_hand, contents, outcome, put, ran, read, refused, ru
 from kd import checkpoints
 from kd.files import write_sealed
 from kd.readers import decode
-from kd.run import Run, environment
-from kd.settings import resolve
+from kd.run import environment
 
 APPROACHES = ("supervised", "balanced", "random", "mms", "entropy")
 STAGES = ("TeacherTrain.py", "mms_threshold.py", "entropy.py", "transfer.py", "distill.py")
@@ -128,12 +127,6 @@ def test_a_setting_that_differs_is_named_with_both_values_and_what_helps(
         f"compile.py: {run / product} was made {was}, not {new}. To make it again, add "
         f"--restart-from {stage}{', which keeps what comes before,' * (stage != 'teacher')} or "
         "choose another --run-dir.\n")
-
-
-@pytest.mark.quick
-def test_a_students_name_may_be_that_of_another_stages_file(tmp_path):
-    found = Run(resolve({"run_dir": str(tmp_path)})).product("students/teacher.json")
-    assert "temperature" in found.made_from
 
 
 def test_a_stage_makes_nothing_again_that_another_one_makes(run, painted):
@@ -285,6 +278,9 @@ def test_the_run_folder_is_as_documented(finished_run):
     for row in read(finished_run, "results.json")["rows"]:
         assert sum(row["per_class"]) == row["transfer_size"]
         assert row["retention"] == pytest.approx(row["accuracy"] / accuracy)
+    listed = (ROOT / "docs/runs.md").read_text().partition("\n\n")[2].partition("\n\nCheck")[0]
+    for path in finished_run.rglob("*.*"):
+        assert path.name.startswith(".") or path.stem in listed or path.suffix in listed, path
     config, rows = read(finished_run, "config.json"), read(finished_run, "results.json")["rows"]
     assert config.keys() >= {"target", "seed", "device", "commit", "machine", "command"}
     assert config["versions"]["torch"] == torch.__version__
@@ -303,13 +299,22 @@ def test_the_run_folder_is_as_documented(finished_run):
         assert row["agreement"] == (answers["predicted"] == teacher["predicted"]).mean()
 
 
-def test_a_machine_without_git_has_no_commit(monkeypatch):
+def test_a_run_knows_its_commit_where_there_is_git(monkeypatch):
+    if (ROOT / ".git").exists():
+        asked = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True,
+                               text=True, check=True).stdout.strip()
+        assert environment()["commit"].removesuffix("-dirty") == asked
     monkeypatch.setenv("PATH", "")
     assert environment()["commit"] is None
 
 
-def test_another_approach_by_hand_costs_no_second_look_at_the_sources(flags, run):
-    assert "scores: " not in ran("transfer.py", flags, "--approach", "confidence")
+def test_the_config_of_a_run_repeats_it(finished_run, painted, tmp_path):
+    net = f"{painted / 'net.py'}:make"
+    again = ["--config", finished_run / "config.json", "--run-dir", tmp_path / "again",
+             "--teacher-arch", net, "--student-arch", net]
+    done = run_here("compile.py", *again)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert outcome(tmp_path / "again") == outcome(finished_run)
 
 
 def test_a_row_of_a_manifest_is_the_image_of_that_row(finished_run, painted):

@@ -205,7 +205,8 @@ def kept(folder, *argv):
 
 def test_a_config_repeats_a_run_in_any_folder_and_the_command_line_has_the_last_word(
         tmp_path, monkeypatch):
-    argv = "--target a=t --sources b=s,svhn --recipe best --classes names.txt --steps 7".split()
+    argv = ("--target a=t --sources b=s,svhn --recipe best --classes names.txt --steps 7 --floor "
+            "0.5 --teacher-mean 0.1,0.2,0.3 --no-compile --ema 0.9 --seeds 3").split()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "names.txt").write_text("x, y\n\nz\n")
     path = kept(tmp_path, *argv, "--run-dir", "r", "--restart")
