@@ -107,9 +107,6 @@ def parse(argv, script, description, stored=None):
     has the last word."""
     parser = parser_of(script, description)
     given = vars(parser.parse_args([*(stored or ()), *argv]))
-    for name, value in given.items():
-        if isinstance(value, list):         # what argparse makes of --name=--
-            parser.error(f"argument {flag_of(name)}: expected one argument")
     if script in USES and len(given.get("seeds", ())) > 1:
         parser.error("argument --seeds: a stage takes one seed; of several, compile.py keeps each "
                      "in DIR/seed-N, a --run-dir of its own")

@@ -27,7 +27,6 @@ LIMIT = 5.0             # of a statistic, in deviations: channels that hardly ev
 DIRECTIONS = 200        # in which the pool varies most: v is reduced to them as it is made
 SAMPLE = 4_096          # images that tell which those are
 RIDGE = 0.01            # on t, in units of the pool's variance
-ITERATIONS = 50
 LITTLE = 0.9            # of the gap is left: matched has nothing to offer
 CHUNK = 1 << 16         # rows that lie in memory at a time
 REMEDY = ("On a GPU, run `python transfer.py --approach matched --device cpu` before; or leave "
@@ -145,29 +144,14 @@ def directions(sample):
 
 def match(values, size):
     """Weights (N,) float64 of mean 1, none above N / size, under which the mean of `values` (N,
-    K) is as near to 0 as they can bring it; by Newton's method on the dual."""
-    count, cap = len(values), len(values) / size
-    if cap <= 1:
-        return np.ones(count)
-    point = np.zeros(values.shape[1] + 1)       # t, and b last
-    ridge = np.full(len(point), RIDGE)
-    ridge[-1] = 0.0
-    best = _dual(values, point, cap, ridge)
-    for _ in range(ITERATIONS):
-        value, gradient, hessian = best
-        if np.abs(gradient).max() < 1e-6:
-            break
-        # Weights at the cap or near 0 leave the hessian hardly any rank, and the step far too long.
-        step = np.linalg.solve(hessian, gradient)
-        while np.abs(step).max() > 1e-9 and not (
-                _dual(values, point - step, cap, ridge, False)[0] < value):
-            step /= 2
-        if np.abs(step).max() <= 1e-9:
-            break
-        point = point - step
-        best = _dual(values, point, cap, ridge)
-    return np.concatenate([np.minimum(cap, np.exp(np.minimum(part @ point, np.log(cap))))
-                           for part in _parts(values)])
+    K) is as near to 0 as they can bring it: from the dual, which is convex."""
+    from scipy.optimize import minimize
+    most = np.log(len(values) / size)
+    if most <= 0:
+        return np.ones(len(values))
+    point = minimize(_dual, np.zeros(values.shape[1] + 1), (values, most), "L-BFGS-B", jac=True,
+                     options={"maxiter": 1000, "ftol": 1e-14, "gtol": 1e-6}).x
+    return np.concatenate([np.exp(np.minimum(part @ point, most)) for part in _parts(values)])
 
 
 def _parts(values):
@@ -176,23 +160,18 @@ def _parts(values):
         yield np.concatenate([part, np.ones((len(part), 1))], 1)
 
 
-def _dual(values, point, cap, ridge, derivatives=True):
-    """(value, gradient, hessian) of the dual, whose gradient is 0 where the weights do as they
-    should; the latter two without meaning unless `derivatives`."""
-    value, gradient, hessian = 0.0, np.zeros(len(point)), np.zeros((len(point),) * 2)
+def _dual(point, values, most):
+    """(value, gradient) of the dual, whose gradient is 0 where the weights do as they should.
+    point: t, and b last; most: the logarithm of the cap."""
+    gradient = RIDGE * point
+    gradient[-1] = -1.0
+    value = gradient[:-1] @ point[:-1] / 2 - point[-1]
     for part in _parts(values):
         exponent = part @ point
-        free = exponent < np.log(cap)
-        weight = np.where(free, np.exp(np.minimum(exponent, np.log(cap))), cap)
-        value += np.where(free, weight, cap * (1 + exponent - np.log(cap))).sum()
-        if derivatives:
-            gradient += weight @ part
-            hessian += (part * np.where(free, weight, 0.0)[:, None]).T @ part
-    count = len(values)
-    gradient = gradient / count + ridge * point
-    gradient[-1] -= 1
-    hessian = hessian / count + np.diag(ridge + 1e-9)
-    return value / count - point[-1] + (ridge * point ** 2).sum() / 2, gradient, hessian
+        weight = np.exp(np.minimum(exponent, most))
+        value += (weight * (1 + np.maximum(exponent - most, 0))).sum() / len(values)
+        gradient += weight @ part / len(values)
+    return value, gradient
 
 
 def gap(values, weights=None):

@@ -308,10 +308,3 @@ def question_teacher(classifier, images):
             "statistics, or is in train mode")
     if not blank.isfinite().all():
         say(f"{arch} gives NaN for images of one colour. Such images are left out.")
-    weight = head_weight(classifier)
-    rows = [] if weight is None else [row.tobytes() for row in weight.cpu().numpy()]
-    count = collections.Counter(rows)
-    equal = [classifier.classes[i] for i, row in enumerate(rows) if count[row] > 1]
-    if equal:
-        say(f"{arch} has equal rows in its last layer for {listed(equal)}. No boundary lies "
-            "between them, so a margin between two of them says nothing.")

@@ -1,7 +1,6 @@
 """The page of a run: one file that asks for nothing from anywhere.
 
-The gallery's thumbnails are tiles of a few large images: thousands of them take a few megabytes and
-are drawn only where they are seen.
+The gallery's thumbnails are tiles of a few large images: thousands of them take a few megabytes.
 """
 import base64
 import io

@@ -231,7 +231,8 @@ class Scoring:
 
     @functools.cached_property
     def _parts(self):
-        """(Candidates, those held out)."""
+        """(Candidates of all sources, in the order of the settings; those held out, that no student
+        learns from, so that data-free, too, there is something to judge it by, else None)."""
         found = join({name: saved_scores(self, name, source)
                       for name, source in self.sources.items()})
         if not self.run.settings.data_free:
@@ -242,16 +243,8 @@ class Scoring:
         out[rng.choice(len(found), most, replace=False)] = True
         return found.at(~out), found.at(out)
 
-    @property
-    def candidates(self):
-        """Candidates of all sources, in the order of the settings."""
-        return self._parts[0]
-
-    @property
-    def held_out(self):
-        """Candidates that no student learns from, so that data-free, too, there is something to
-        judge it by; None with images of the target."""
-        return self._parts[1]
+    candidates = property(lambda self: self._parts[0])
+    held_out = property(lambda self: self._parts[1])
 
     @functools.cached_property
     def confidence(self):

@@ -3,7 +3,6 @@
 `train` over `train_one_epoch` is what learns. Everything else is in `_Keeper`, which is called
 after each step and each epoch."""
 import copy
-import io
 import math
 import time
 import zipfile
@@ -16,7 +15,7 @@ from kd.augment import augment, shuffled_batches, step_generator
 from kd.board import Board
 from kd.command import Interrupted, interrupted, orderly
 from kd.engine import allow_tf32, autocast, enough_memory, prefetched, resident, seed_all, seed_for
-from kd.files import UserError, is_first, say, write_atomically
+from kd.files import UserError, say, write_atomically
 from kd.processes import gathered, rank, share_buffers, share_of, shared, summed, world_size
 from kd.progress import Progress
 
@@ -249,10 +248,8 @@ class Checkpoint:
         return None
 
     def save(self, state):
-        buffer = io.BytesIO()
-        if is_first():
-            torch.save(state | {"made_from": self.made_from}, buffer)
-        write_atomically(self.path, lambda file: file.write(buffer.getbuffer()))
+        content = state | {"made_from": self.made_from}
+        write_atomically(self.path, lambda file: torch.save(content, file))
 
 
 class _Keeper:

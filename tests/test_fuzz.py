@@ -19,7 +19,7 @@ HOSTILE = [
     "all auto ../x ../../etc/passwd / . .. ~ /dev/null /dev/zero/x caf\u00e9 \u0663 \u00b2 \u202ea "
     "\U0001f438 \udcff %s%n {} x={0..3}.tar x={0..99999999999}.tar x={}.tar x.py x.py: .py:f "
     "x.py:f:g os.py:system timm: timm:nothing con digits cifar10 mms mms,mms eats predicted "
-    "confidence digits=x 1,1 nan,nan,nan crop,crop cuda mps teacher.pt config.json -- -h "
+    "confidence digits=x 1,1 nan,nan,nan crop,crop cuda mps teacher.pt config.json -h "
     "--x".split(), "", " ", "a\nb", "a\tb", "\x1b[31m", "a\0b", "9" * 5000, "x" * 300, "x" * 5000]
 FITTING = {     # values that reach later checks, where 2 and 0.1 do not
     "target": "digits cifar10 a=. a=nothing", "sources": "glyphs svhn b=. tinyimagenet,b=nothing",

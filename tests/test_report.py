@@ -155,7 +155,7 @@ def test_the_page_tells_what_the_manifests_tell(finished):
         pixels |= zip(rows, np.load(finished / f"transfer/{approach}/images.npy"), strict=True)
         kept[approach] = set(rows)
     assert shown["count"] == len(pixels) > 40
-    sheet = re.search(r"sheet0: url\(data:image/webp;base64,([^)]*)", html)[1]
+    sheet = re.search(r"sheet0 { background-image: url\(data:image/webp;base64,([^)]*)", html)[1]
     sheet = np.asarray(Image.open(io.BytesIO(b64decode(sheet)))).astype(int)
     scores = {name: np.load(finished / f"scores/{name}.npz") for name in ("pool", "more")}
     for number in range(shown["count"]):
@@ -237,7 +237,7 @@ def test_the_gallery_in_a_browser(browser, finished, width, scheme):
     assert select(falling="smallest first")[1] == tiles[::-1]
     select(label="any", source="any")
     columns = shown.evaluate("[...document.querySelectorAll('.tile')].filter(tile => "
-                             "tile.style.top === document.querySelector('.tile').style.top).length")
+                             "tile.offsetTop === document.querySelector('.tile').offsetTop).length")
     shown.focus("#grid")
     for key, place in (("ArrowRight", 1), ("ArrowDown", 1 + columns), ("ArrowLeft", columns),
                        ("ArrowUp", 0), ("End", len(kept["entropy"]) - 1), ("Home", 0)):
