@@ -13,12 +13,12 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
 import data
 from kd import checkpoints, engine, models
 from kd.command import command
-from kd.evaluation import evaluate, saved_split, test_of, watcher
+from kd.evaluation import LOOK_STEPS, evaluate, saved_split, test_of, watcher
 from kd.files import UserError, listed, require_none, say
 from kd.processes import first_alone, on_all_ranks
 from kd.run import open_stage
 from kd.settings import default_teacher
-from kd.training import Checkpoint, Watch, cross_entropy, train
+from kd.training import Checkpoint, Watch, cross_entropy, say_if_few, train
 from kd.values import name_of_arch
 
 LEARNED = 0.03      # in accuracy: a confidence set so far above the test was learned from
@@ -55,8 +55,12 @@ def train_teacher(run, target, device):
         seed = engine.seed_for(settings.seed, "teacher")
         engine.seed_all(seed)
         teacher = new_teacher(settings, target.classes)
+        if not settings.limit and settings.teacher_weights == "none":
+            say_if_few("teacher", settings.teacher_recipe, len(train_rows),
+                       "--teacher-epochs and a smaller --teacher-batch-size make more.")
         watch = Watch(checkpoint, "teacher", watcher(target, confidence, device),
-                      run.board("teacher"), "a smaller --teacher-lr, with --restart-from teacher")
+                      run.board("teacher"), "a smaller --teacher-lr, with --restart-from teacher",
+                      LOOK_STEPS)
         training = train(teacher, target.train.images, train_rows,
                          cross_entropy(target.train.labels, device), settings.teacher_recipe,
                          seed=seed, device=device, watch=watch)

@@ -29,18 +29,17 @@ import data
 from kd import checkpoints, engine, models
 from kd.augment import MIXING
 from kd.command import command
-from kd.evaluation import evaluate, saved_split, source_agreement, test_of, watcher
+from kd.evaluation import LOOK_STEPS, evaluate, saved_split, source_agreement, test_of, watcher
 from kd.export import export, require_packages
 from kd.files import UserError, is_first, require_none, say
 from kd.processes import alone, first_alone, on_all_ranks
 from kd.run import open_stage
 from kd.settings import DRAWN_BY_WEIGHT, ON_TARGET
-from kd.training import Checkpoint, Watch, cross_entropy, train
+from kd.training import Checkpoint, Watch, cross_entropy, say_if_few, train
 from kd.values import name_of, name_of_approach, name_of_arch
 
 FORMS = {"onnx": ".onnx", "state_dict": ".pth", "safetensors": ".safetensors"}
 SMALLEST = 2        # images: fewer have no batch statistics
-FEW_STEPS = 200     # in which a student from random weights hardly learns
 
 
 def kd_loss(student_logits, teacher_logits, temperature):
@@ -66,12 +65,14 @@ def fixed_objective(teacher, images, temperature, device):
 
 def live_objective(teacher, temperature, device, amp=None):
     """KD on augmented views: the teacher answers for each view as it comes."""
+    last = [None, None]     # views and answers: a student with auxiliary heads asks for each
     teacher.eval()
 
     def objective(logits, views, rows):
-        with torch.no_grad(), engine.autocast(device, amp):
-            teacher_logits = teacher(views)
-        return kd_loss(logits.float(), teacher_logits.float(), temperature)
+        if last[0] is not views:
+            with torch.no_grad(), engine.autocast(device, amp):
+                last[:] = views, teacher(views).float()
+        return kd_loss(logits.float(), last[1], temperature)
     return objective
 
 
@@ -116,14 +117,13 @@ def train_student(run, approach, target, device):
     student, figures["weights"] = new_student(run, weights, teacher["classes"])
     recipe = settings.student_recipe(figures["weights"])
     objective, recipe = objective_of(run, images, supervised, recipe, target, device)
-    steps = recipe.all_steps(len(rows))
-    if not recipe.steps and steps < FEW_STEPS and not settings.limit:
-        say(f"student {approach}: {recipe.epochs} epochs of {len(rows):,} images are {steps} steps"
-            ", too few to learn much. --steps N sets their number, however few the images are.")
+    if not settings.limit:
+        say_if_few(f"student {approach}", recipe, len(rows),
+                   "--steps N sets their number, however few the images are.")
     part = Checkpoint(run / f"students/{approach}.part", product.made_from)
     watch = Watch(part, f"student {approach}",
                   watcher(target, confidence, device) if target.train else None,
-                  run.board(f"student-{approach}"))
+                  run.board(f"student-{approach}"), every=LOOK_STEPS)
     training = train(student, images, rows, objective, recipe, seed=seed, device=device,
                      watch=watch, weights=frequencies)
     figures |= measured(run, approach, student, teacher, target, confidence, device) | {

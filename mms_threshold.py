@@ -17,6 +17,8 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
     from kd.flags import parser_of
     parser_of("mms_threshold", __doc__).parse_args()
 
+import functools
+
 import numpy as np
 import torch
 
@@ -31,13 +33,19 @@ def score(logits, weight):
         return first - second
     distance = torch.linalg.vector_norm(weight[a] - weight[b], dim=1)
     margin = (first - second) / distance.clamp_min(torch.finfo(logits.dtype).tiny)
-    parallel = (distance == 0) & (first > second)
-    if parallel.any():      # no boundary lies between equal rows: take the nearest other one
+    if _has_equal_rows(weight) and (parallel := (distance == 0) & (first > second)).any():
+        # No boundary lies between equal rows: the nearest other one counts.
         others = torch.cdist(weight[a[parallel]], weight,
                              compute_mode="donot_use_mm_for_euclid_dist")   # 0 from equal rows
         reached = (first[parallel, None] - logits[parallel]) / others
         margin[parallel] = reached.where(others > 0, torch.inf).amin(1)
     return margin
+
+
+@functools.lru_cache(1)
+def _has_equal_rows(weight):
+    """Asked once, since a look at each batch would wait for the device."""
+    return len(weight.unique(dim=0)) < len(weight)
 
 
 def threshold(scores, predicted, classes):

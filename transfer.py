@@ -32,9 +32,9 @@ import numpy as np
 import data
 from kd import engine
 from kd.command import command
-from kd.files import UserError, digest, say, write_atomically, write_text
+from kd.files import UserError, digest, say, write_atomically
 from kd.matching import draw, matched_weights, statistics
-from kd.processes import first_alone, on_all_ranks
+from kd.processes import alone, first_alone, on_all_ranks
 from kd.report import about_transfer_set
 from kd.run import open_stage
 from kd.scoring import Scoring
@@ -43,7 +43,7 @@ from kd.thresholds import passes
 from kd.values import name_of_approach
 
 MANIFEST = ["source", "index", "file", "predicted", "score"]
-FAR = 0.5           # of the classes: near pools spread over 0.9, far ones over a third
+FAR = 0.5           # of the way from one class to all: near pools reach 0.9, far ones a third
 AT_CHANCE = 1.5     # times an equal share of the classes: a teacher that knows hardly anything
 MOST_OFTEN = 8      # the largest weight of `even`, where 1 is an image's share by chance
 
@@ -239,15 +239,16 @@ def summarise(approach, candidates, chosen, below, classes, bucket):
 
 def write_transfer_set(folder, scoring, candidates, chosen, shown, size):
     """images.npy and manifest.csv of the images at `chosen`, with their scores by `shown`."""
-    listing = io.StringIO()
-    writer = csv.writer(listing, lineterminator="\n")
-    quoting = csv.writer(listing, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    writer.writerow(MANIFEST)
     scores, shape = candidates.scores[shown], (len(chosen), size, size, 3)
 
-    def write_images(file):
+    @alone()        # of several processes the others wait
+    def write_images(file, listing):
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_2_0(file, header)
+        text = io.TextIOWrapper(listing, "utf-8", "surrogateescape", newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        quoting = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        writer.writerow(MANIFEST)
         for number, name in enumerate(candidates.names):
             rows = chosen[candidates.source[chosen] == number]
             for pixels, index, files in scoring.sources[name].batches(candidates.index[rows]):
@@ -258,8 +259,9 @@ def write_transfer_set(folder, scoring, candidates, chosen, shown, size):
                 use.writerows(zip([name] * len(of), index.tolist(), files,
                                   candidates.predicted[of].tolist(), scores[of].tolist(),
                                   strict=True))
-    write_atomically(folder / "images.npy", write_images)
-    write_text(folder / "manifest.csv", listing.getvalue())
+        text.detach()
+    write_atomically(folder / "manifest.csv", lambda listing: write_atomically(
+        folder / "images.npy", lambda file: write_images(file, listing)))
 
 
 def report_pool(scoring):
@@ -271,7 +273,7 @@ def report_pool(scoring):
     if right is not None and right < min(AT_CHANCE / classes, 1 / classes + 0.1):
         say(f"  The teacher is right on {right:.2%} of the confidence set, which is near chance: "
             "the results below mean little.")
-    elif found <= FAR * min(classes, count) and settings.recipe != "far":
+    elif found - 1 <= FAR * (min(classes, count) - 1) and settings.recipe != "far":
         say("  This pool looks like another domain: try --recipe far with the approach even, or "
             "for photographs matched (docs/results.md).")
 

@@ -114,9 +114,10 @@ def curves(record):
     drawn, panels = _panels(len(shown), 2, 2.3)
     for axes, (figure, scale, label) in zip(panels, shown, strict=True):
         for approach, history in learned.items():
-            values = np.array([epoch[figure] for epoch in history], float)      # None becomes NaN
-            axes.plot(np.linspace(0, 100, len(history) + 1)[1:], scale * values, label=approach,
-                      markevery=max(1, len(history) // 8))
+            done, known = np.linspace(0, 100, len(history) + 1)[1:], [
+                number for number, epoch in enumerate(history) if epoch[figure] is not None]
+            axes.plot(done[known], [scale * history[number][figure] for number in known],
+                      label=approach, markevery=max(1, len(known) // 8))
         axes.set(xlabel="training done, %", ylabel=label)
     panels[0].set_yscale("log")
     panels[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))

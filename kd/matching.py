@@ -20,7 +20,7 @@ import torch
 
 from kd import checkpoints, engine, models
 from kd.files import UserError, file_digest, say, write_atomically
-from kd.processes import wait
+from kd.processes import alone, wait
 from kd.progress import Progress
 
 LIMIT = 5.0             # of a statistic, in deviations: channels that hardly ever fire say no more
@@ -106,6 +106,7 @@ def statistics(scoring):
     return np.load(path, mmap_mode="r")
 
 
+@alone()        # of several processes the others wait
 def _write_statistics(scoring, file):
     run, candidates, count = scoring.run, scoring.candidates, len(scoring.candidates)
     classifier = checkpoints.load(run / "teacher.pt", run.settings.teacher_arch).to(scoring.device)
@@ -115,9 +116,9 @@ def _write_statistics(scoring, file):
     with watched(classifier) as shown, torch.inference_mode():
         classifier.eval()(models.noise(classifier))     # which may run it twice, in two layouts
         shown()
-        sample = [block.cpu() for block in _blocks(
-            scoring, classifier, shown, [(source, rows[::step]) for source, rows in parts])]
-        axes = directions(torch.cat(sample)).to(scoring.device)
+        axes = directions(torch.cat([block.cpu() for block in _blocks(
+            scoring, classifier, shown, [(source, rows[::step]) for source, rows in parts])])).to(
+            scoring.device)
         origin = 0.0
         if run.settings.calibrate == "target":
             origin = torch.cat([block @ axes for block in _blocks(
@@ -137,8 +138,8 @@ def directions(sample):
     varies: no weights can move the pool's mean there, and those that try take odd images."""
     engine.seed_all(0)
     most = min(DIRECTIONS, *sample.shape)
-    centered = sample - sample.mean(0)
-    _, values, axes = torch.svd_lowrank(centered, min(most + 20, *sample.shape), niter=4)
+    _, values, axes = torch.svd_lowrank(sample - sample.mean(0), min(most + 20, *sample.shape),
+                                        niter=4)
     return axes[:, :most] * (len(sample) ** 0.5 / values[0])
 
 

@@ -24,6 +24,7 @@ COMPILING_PAYS = 300.0      # seconds left on CUDA from which torch.compile pays
 ROUND = 1_000               # steps after which a training is saved within an epoch
 SAVE_INTERVAL = 20.0        # seconds of work between two checkpoints, at least
 SMALLEST_PART = 8           # images of a batch for each of several processes
+FEW_STEPS = 200             # in which a network from random weights hardly learns
 CHECK_STEPS = 50            # on a device: steps between two looks at whether the loss is finite
 AGREE_STEPS = 10            # steps after which several processes agree whether to stop
 SCHEDULES = {       # functions of an optimizer, its peak rate and the number of steps
@@ -124,14 +125,15 @@ class Watch:
     """What hangs on a training and is not learning.
 
     checkpoint: a Checkpoint; label: of its progress; evaluate(network): an accuracy to note after
-    each epoch, or None; board: {kind: folder} of kd.board; remedy: for a loss that is not
-    finite."""
+    an epoch, or None; every: after how many steps at least, but for the last; board: {kind: folder}
+    of kd.board; remedy: for a loss that is not finite."""
 
     checkpoint: object
     label: str
     evaluate: object = None
     board: dict = field(default_factory=dict)
     remedy: str = "a smaller --lr, with --restart-from students"
+    every: int = 1
 
 
 def train(classifier, images, rows, objective, recipe, *, seed, device, watch, weights=None):
@@ -223,6 +225,14 @@ def cross_entropy(labels, device):
     return objective
 
 
+def say_if_few(label, recipe, count, remedy):
+    """Says where the epochs of a recipe are hardly any steps, of so many images."""
+    steps = recipe.all_steps(count)
+    if not recipe.steps and steps < FEW_STEPS:
+        say(f"{label}: {recipe.epochs} epochs of {count:,} images are {steps} steps, too few to "
+            f"learn much. {remedy}")
+
+
 # ---- What hangs on a training: progress, boards, checkpoints, signals ----------------------------
 
 class Checkpoint:
@@ -292,7 +302,9 @@ class _Keeper:
         loss = summed(state.total).item() / state.step / world_size()   # waits for the device
         self._tick()
         share_buffers(state.classifier, state.result)
-        reached = watch.evaluate(state.result) if watch.evaluate else None
+        due = state.done // watch.every > (state.done - state.step) // watch.every
+        reached = watch.evaluate(state.result) if watch.evaluate and (
+            due or state.done >= state.steps) else None
         self.board.figures(state.done - 1, epoch_loss=loss, learning_rate=state.rate,
                            confidence_accuracy=reached)
         state.history.append({"epoch": state.epoch + 1, "loss": loss, "lr": state.rate,
@@ -307,7 +319,8 @@ class _Keeper:
 
     def _figures(self):
         state = self.state
-        reached = state.history and state.history[-1]["confidence_accuracy"]
+        reached = next(filter(None, (each["confidence_accuracy"] for each in state.history[::-1])),
+                       None)
         return (f"epoch {state.epoch + 1}/{self.epochs}, loss {state.total.item() / state.step:.4f}"
                 + (f", confidence set {reached:.2%}" if reached else ""))
 
