@@ -132,7 +132,7 @@ def main(argv):
     first_alone(lambda: data.obtain(settings, sources=False))
     first_alone(lambda: require_none(models.unavailable(weights_of(settings),
                                                         settings.image_size)))
-    first_alone(lambda: run.open(device, given, always=False))
+    first_alone(lambda: run.open(device, given))
     target = first_alone(lambda: data.load_target(settings))
     report_teacher(train_teacher(run, target, device))
     say(f"saved in {run / 'teacher.pt'}")

@@ -143,6 +143,7 @@ def main(argv):
         if len(runs) > 1:
             say(f"seed {run.settings.seed}")
         prepare(run, device, target)
+        run.save_config(device, given)      # not before: what is refused is not what the run is
     train_students(runs, target, device)
     if is_first():
         experiment = Experiment(settings.run_dir, settings)

@@ -33,7 +33,7 @@ from kd.evaluation import LOOK_STEPS, evaluate, saved_split, source_agreement, t
 from kd.export import export, require_packages
 from kd.files import UserError, is_first, require_none, say
 from kd.processes import alone, first_alone, on_all_ranks
-from kd.run import open_stage
+from kd.run import open_stage, read_product
 from kd.settings import DRAWN_BY_WEIGHT, ON_TARGET
 from kd.training import Checkpoint, Watch, cross_entropy, say_if_few, train
 from kd.values import name_of, name_of_approach, name_of_arch
@@ -117,6 +117,7 @@ def train_student(run, approach, target, device):
     student, figures["weights"] = new_student(run, weights, teacher["classes"])
     recipe = settings.student_recipe(figures["weights"])
     objective, recipe = objective_of(run, images, supervised, recipe, target, device)
+    figures["bfloat16"] = engine.in_bfloat16(device, recipe.amp)
     if not settings.limit:
         say_if_few(f"student {approach}", recipe, len(rows),
                    "--steps N sets their number, however few the images are.")
@@ -230,9 +231,11 @@ def main(argv):
         first_alone(lambda: require_none(models.unavailable(needed, settings.image_size)))
     run.content_of("teacher.json", "python TeacherTrain.py")
     first_alone(lambda: data.obtain(settings, sources=False))
-    first_alone(lambda: run.open(device, given, always=False))
+    first_alone(lambda: run.open(device, given))
     target = first_alone(lambda: data.load_target(settings))
-    report_student(train_student(run, approach, target, device))
+    made = read_product(run, f"students/{approach}.json")[0]
+    if not ("export" in given and made):        # which needs nothing but the student
+        report_student(train_student(run, approach, target, device))
     if "export" in given and is_first():
         with alone():
             export_student(run, approach, given["export"], target)

@@ -295,7 +295,7 @@ def main(argv):
     device = engine.pick_device(settings.device)
     scoring = Scoring(run, device, data)
     first_alone(lambda: data.obtain(settings))
-    first_alone(lambda: run.open(device, given, always=False))
+    first_alone(lambda: run.open(device, given))
     scoring.require(approach)
     bucket_size(settings, scoring.target, scoring.classes)
     report_pool(scoring)

@@ -7,6 +7,7 @@ from kd.architectures import TIMM, input_size_of, timm_settings
 from kd.classifier import CENTERED
 from kd.files import UserError, file_digest, listed, say_once, write_atomically
 from kd.models import build, outputs, require_logits
+from kd.own import code_digest
 from kd.settings import IMAGE_SIZE
 from kd.state_dicts import fit, is_ours, read_file, weights_file
 from kd.values import HUB, is_file, is_own
@@ -19,8 +20,8 @@ def files_of(arch, *files):
     if arch.startswith(HUB):        # what a repository on this machine has
         local = f"{paths[0].removeprefix(HUB)}/hubconf.py"
         paths = [local] if os.path.isfile(local) else []
-    paths += [path for path in files if path and is_file(str(path))]
-    return {str(path): file_digest(weights_file(path)) for path in paths}
+    return {path: code_digest(path) for path in paths} | {
+        str(path): file_digest(weights_file(path)) for path in files if path and is_file(str(path))}
 
 
 def save(path, classifier, **figures):

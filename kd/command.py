@@ -77,7 +77,8 @@ def command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if error.errno == errno.ENOENT or error.filename is None and error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOENT or error.filename is None and (
+                error.errno not in (errno.ENOSPC, errno.EDQUOT)):
             raise       # mostly code of the user's
         denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         _fail(f"{error.filename2 or error.filename or 'the disk'}: {first_line(error)}. " + (

@@ -142,7 +142,7 @@ def stored_words(path, given, script):
     `given` does not."""
     words = (read_json(path) or {}).get("command")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"{path} is damaged, or not a config.json of this version.")
+        raise UserError(f"{path} is missing, damaged, or not a config.json of this version.")
     replaced = {flag_of(name) for name in given}
     if {"--steps", "--epochs"} & replaced:
         replaced |= {"--steps", "--epochs"}

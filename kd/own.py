@@ -1,6 +1,7 @@
 """Python files of the user's: a network, a criterion."""
 import contextlib
 import importlib.util
+import modulefinder
 import sys
 from pathlib import Path
 
@@ -37,6 +38,19 @@ def _taken_out():
 
 def _without(*places):
     return [place for place in sys.path if place not in places]
+
+
+def code_digest(path):
+    """As of kd.files.file_digest, of a file of the user's and of what it imports from beside it."""
+    path, found = Path(path).resolve(), []
+    if path.parent != ROOT:
+        finder = modulefinder.ModuleFinder([str(path.parent)])
+        with contextlib.suppress(SyntaxError, OSError):     # which importing it will show
+            finder.run_script(str(path))
+        found = [each.__file__ for name, each in sorted(finder.modules.items())
+                 if each.__file__ and name != "__main__"]
+    digests = [file_digest(each) for each in (path, *found)]
+    return digest("".join(digests).encode()) if found else digests[0]
 
 
 def import_file(path):

@@ -112,6 +112,8 @@ def about_transfer_set(summary, student=None):
     if student and student.get("weights") == "teacher":
         yield ("The student of @ is pruned from the teacher: it starts with the teacher's layers, "
                "which keep most of its accuracy on any images.")
+    if student and student.get("bfloat16"):
+        yield "The student of @ learned in bfloat16."
     if student and not student["history"]:
         yield "There is no student of @: its transfer set is too small to learn from."
 

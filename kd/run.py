@@ -174,21 +174,23 @@ class Run:
                     now = self.settings.of_stage(stage_of(name))
                     self.require_same(name, content, json.loads(json.dumps(now)))
 
-    def open(self, device, given, always=True):
+    def open(self, device, given):
         """Holds the folder, checks it, deletes what is to be made again, and writes config.json
-        (of a stage run by hand only where there is none). device: the torch.device that
-        computes."""
+        where there is none. device: the torch.device that computes."""
         hold(self.path)
         self.check()
         if is_first():
             self._clear()
             for path in filter(Path.is_file, self.path.rglob(".*.part")):   # of a killed process
                 path.unlink()
-        if always or not (self / "config.json").exists():
-            settings = dataclasses.asdict(self.settings) | {"restart": False, "restart_from": None}
-            write_sealed(self / "config.json", settings | {
-                "seed": self.settings.seed, "device": device.type,
-                "command": words_of(self.settings, given)} | environment())
+        if not (self / "config.json").exists():
+            self.save_config(device, given)
+
+    def save_config(self, device, given):
+        settings = dataclasses.asdict(self.settings) | {"restart": False, "restart_from": None}
+        write_sealed(self / "config.json", settings | {
+            "seed": self.settings.seed, "device": device.type,
+            "command": words_of(self.settings, given)} | environment())
 
     def _clear(self):
         patterns = [pattern for stage in self.restarted for pattern in MADE_BY[stage]]
@@ -235,8 +237,9 @@ def read_settings(folder):
 def _config_of(path):
     config = read_sealed(path)
     if config is None:
-        raise UserError(f"{path} is damaged: it is not what was written there. Restore it, choose "
-                        "another --run-dir, or begin again with --restart.")
+        raise UserError(f"{path} is damaged: it is not what was written there. Restore it, or "
+                        "delete it and run compile.py again, which makes nothing again that is "
+                        "whole.")
     return config
 
 
@@ -246,7 +249,9 @@ def open_stage(argv, script, description):
     given = parse(argv, script, description)
     target = {"target": given["target"]} if "target" in given else {}
     folder = given.get("run_dir", resolve(target).run_dir)
-    config = Path(folder) / "config.json"
+    config, below = Path(folder) / "config.json", sorted(Path(folder).glob("seed-*/config.json"))
+    if below and not config.exists():
+        raise UserError(f"{folder} holds several seeds. Name one, as --run-dir {below[0].parent}.")
     if config.exists():
         _config_of(config)
         stored = stored_words(config, given, script)

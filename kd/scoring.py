@@ -15,8 +15,8 @@ import torch
 
 from kd import checkpoints, engine, models
 from kd.evaluation import saved_split
-from kd.files import UserError, digest, file_digest, listed, say, write_atomically
-from kd.own import import_file
+from kd.files import UserError, digest, listed, say, write_atomically
+from kd.own import code_digest, import_file
 from kd.processes import first_alone, gathered, on_all_ranks, share_of
 from kd.run import open_stage
 from kd.thresholds import share_threshold
@@ -42,7 +42,9 @@ class Criterion:
 
     def score(self, logits, weight):
         """(N,) float32 of a batch. Raises UserError where the file gives anything else."""
-        scores = self.module.score(logits.clone(), None if weight is None else weight.clone())
+        if self.path not in map(ROOT.joinpath, BUILT_IN.values()):      # it may work in place
+            logits, weight = logits.clone(), None if weight is None else weight.clone()
+        scores = self.module.score(logits, weight)
         if type(scores) is not type(logits) or scores.shape != logits.shape[:1]:
             raise UserError(f"{self.path}: score must give a tensor of one number per image, "
                             f"({len(logits)},), and gives a {type(scores).__name__} of "
@@ -66,7 +68,7 @@ def load_criterion(path):
     if lacking:
         raise UserError(f"{path} is not a criterion: it lacks {' and '.join(lacking)} (see "
                         "criteria/energy.py).")
-    return Criterion(Path(path), file_digest(path), module)
+    return Criterion(Path(path), code_digest(path), module)
 
 
 def load_criteria(settings):
@@ -294,7 +296,7 @@ def threshold_command(name, script, description, data, argv):
     run, given = open_stage(argv, script, description)
     device = engine.pick_device(run.settings.device)
     scoring = Scoring(run, device, data)
-    first_alone(lambda: run.open(device, given, always=False))
+    first_alone(lambda: run.open(device, given))
     scoring.require(name)
     report_thresholds(name, scoring)
     say(f"saved in {run / 'thresholds.json'}")

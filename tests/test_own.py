@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import NET, ROOT, run_script
 from PIL import Image
-from script_files import given, manifest, pool, ran, read, refused
+from script_files import given, manifest, pool, put, ran, read, refused
 from test_selection import select_slowly
 
 from kd import checkpoints, engine, models
@@ -277,6 +277,9 @@ def test_without_training_images_of_the_target_thresholds_come_from_the_sources(
              f"pool={painted / 'pool'}"]
     assert "--restart-from transfer" in refused("transfer.py", own, *other)
     assert "scores: " not in ran("transfer.py", own, *other, "--restart-from", "transfer")
+    put(run / "scores/held_out.npz", b"cut")
+    assert "held_out.npz is damaged" in refused(
+        "distill.py", own, *other, "--restart-from", "students")
 
 
 def test_a_test_split_that_comes_later_is_measured_and_nothing_is_trained_again(

@@ -143,10 +143,28 @@ def test_another_version_of_a_criterion_is_noticed(run, painted, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text((ROOT / "criteria/energy.py").read_text())
     ran("transfer.py", by_hand(painted, run), "--approach", mine)
-    mine.write_text(mine.read_text() + "\n")
-    said = refused("transfer.py", by_hand(painted, run), "--approach", mine)
-    assert ("mine/summary.json was made with another version of its criterion. To make it again, "
-            "add --restart-from transfer") in said
+    written = mine.read_text()
+    (tmp_path / "helper.py").write_text("SCALE = 2\n")
+    for text, helper in ((f"{written}\n", "SCALE = 2\n"), (f"from helper import SCALE\n{written}",
+                                                         "SCALE = 3\n")):
+        mine.write_text(text)
+        said = refused("transfer.py", by_hand(painted, run), "--approach", mine)
+        assert ("mine/summary.json was made with another version of its criterion. To make it "
+                "again, add --restart-from transfer") in said
+        ran("transfer.py", by_hand(painted, run), "--approach", mine, "--restart-from", "transfer")
+        ran("transfer.py", by_hand(painted, run), "--approach", mine)
+        (tmp_path / "helper.py").write_text(helper)     # what it imports counts, once it does
+    assert "another version of its criterion" in refused(
+        "transfer.py", by_hand(painted, run), "--approach", mine)
+
+
+def test_a_command_that_is_refused_changes_nothing(run, flags, painted, tmp_path):
+    before = contents(run)
+    shutil.copytree(painted / "pool", tmp_path / "pool")
+    (tmp_path / "pool/0/000.png").unlink()
+    said = refused("compile.py", flags, "--sources",
+                   f"pool={tmp_path / 'pool'},more={painted / 'more'}")
+    assert "was made with another version of its images" in said and contents(run) == before
 
 
 @pytest.mark.parametrize("script", STAGES)
@@ -247,6 +265,8 @@ def test_a_student_is_exported(flags, run):
     assert f"export: {run}/students/mms.pth, " in said
     assert "On 30 images it gives the student's class for 30" in said
     assert (run / "students/mms.pth").stat().st_size > 1000
+    (run / "transfer/mms/images.npy").unlink()      # the largest file there is
+    ran("distill.py", flags, "--approach", "mms", "--export", "safetensors")
 
 
 def test_torch_hub_loads_a_student_that_takes_pixels_of_any_size(flags, run):
@@ -364,3 +384,5 @@ def test_several_seeds_have_a_run_each_and_one_table(flags, tmp_path, finished_r
         finished_run / "students/balanced.pt").read_bytes()
     splits = [np.load(run / f"seed-{seed}/split.npz")["confidence"] for seed in (0, 1)]
     assert not np.array_equal(*splits) and read(run, "results.json")["seeds"] == [0, 1]
+    assert f"{run} holds several seeds. Name one, as --run-dir {run}/seed-0." in refused(
+        "distill.py", flags, "--approach", "balanced")
