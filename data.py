@@ -95,9 +95,9 @@ def _find_path(spec, role):
 
 
 def _split_of(root, split):
-    """A split's folder: val/ is taken for test/ where there is none."""
-    is_val = split == "test" and not (root / "test").is_dir() and (root / "val").is_dir()
-    return root / ("val" if is_val else split)
+    """A split's folder: val/ is taken for test/ where that is not there, or has no labels."""
+    test, val = ({each.name for each in (root / name).glob("*/")} for name in ("test", "val"))
+    return root / ("val" if split == "test" and val and not test & val else split)
 
 
 def _lacking(root, role):
@@ -265,7 +265,9 @@ def _read(settings, spec, role, split, visited=None):
     else:
         images = readers.read_class_folders(_split_of(place.path, split), f"{name} {split}")
     if images.count == 0:
-        raise UserError(f"{spec}: no images found. Tar shards are given as {name}=FOLDER/*.tar.")
+        raise UserError(f"{spec}: no images found. " + (
+            f"Tar shards are given as {name}=FOLDER/*.tar." if role == "source" else
+            f"A target's lie in a folder for each class, {split}/<class>/*."))
     return images
 
 

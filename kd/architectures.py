@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from kd import cifar
+from kd.classifier import CENTERED, IMAGENET
 from kd.download import RemoteFile, fetch
 from kd.files import UserError, first_line, say_once
 from kd.own import import_file, running_own
@@ -32,6 +33,16 @@ def input_size_of(arch, image_size=IMAGE_SIZE):
         return settings["input_size"][-1] if settings.get("fixed_input_size") else image_size
     size = INPUT_SIZES.get(arch, image_size)
     return max(image_size, size) if arch in AT_LEAST else size
+
+
+def usual_pixels(arch):
+    """(mean, std, whose they are) for weights that do not say what pixels they take."""
+    if arch.startswith(TIMM):
+        settings = timm_settings(arch)
+        return settings["mean"], settings["std"], "timm's for the architecture"
+    if arch in torchvision.models.list_models(torchvision.models):
+        return *IMAGENET, "torchvision's for the architecture"
+    return CENTERED, CENTERED, "assumed"
 
 
 def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
@@ -62,7 +73,9 @@ def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
                         f"{', '.join((*CIFAR_STEMS, *CIFAR_NETWORKS))}, timm:NAME, "
                         "hub:OWNER/REPOSITORY:ENTRY, and FILE.py:FACTORY for your own.")
     # Torch's own start. Their special one, with deviations of 0.1, did not learn at any rate.
-    options = {"init_weights": False} if base in ("inception_v3", "googlenet") else {}
+    options = {"init_weights": False} if base in ("inception_v3", "googlenet") else (
+        {"image_size": input_size} if base.startswith("vit_") and not pretrained
+        and input_size % int(base[-2:]) == 0 else {})       # its patches
     network = torchvision.models.get_model(
         base, weights=None, num_classes=1000 if pretrained else count, **options)
     if pretrained:
@@ -105,11 +118,13 @@ def _of_file(arch, count):
     parameters = inspect.signature(factory).parameters
     required = [each for each in parameters.values() if each.default is each.empty
                 and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    if required and "num_classes" not in parameters:
-        say_once(f"{name_of_arch(arch)} is given the number of classes as {required[0].name}.")
+    named = "num_classes" in parameters or not required and any(
+        each.kind is each.VAR_KEYWORD for each in parameters.values())
+    if not named:
+        how = f"the number of classes as {required[0].name}" if required else "no number of classes"
+        say_once(f"{name_of_arch(arch)} is given {how}.")
     with running_own(path):
-        return (factory(num_classes=count) if "num_classes" in parameters else
-                factory(count) if required else factory())
+        return (factory(num_classes=count) if named else factory(count) if required else factory())
 
 
 def _of_hub(arch, count):

@@ -3,8 +3,7 @@ import os
 
 import torch
 
-from kd.architectures import TIMM, input_size_of, timm_settings
-from kd.classifier import CENTERED
+from kd.architectures import TIMM, input_size_of, timm_settings, usual_pixels
 from kd.files import UserError, file_digest, listed, say_once, write_atomically
 from kd.models import build, outputs, require_logits
 from kd.own import code_digest
@@ -64,9 +63,9 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
 
     classes: names; None takes them from the checkpoint. input_size, mean, std: where given, they
     hold instead of what the checkpoint says; where nobody says it, the images' own size and
-    CENTERED are assumed. default_arch: the `arch` that says nothing, as nobody chose it.
+    `usual_pixels` are assumed. default_arch: the `arch` that says nothing, as nobody chose it.
     """
-    content, origin, of_timm = read_file(path), "as it says", None
+    content, origin, edge = read_file(path), "as it says", 0
     if is_ours(content):
         ours = _named(content, path, arch)
         known, state = ours["classes"], ours["state_dict"]
@@ -80,11 +79,10 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
     else:
         state, wrong = content, classes is None and (
             "does not say which classes it knows. Add --classes")
-        of_timm = timm_settings(arch) if arch.startswith(TIMM) else None
-        stated = (input_size_of(arch, image_size),
-                  *((of_timm["mean"], of_timm["std"]) if of_timm else (CENTERED, CENTERED)))
-        whose = "timm's for the architecture" if of_timm else "assumed"
-        origin = f"{whose}, as the file does not say"
+        *pixels, whose = usual_pixels(arch)
+        stated, origin = (input_size_of(arch, image_size), *pixels), (
+            f"{whose}, as the file does not say")
+        edge = timm_settings(arch)["input_size"][-1] if arch.startswith(TIMM) else 0
     if wrong:
         raise UserError(f"{path} {wrong}.")
     classifier = build(arch, classes, "none", *(
@@ -95,7 +93,6 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
                         f"({listed(classes, 3)}). Name its own with --classes.")
     fit(classifier.network, state, path, arch, "Use the --teacher-arch that it was saved from.")
     say_once(f"{path} is given {classifier.takes()} ({'as asked' if mean or std else origin}).")
-    edge = of_timm["input_size"][-1] if of_timm else 0
     if edge > max(image_size, input_size or 0):
         say_once(f"  timm has {arch[len(TIMM):]} for {edge} pixels: if yours was trained at them, "
                  f"add --image-size {edge}.")

@@ -9,9 +9,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kd.files import UserError, first_line, listed
+from kd.files import UserError, first_line, listed, say
 from kd.readers import Images, opened
 from kd.values import HF
+
+USUAL = ("image", "img", "jpg", "png", "webp")      # names of a column of images
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,12 @@ def open_rows(where, files):
     try:
         rows = (datasets.load_dataset("parquet", data_files=files, split="train") if files else
                 datasets.load_dataset(where.removeprefix(HF), split="train"))
-        named = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-        named += [name for name in ("image", "img") if name in rows.features]
+        named = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)
+                 or isinstance(kind, dict) and {"bytes", "path"} <= kind.keys()]
+        named.sort(key=lambda name: name not in USUAL)
+        if len(named) > 1:
+            say(f"{where}: of the columns of images {listed(named)} the first is read.")
+        named += [name for name in USUAL if name in rows.features]
         if not named:
             raise ValueError(f"it has no column of images, but {listed(list(rows.features))}")
         column = named[0]

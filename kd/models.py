@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd.architectures import TIMM, input_size_of, make_network
+from kd.architectures import TIMM, input_size_of, make_network, usual_pixels
 from kd.classifier import CENTERED, Classifier
 from kd.files import UserError, first_line, listed, say, say_once
 from kd.settings import IMAGE_SIZE
@@ -43,14 +43,15 @@ def build(arch, classes, weights="none", input_size=None, mean=None, std=None):
 
 
 def _from_file(path, arch, classes, given):
-    content, origin = read_file(path), "assumed"
+    content, (*usual, origin) = read_file(path), usual_pixels(arch)
+    stated = None, *usual
     if is_ours(content):
         theirs, origin = content["arch"], "as it says"
         _refuse(path, theirs != arch and not (is_own(arch) and is_own(theirs)) and
                 f"holds a {theirs}, not a {arch}")
-        given = [value or content[key] for value, key in
-                 zip(given, ("input_size", "mean", "std"), strict=True)]
+        stated = content["input_size"], content["mean"], content["std"]
         content = content["state_dict"]
+    given = [each or said for each, said in zip(given, stated, strict=True)]
     classifier = build(arch, classes, "none", *given)
     known = outputs(classifier, content)
     if known not in (None, len(classes)):
@@ -66,8 +67,8 @@ def _from_file(path, arch, classes, given):
 def outputs(classifier, content):
     """How many classes the weights in a file's content are for; None where that is not seen."""
     head = f".{_head(classifier)}.weight"
-    rows = [len(value) for name, value in tensors_of(content) if f".{name}".endswith(head)]
-    return rows[-1] if rows else None
+    rows = {name: len(value) for name, value in tensors_of(content) if f".{name}".endswith(head)}
+    return rows[min(rows, key=lambda name: name.count("."))] if rows else None
 
 
 def unavailable(choices, image_size=IMAGE_SIZE):

@@ -132,7 +132,7 @@ def fit(network, content, path, arch, remedy=""):
     expected = {name: value for name, value in network.state_dict().items()
                 if isinstance(value, torch.Tensor)}
     names = {_bare(name): name for name in expected}
-    theirs = dict(tensors_of(content))
+    theirs = {key: value for key, value in tensors_of(content) if not key.startswith("optimizer")}
     prefix, *others = _prefixes(theirs, {key: expected[names[key]].shape for key in names})
     state = collections.OrderedDict()
     for key, value in theirs.items():
@@ -157,6 +157,12 @@ def fit(network, content, path, arch, remedy=""):
 
 def _misfits(network, state):
     """Loads what fits; what does not, in words."""
+    ours = network.state_dict()
+    other = {name.partition(".")[0] for name, value in state.items() if hasattr(
+        network, "aux_logits") and "aux" in name.lower() and name in ours
+        and value.shape != ours[name].shape}        # auxiliary heads for other classes
+    for name in [name for name in state if name.partition(".")[0] in other]:
+        del state[name]
     try:        # the network may rename or reshape what it is given
         lacks, beyond = network.load_state_dict(state, strict=False)
     except RuntimeError as error:       # of other shapes; below a heading

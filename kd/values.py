@@ -159,17 +159,24 @@ mean, std = _three(0.0), _three(1e-6)
 
 
 def classes(text):
-    """Names of classes, the lines of a file or a JSON list (in it, or as it is); or how many."""
+    """Names of classes, the lines of a file, or JSON (in it, or as it is): a list, or a dict to or
+    from numbers; or how many."""
     if text.isdecimal():
         if not 2 <= int(text) <= 10 ** 6:
             raise Wrong(f"{text} is not a number of classes")
         return int(text)
-    if text[:1] != "[" and not os.path.isfile(text):
+    given = text[:1] in ("[", "{")
+    if not given and not os.path.isfile(text):
         raise Wrong(f"'{text}' is neither a number nor a file with one class per line")
     try:
-        content = text if text[:1] == "[" else Path(text).read_text("utf-8-sig")
-        names = json.loads(content) if content.lstrip()[:1] == "[" else content.splitlines()
-    except ValueError:
+        content = text if given else Path(text).read_text("utf-8-sig")
+        names = json.loads(content) if content.lstrip()[:1] in ("[", "{") else content.splitlines()
+        if isinstance(names, dict):     # {"cat": 0}, {"0": "cat"} or {"0": ["n02123045", "cat"]}
+            pairs = (sorted((number, name) for name, number in names.items())
+                     if all(isinstance(each, int) for each in names.values()) else
+                     sorted((int(number), name) for number, name in names.items()))
+            names = [name[-1] if isinstance(name, list) else name for _, name in pairs]
+    except (ValueError, TypeError, IndexError):
         raise Wrong(f"{text} is not UTF-8 text with one class per line") from None
     except OSError:
         raise Wrong(f"{text} can't be read") from None

@@ -187,6 +187,22 @@ def test_torchvisions_weights_are_read_with_older_keys_and_without_auxiliary_hea
     assert same(checkpoints.load_teacher(tmp_path / "w.pth.tar", arch, CLASSES, size), network)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_auxiliary_head_for_other_classes_is_left_out(tmp_path):
+    network = torchvision.models.googlenet(num_classes=3)
+    network.aux1.fc2 = nn.Linear(1024, 1000)        # only the main head was replaced
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    network.aux1 = None
+    assert same(checkpoints.load_teacher(tmp_path / "w.pth", "googlenet", CLASSES), network)
+
+
+def test_a_vit_takes_images_of_another_size(tmp_path):
+    network = torchvision.models.vit_b_32(num_classes=3, image_size=64)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    loaded = checkpoints.load_teacher(tmp_path / "w.pth", "vit_b_32", CLASSES, 64)
+    assert same(loaded, network) and loaded.mean == [0.485, 0.456, 0.406]   # as torchvision's take
+
+
 def test_what_is_assumed_of_the_pixels_is_said(net, capsys):
     torch.save(net.state_dict(), "w.pth")
     checkpoints.load_teacher("w.pth", "net.py:make", CLASSES)
@@ -198,6 +214,13 @@ def test_what_is_assumed_of_the_pixels_is_said(net, capsys):
     assert "48x48 pixels, mean 0.1, 0.2, 0.3, std 0.4, 0.5, 0.6 (as asked)" in said
     refusal("does not say which classes it knows. Add --classes", checkpoints.load_teacher,
             "w.pth", "net.py:make", None)
+    models.build("net.py:make", CLASSES, "w.pth")
+    assert "mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5 (assumed)" in capsys.readouterr().out
+    torch.save(models.build("resnet18", CLASSES).network.state_dict(), "r.pth")
+    for load in (lambda: checkpoints.load_teacher("r.pth", "resnet18", CLASSES),
+                 lambda: models.build("resnet18", CLASSES, "r.pth")):
+        assert load().mean == [0.485, 0.456, 0.406]
+        assert "(torchvision's for the architecture" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("classes", [CLASSES, ["a", "b", "c", "d", "e"]])
@@ -297,7 +320,8 @@ def test_a_student_is_torchvisions_own_state_dict(form, tmp_path, capsys):
         plain.load_state_dict(load_file(tmp_path / "student.safetensors"))
     else:
         plain.load_state_dict(torch.load(tmp_path / "student.state_dict", weights_only=True))
-    again = checkpoints.load_teacher(tmp_path / f"student.{form}", "resnet18", CLASSES)
+    again = checkpoints.load_teacher(tmp_path / f"student.{form}", "resnet18", CLASSES, None,
+                                     student.mean, student.std)
     assert torch.equal(predict(again, IMAGES), predict(student, IMAGES))
 
 

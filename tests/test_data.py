@@ -169,6 +169,13 @@ def test_a_target_has_a_class_per_folder_hidden_ones_and_empty_ones_left_out(tmp
     assert "pets train: cow holds no image and is not a class." in capsys.readouterr().out
 
 
+def test_a_test_folder_without_classes_gives_way_to_val(tmp_path):
+    """As in ImageNet's and TinyImageNet's own layouts."""
+    spec = pets(tmp_path / "pets", test="val")
+    save(tmp_path / "pets" / "test", "images/1.png", "2.png")
+    assert target(tmp_path / "d", spec).classes == ["ant", "bee"]
+
+
 @pytest.mark.quick
 def test_a_class_that_can_not_be_read_is_named(tmp_path, monkeypatch):
     spec = pets(tmp_path / "pets")

@@ -33,6 +33,7 @@ class Net(nn.Module):
 def make(num_classes): return Net(num_classes)
 def positional(count, width=3): return Net(count)
 def three(): return Net(3)
+def words(**options): return Net(options['num_classes'])
 def four(): return Net(4)
 def grey(num_classes): return Net(num_classes, 1)
 def softmax(num_classes): return Net(num_classes, end=lambda z: z.softmax(1))
@@ -164,7 +165,7 @@ def test_networks_of_distillation_papers_have_their_sizes_and_names(arch, parame
 
 
 @pytest.mark.parametrize("factory, found", [
-    ("make", True), ("positional", True), ("three", True), ("log_softmax", True),
+    ("make", True), ("positional", True), ("words", True), ("three", True), ("log_softmax", True),
     ("scaled", False)])
 def test_only_a_layer_that_makes_the_logits_is_taken_for_the_head(nets, factory, found):
     classifier = models.build(f"{nets}:{factory}", CLASSES)

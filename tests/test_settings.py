@@ -80,7 +80,9 @@ def test_the_rate_of_best_follows_from_what_a_student_starts_with(words, rates):
     ("--sources", "hf:mnist,hf:you/pets", ("mnist=hf:mnist", "pets=hf:you/pets")),
     ("--approaches", "mms,/m/my.py", ("mms", "/m/my.py")),
     ("--teacher-arch", "timm:vit/x", "timm:vit/x"), ("--teacher-mean", "0,0.5,1", (0.0, 0.5, 1.0)),
-    ("--classes", "10", 10), ("--classes", '["crane", "crane"]', ("crane", "crane (2)"))])
+    ("--classes", "10", 10), ("--classes", '["crane", "crane"]', ("crane", "crane (2)")),
+    ("--classes", '{"bee": 1, "ant": 0}', ("ant", "bee")),
+    ("--classes", '{"10": ["n2", "c"], "9": ["n1", "b"]}', ("b", "c"))])
 def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     name = "seeds" if flag == "--seed" else flag[2:].replace("-", "_")
     assert parse([flag, text], "compile", "") == {name: value}
