@@ -139,6 +139,8 @@ def main(argv):
         first_alone(lambda spec=spec: data.load_source(settings, spec))
     for run in runs:
         first_alone(lambda run=run: run.open(device, given))
+        if run.restarted or not run.has("teacher.json"):
+            run.save_config(device, given)
     for run in runs:
         if len(runs) > 1:
             say(f"seed {run.settings.seed}")

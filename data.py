@@ -95,9 +95,11 @@ def _find_path(spec, role):
 
 
 def _split_of(root, split):
-    """A split's folder: val/ is taken for test/ where that is not there, or has no labels."""
-    test, val = ({each.name for each in (root / name).glob("*/")} for name in ("test", "val"))
-    return root / ("val" if split == "test" and val and not test & val else split)
+    """A split's folder: val/ is taken for test/ where that is not there, or has no classes."""
+    train, test, val = ({each.name for each in (root / name).glob("*/")}
+                        for name in ("train", "test", "val"))
+    known = train or val
+    return root / ("val" if split == "test" and known & val and not known & test else split)
 
 
 def _lacking(root, role):

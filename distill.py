@@ -20,6 +20,7 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
     parser_of("distill", __doc__).parse_args()
 
 import dataclasses
+import functools
 
 import numpy as np
 import torch
@@ -65,15 +66,13 @@ def fixed_objective(teacher, images, temperature, device):
 
 def live_objective(teacher, temperature, device, amp=None):
     """KD on augmented views: the teacher answers for each view as it comes."""
-    last = [None, None]     # views and answers: a student with auxiliary heads asks for each
     teacher.eval()
 
-    def objective(logits, views, rows):
-        if last[0] is not views:
-            with torch.no_grad(), engine.autocast(device, amp):
-                last[:] = views, teacher(views).float()
-        return kd_loss(logits.float(), last[1], temperature)
-    return objective
+    @functools.lru_cache(1)     # a student with auxiliary heads asks for each
+    def answers(views):
+        with torch.no_grad(), engine.autocast(device, amp):
+            return teacher(views).float()
+    return lambda logits, views, rows: kd_loss(logits.float(), answers(views), temperature)
 
 
 @on_all_ranks
@@ -159,7 +158,7 @@ def learned_from(run, approach, target):
     spec = next(each for each in run.settings.approaches if name_of_approach(each) == approach)
     summary = run.content_of(f"transfer/{approach}/summary.json",
                              f"python transfer.py --approach {spec}")
-    images = np.load(run / f"transfer/{approach}/images.npy", mmap_mode="c")
+    images = np.load(run / f"transfer/{approach}/images.npy", mmap_mode="r")
     figures = {"sources": [name for name, count in summary["per_source"].items() if count],
                "per_class": summary["per_class"]}
     return images, np.arange(len(images)), figures, list(summary["files"].values())
@@ -214,8 +213,7 @@ def export_student(run, approach, form, target):
     path = run / f"students/{approach}.pt"
     if not path.exists():
         raise UserError(f"{approach} has no student to export: its transfer set was too small.")
-    images = target.test.images if target.test else np.load(
-        run / f"transfer/{approach}/images.npy", mmap_mode="r")
+    images = target.test.images if target.test else learned_from(run, approach, target)[0]
     student = checkpoints.load(path, run.settings.student_arch)
     export(student, form, run / f"students/{approach}{FORMS[form]}", images)
 

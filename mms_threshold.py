@@ -45,7 +45,7 @@ def score(logits, weight):
 @functools.lru_cache(1)
 def _has_equal_rows(weight):
     """Asked once, since a look at each batch would wait for the device."""
-    return len(weight.unique(dim=0)) < len(weight)
+    return len(weight.cpu().unique(dim=0)) < len(weight)
 
 
 def threshold(scores, predicted, classes):

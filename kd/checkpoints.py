@@ -1,4 +1,5 @@
 """Checkpoints: of this project, which say themselves what they are, and of anybody else."""
+import io
 import os
 
 import torch
@@ -27,9 +28,10 @@ def save(path, classifier, **figures):
     """Writes plain types and torchvision's own state dict, with `figures` (accuracy, ...)."""
     state = {name: value.detach().cpu().contiguous()
              for name, value in classifier.network.state_dict().items()}
-    content = {name: getattr(classifier, name) for name in (
-        "arch", "classes", "input_size", "mean", "std")} | {"state_dict": state, **figures}
-    write_atomically(path, lambda file: torch.save(content, file))
+    content, buffer = {name: getattr(classifier, name) for name in (
+        "arch", "classes", "input_size", "mean", "std")}, io.BytesIO()
+    torch.save({**content, "state_dict": state, **figures}, buffer)     # to a full disk no OSError
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load(path, arch=None):

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import itertools
 import random
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -99,7 +100,9 @@ def seed_all(number, device=CPU):
 
 def resident(images, device):
     """A uint8 array as a tensor: on the device where it takes less than half of the free memory."""
-    tensor = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    with warnings.catch_warnings():     # a map that may be written needs as much memory as it has
+        warnings.simplefilter("ignore")
+        tensor = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
     if device.type == "cpu":
         return tensor
     if device.type == "cuda":       # and what torch keeps of what it no longer uses

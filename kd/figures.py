@@ -212,6 +212,8 @@ def ranked(record, criterion):
 
 def strip(record, criterion):
     """Images that a criterion kept and rejected, a row per class that has any."""
+    if criterion not in record.thresholds.get("keeps_high", ()):    # a run of an older version
+        return None
     labels, pool = _labels(record), record.pools[criterion]
     keys = pool.key
     groups = [(labels[label], kinds) for label, kinds in ranked(record, criterion).items()

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kd.files import UserError, first_line, listed, say
+from kd.files import UserError, first_line, listed, say_once
 from kd.readers import Images, opened
 from kd.values import HF
 
@@ -48,7 +48,7 @@ def open_rows(where, files):
                  or isinstance(kind, dict) and {"bytes", "path"} <= kind.keys()]
         named.sort(key=lambda name: name not in USUAL)
         if len(named) > 1:
-            say(f"{where}: of the columns of images {listed(named)} the first is read.")
+            say_once(f"{where}: of the columns of images {listed(named)} the first is read.")
         named += [name for name in USUAL if name in rows.features]
         if not named:
             raise ValueError(f"it has no column of images, but {listed(list(rows.features))}")

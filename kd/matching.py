@@ -20,13 +20,14 @@ import torch
 
 from kd import checkpoints, engine, models
 from kd.files import UserError, file_digest, say, write_atomically
-from kd.processes import alone, wait
+from kd.processes import alone, gathered, rank, wait
 from kd.progress import Progress
 
 LIMIT = 5.0             # of a statistic, in deviations: channels that hardly ever fire say no more
 DIRECTIONS = 200        # in which the pool varies most: v is reduced to them as it is made
 SAMPLE = 4_096          # images that tell which those are
 RIDGE = 0.01            # on t, in units of the pool's variance
+SOLVED = 1 << 19        # images that tell the parameters of the weights, of more than twice as many
 LITTLE = 0.9            # of the gap is left: matched has nothing to offer
 CHUNK = 1 << 16         # rows that lie in memory at a time
 REMEDY = ("On a GPU, run `python transfer.py --approach matched --device cpu` before; or leave "
@@ -147,10 +148,11 @@ def match(values, size):
     """Weights (N,) float64 of mean 1, none above N / size, under which the mean of `values` (N,
     K) is as near to 0 as they can bring it: from the dual, which is convex."""
     from scipy.optimize import minimize
-    most = np.log(len(values) / size)
+    most, step = np.log(len(values) / size), max(1, len(values) // SOLVED)
     if most <= 0:
         return np.ones(len(values))
-    point = minimize(_dual, np.zeros(values.shape[1] + 1), (values, most), "L-BFGS-B", jac=True,
+    some = values if step == 1 else np.array(values[::step])
+    point = minimize(_dual, np.zeros(values.shape[1] + 1), (some, most), "L-BFGS-B", jac=True,
                      options={"maxiter": 1000, "ftol": 1e-14, "gtol": 1e-6}).x
     return np.concatenate([np.exp(np.minimum(part @ point, most)) for part in _parts(values)])
 
@@ -196,7 +198,7 @@ def draw(weights, size, seed):
 def matched_weights(scoring, size):
     """(N,) float32 of all candidates, for a set of `size`; says what they are worth."""
     values = statistics(scoring)
-    weights = match(values, size)
+    weights = gathered(match(values, size) if rank() == 0 else None)[0]
     effective = weights.sum() ** 2 / (weights ** 2).sum()
     before, after = gap(values), gap(values, weights)
     aim = ("the confidence set's" if scoring.run.settings.calibrate == "target" else

@@ -24,8 +24,8 @@ def build(arch, classes, weights="none", input_size=None, mean=None, std=None):
 
     weights: "none" (random, from torch's seed), "imagenet" or a name of torchvision's, or the path
     of a checkpoint. input_size: edge in pixels, None: `input_size_of(arch)`. mean, std: None: those
-    that come with the weights, else CENTERED. Raises UserError for an unknown architecture and for
-    weights that can't be had or do not fit.
+    that come with the weights, else CENTERED, of a file `usual_pixels`. Raises UserError for an
+    unknown architecture and for weights that can't be had or do not fit.
     """
     if is_file(weights):
         return _from_file(weights, arch, classes, (input_size, mean, std))

@@ -1,7 +1,7 @@
 """Python files of the user's: a network, a criterion."""
+import ast
 import contextlib
 import importlib.util
-import modulefinder
 import sys
 from pathlib import Path
 
@@ -42,15 +42,34 @@ def _without(*places):
 
 def code_digest(path):
     """As of kd.files.file_digest, of a file of the user's and of what it imports from beside it."""
-    path, found = Path(path).resolve(), []
+    path, found = Path(path).resolve(), {}
     if path.parent != ROOT:
-        finder = modulefinder.ModuleFinder([str(path.parent)])
-        with contextlib.suppress(SyntaxError, OSError):     # which importing it will show
-            finder.run_script(str(path))
-        found = [each.__file__ for name, each in sorted(finder.modules.items())
-                 if each.__file__ and name != "__main__"]
-    digests = [file_digest(each) for each in (path, *found)]
-    return digest("".join(digests).encode()) if found else digests[0]
+        _imported(path, path.parent, found)
+    digests = [file_digest(path), *(found[each] for each in sorted(found.keys() - {path}))]
+    return digests[0] if len(digests) == 1 else digest("".join(digests).encode())
+
+
+def _imported(path, folder, found):
+    """Adds {path: digest} of a file and of the files below `folder` that it imports."""
+    found[path] = file_digest(path)
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except (SyntaxError, ValueError):       # which importing it will show
+        return
+    for node in nodes:
+        names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+        base = folder
+        if isinstance(node, ast.ImportFrom):
+            base = path.parents[node.level - 1] if node.level else folder
+            names = [f"{node.module}.{each.name}" if node.module else each.name
+                     for each in node.names]
+        for name in names:
+            parts = name.split(".")
+            for count in range(1, len(parts) + 1):
+                place = base.joinpath(*parts[:count])
+                for file in (place.with_name(f"{place.name}.py"), place / "__init__.py"):
+                    if file.is_file() and file not in found:
+                        _imported(file, folder, found)
 
 
 def import_file(path):

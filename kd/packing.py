@@ -200,7 +200,7 @@ def open_pack(images, folder, name, size):
     if (meta.get("fingerprint"), meta.get("size")) != (images.fingerprint, size) or (
             meta.get("digests") != _digests(folder)):
         return None
-    pixels = np.load(folder / "images.npy", mmap_mode="c")
+    pixels = np.load(folder / "images.npy", mmap_mode="r")
     bad = [number for number, *_ in _listed(folder / "bad.txt")]
     kept = images.take(np.delete(np.arange(images.count), bad)) if bad else images
     return Packed(name, pixels, kept.labels, kept.classes, kept.files, kept.rows,

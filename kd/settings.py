@@ -131,11 +131,10 @@ class Settings:
         "edge in pixels to which the teacher resizes its input (default: --image-size, or what the "
         "architecture needs: 299 for inception_v3)")
     teacher_mean: tuple | None = _teacher(None, values.mean, "R,G,B",
-        "mean of the teacher's pixels, in [0, 1] (default: what its weights state, else "
-        "0.5,0.5,0.5)")
+        "mean of the teacher's pixels, in [0, 1] (default: what its weights state, else what timm "
+        "or torchvision have for the architecture, else 0.5,0.5,0.5)")
     teacher_std: tuple | None = _teacher(None, values.std, "R,G,B",
-        "standard deviation of the teacher's pixels (default: what its weights state, else "
-        "0.5,0.5,0.5)")
+        "standard deviation of the teacher's pixels (default: as for --teacher-mean)")
     teacher_epochs: int = _teacher(BY_RECIPE, values.count, "N",
         "epochs of the teacher's training")
     teacher_lr: float = _teacher(BY_RECIPE, values.positive, "RATE",
@@ -143,8 +142,8 @@ class Settings:
     teacher_batch_size: int = _teacher(BY_RECIPE, values.batch, "N", "its batch size")
     teacher_augment: str = _teacher(BY_RECIPE, None)
     classes: tuple | int | None = _teacher(None, values.classes, "N|FILE",
-        "a file with the names of the teacher's classes, one per line, in the order of its logits, "
-        "or their number (default: the checkpoint's, or the target's folders by name)")
+        "a file with the names of the teacher's classes, one per line or as JSON, in the order of "
+        "its logits, or their number (default: the checkpoint's, or the target's folders by name)")
     data_free: bool = _teacher(False, bool,
         "use no training image of the target, and the teacher of --teacher-checkpoint; thresholds "
         "come from the sources; accuracy is measured where the target has a test split")

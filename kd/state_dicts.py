@@ -17,6 +17,7 @@ from kd.files import UserError, listed, say_once
 IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")    # as the hubs name them
 OURS = {"arch": str, "classes": list, "input_size": int, "mean": list, "std": list,
         "state_dict": dict}         # what a checkpoint of this project holds
+MOST_STAND_INS = 100
 REMEDY = "torch.save(network.state_dict(), FILE)"
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Counters of profilers and of averages; the state of a loss or a metric.
@@ -71,7 +72,7 @@ def _unpickled(file):
     """torch.load, restricted to tensors and plain types. What else the file names gets a stand-in
     of that name, so that nothing is imported or called."""
     made = {}       # {name: its stand-in}
-    while True:
+    for _ in range(MOST_STAND_INS):
         try:
             with torch.serialization.safe_globals(list(made.values())):
                 return torch.load(file, map_location="cpu", weights_only=True)
@@ -83,6 +84,7 @@ def _unpickled(file):
             name, base = (unknown[1], StandIn) if unknown else (filled[1], DictStandIn)
             module, _, qualified = name.rpartition(".")
             made[name] = type(qualified, (base,), {"__module__": module or "builtins"})
+    raise pickle.UnpicklingError(f"objects of more than {MOST_STAND_INS} kinds")
 
 
 def is_ours(content):
@@ -132,7 +134,7 @@ def fit(network, content, path, arch, remedy=""):
     expected = {name: value for name, value in network.state_dict().items()
                 if isinstance(value, torch.Tensor)}
     names = {_bare(name): name for name in expected}
-    theirs = {key: value for key, value in tensors_of(content) if not key.startswith("optimizer")}
+    theirs = {key: value for key, value in tensors_of(content) if not key.startswith("optim")}
     prefix, *others = _prefixes(theirs, {key: expected[names[key]].shape for key in names})
     state = collections.OrderedDict()
     for key, value in theirs.items():
@@ -157,17 +159,15 @@ def fit(network, content, path, arch, remedy=""):
 
 def _misfits(network, state):
     """Loads what fits; what does not, in words."""
-    ours = network.state_dict()
-    other = {name.partition(".")[0] for name, value in state.items() if hasattr(
-        network, "aux_logits") and "aux" in name.lower() and name in ours
-        and value.shape != ours[name].shape}        # auxiliary heads for other classes
-    for name in [name for name in state if name.partition(".")[0] in other]:
-        del state[name]
+    ours, has_auxiliary = network.state_dict(), hasattr(network, "aux_logits")
+    for name in [name for name, value in state.items() if has_auxiliary and "aux" in name.lower()
+                 and name in ours and value.shape != ours[name].shape]:
+        del state[name]     # of an auxiliary head for other classes, which is left out below
     try:        # the network may rename or reshape what it is given
         lacks, beyond = network.load_state_dict(state, strict=False)
     except RuntimeError as error:       # of other shapes; below a heading
         return "; ".join(line.strip(" \t.") for line in str(error).splitlines()[1:4])
-    if hasattr(network, "aux_logits"):      # auxiliary heads have no part in an answer
+    if has_auxiliary:       # auxiliary heads have no part in an answer
         for name in {name.partition(".")[0] for name in lacks if "aux" in name.lower()}:
             setattr(network, name, None)
             network.aux_logits = False

@@ -3,6 +3,7 @@
 `train` over `train_one_epoch` is what learns. Everything else is in `_Keeper`, which is called
 after each step and each epoch."""
 import copy
+import io
 import math
 import time
 import zipfile
@@ -15,7 +16,7 @@ from kd.augment import augment, shuffled_batches, step_generator
 from kd.board import Board
 from kd.command import Interrupted, interrupted, orderly
 from kd.engine import allow_tf32, autocast, enough_memory, prefetched, resident, seed_all, seed_for
-from kd.files import UserError, say, write_atomically
+from kd.files import UserError, is_first, say, write_atomically
 from kd.processes import gathered, rank, share_buffers, share_of, shared, summed, world_size
 from kd.progress import Progress
 
@@ -99,6 +100,7 @@ class Training:
         if (wanted or pays) and not hasattr(self.network, "_orig_mod"):
             torch._dynamo.config.suppress_errors = wanted is None   # what nobody asked for
             mode = "reduce-overhead" if device.type == "cuda" else None
+            torch.cuda.empty_cache()        # a graph has memory of its own
             self.network = torch.compile(self.network, mode=mode)
 
     def state(self):
@@ -258,8 +260,10 @@ class Checkpoint:
         return None
 
     def save(self, state):
-        content = state | {"made_from": self.made_from}
-        write_atomically(self.path, lambda file: torch.save(content, file))
+        buffer = io.BytesIO()
+        if is_first():
+            torch.save(state | {"made_from": self.made_from}, buffer)   # to a full disk no OSError
+        write_atomically(self.path, lambda file: file.write(buffer.getbuffer()))
 
 
 class _Keeper:
@@ -302,9 +306,8 @@ class _Keeper:
         loss = summed(state.total).item() / state.step / world_size()   # waits for the device
         self._tick()
         share_buffers(state.classifier, state.result)
-        due = state.done // watch.every > (state.done - state.step) // watch.every
-        reached = watch.evaluate(state.result) if watch.evaluate and (
-            due or state.done >= state.steps) else None
+        due = state.done % watch.every < state.step or state.done >= state.steps
+        reached = watch.evaluate(state.result) if watch.evaluate and due else None
         self.board.figures(state.done - 1, epoch_loss=loss, learning_rate=state.rate,
                            confidence_accuracy=reached)
         state.history.append({"epoch": state.epoch + 1, "loss": loss, "lr": state.rate,

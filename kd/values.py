@@ -175,9 +175,11 @@ def classes(text):
             pairs = (sorted((number, name) for name, number in names.items())
                      if all(isinstance(each, int) for each in names.values()) else
                      sorted((int(number), name) for number, name in names.items()))
+            if [number for number, _ in pairs] != list(range(len(pairs))):
+                raise Wrong(f"{text} does not number its classes from 0")
             names = [name[-1] if isinstance(name, list) else name for _, name in pairs]
-    except (ValueError, TypeError, IndexError):
-        raise Wrong(f"{text} is not UTF-8 text with one class per line") from None
+    except (ValueError, TypeError):
+        raise Wrong(f"{text} is neither UTF-8 text with one class per line nor JSON") from None
     except OSError:
         raise Wrong(f"{text} can't be read") from None
     seen, unique = {}, []       # ImageNet has two cranes: the second becomes "crane (2)"

@@ -174,6 +174,9 @@ def test_a_test_folder_without_classes_gives_way_to_val(tmp_path):
     spec = pets(tmp_path / "pets", test="val")
     save(tmp_path / "pets" / "test", "images/1.png", "2.png")
     assert target(tmp_path / "d", spec).classes == ["ant", "bee"]
+    spec = pets(tmp_path / "cats")
+    save(tmp_path / "cats" / "val", "images/1.png")     # somebody's other split
+    assert target(tmp_path / "d", spec).classes == ["ant", "bee"]
 
 
 @pytest.mark.quick

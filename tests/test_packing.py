@@ -361,7 +361,7 @@ def test_rows_of_hugging_face_data_sets_answer_as_the_same_images_in_a_folder_do
         ["mask", "image", "img"])
     masks.to_parquet(repository / "data" / "train-00000-of-00001.parquet")
     found = source(tmp_path / "d", data_set_spec(spec.format(repository)), max_bad=0.1)
-    np.testing.assert_array_equal(found.images, folder.images) 
+    np.testing.assert_array_equal(found.images, folder.images)
     rows.select_columns("label").to_parquet(repository / "data" / "train-00000-of-00001.parquet")
     refusal("it has no column of images, but label", source, tmp_path / "d",
             data_set_spec(spec.format(repository)))

@@ -82,7 +82,7 @@ def test_the_rate_of_best_follows_from_what_a_student_starts_with(words, rates):
     ("--teacher-arch", "timm:vit/x", "timm:vit/x"), ("--teacher-mean", "0,0.5,1", (0.0, 0.5, 1.0)),
     ("--classes", "10", 10), ("--classes", '["crane", "crane"]', ("crane", "crane (2)")),
     ("--classes", '{"bee": 1, "ant": 0}', ("ant", "bee")),
-    ("--classes", '{"10": ["n2", "c"], "9": ["n1", "b"]}', ("b", "c"))])
+    ("--classes", '{"1": ["n2", "c"], "0": ["n1", "b"]}', ("b", "c"))])
 def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     name = "seeds" if flag == "--seed" else flag[2:].replace("-", "_")
     assert parse([flag, text], "compile", "") == {name: value}
@@ -100,6 +100,7 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--sources=,", "no source is given"), ("--seeds/--seed=1,1", "the same seed is given twice"),
     ("--augment=crop,spin", f"'crop,spin' is neither none nor some of {','.join(AUGMENTATIONS)}"),
     ("--teacher-std=0,1,1", "'0,1,1' is not three numbers up to 1, one per colour"),
+    ('--classes={"a":0,"b":0}', '{"a":0,"b":0} does not number its classes from 0'),
     ("--classes=no.txt", "'no.txt' is neither a number nor a file with one class per line"),
     ("--recipe=slow", "invalid choice: 'slow' (choose from 'reference', 'best', 'quick', 'far')"),
     ("--approches=mms", "unrecognized arguments: --approches=mms. Did you mean --approaches?"),
