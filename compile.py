@@ -26,6 +26,7 @@ from kd.record import Experiment
 from kd.run import Run, read_product
 from kd.scoring import Scoring, load_criteria, no_mms, report_thresholds
 from kd.settings import ON_TARGET, resolve
+from kd.state_dicts import read_file
 from kd.training import require_batch
 from kd.values import is_file, name_of
 from TeacherTrain import load_checkpoint, new_teacher, report_teacher, train_teacher, weights_of
@@ -49,6 +50,8 @@ def check_everything_is_there(settings, runs):
     reads_sources = bool(settings.read_sources)
     data.locate(settings, reads_sources)
     have_teacher = all(run.has("teacher.json") for run in runs)
+    if settings.teacher_checkpoint and not have_teacher:
+        read_file(settings.teacher_checkpoint)      # which may be missing
     weights = [] if have_teacher else weights_of(settings)
     weights += map(settings.start_of, settings.approaches)
     require_none(models.unavailable(weights, settings.image_size))

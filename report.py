@@ -1,7 +1,8 @@
 """The table, the figures and the page of a run, finished or not; or the table of several runs.
 
 In:  run folders.
-Out: figures/*.png and report.html in the run folder; of several, table.md and table.csv.
+Out: results.json, results.md, figures/*.png and report.html in the run folder; of several, table.md
+     and table.csv.
 
     python report.py --run-dir runs/cifar10
     python report.py runs/a runs/b --out runs/comparison
@@ -24,7 +25,7 @@ def main(argv):
     if len(args.runs) > 1:
         return say(report.compare(args.runs, args.out))
     experiment = record.Experiment(*args.runs or [args.run_dir])
-    say(report.as_markdown(report.collect(experiment)))
+    say(report.write(experiment))
     say(report.illustrate(experiment))
 
 

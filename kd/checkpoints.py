@@ -76,7 +76,7 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
                  if arch not in (ours["arch"], default_arch) else
                  classes is not None and known != list(classes) and
                  f"knows {len(known)} classes ({listed(known, 3)}), and the target has "
-                 f"{len(classes)} ({listed(classes, 3)})")
+                 f"{len(classes)} ({listed(classes, 3)}). They must be the same, in one order")
         arch, classes = ours["arch"], known
     else:
         state, wrong = content, classes is None and (

@@ -45,7 +45,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         _, unknown, words = message.partition("unrecognized arguments: ")
         word = words.split(" ")[0].partition("=")[0]
-        meant = difflib.get_close_matches(word, self._option_string_actions, 1)
+        meant = [flag for flag in self._option_string_actions if word[1:2] == "-" and flag.endswith(
+            word[1:])] or difflib.get_close_matches(word, self._option_string_actions, 1, 0.7)
         if unknown and word[:1] != "-" and "--target" in self._option_string_actions:
             meant = [f"--target {word}"]
         hint = f". Did you mean {meant[0]}?" if unknown and meant else ""

@@ -152,7 +152,7 @@ def as_markdown(results):
 
 
 def write(experiment):
-    """Writes results.json and results.md of a finished run. Returns the Markdown."""
+    """Writes results.json and results.md of a run. Returns the Markdown."""
     results = collect(experiment)
     write_json(experiment.folder / "results.json", results)
     write_text(experiment.folder / "results.md", as_markdown(results))

@@ -104,6 +104,7 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--classes=no.txt", "'no.txt' is neither a number nor a file with one class per line"),
     ("--recipe=slow", "invalid choice: 'slow' (choose from 'reference', 'best', 'quick', 'far')"),
     ("--approches=mms", "unrecognized arguments: --approches=mms. Did you mean --approaches?"),
+    ("--mean=1,1,1", "unrecognized arguments: --mean=1,1,1. Did you mean --teacher-mean?"),
     ("digits", "unrecognized arguments: digits. Did you mean --target digits?"),
     ("--steps=5 --epochs=5", "--steps and --epochs contradict each other: give one of them"),
     ("--approaches margin", f"There is no approach margin. There are {', '.join(APPROACHES)}, "),
