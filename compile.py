@@ -11,6 +11,7 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
     parser_of("compile", __doc__).parse_args()
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from kd.processes import alone, first_alone, gathered, rank, wait, world_size
 from kd.record import Experiment
 from kd.run import Run, read_product
 from kd.scoring import Scoring, load_criteria, no_mms, report_thresholds
-from kd.settings import ON_TARGET, resolve
+from kd.settings import BUILT_IN_SOURCES, ON_TARGET, resolve
 from kd.state_dicts import read_file
 from kd.training import require_batch
 from kd.values import is_file, name_of
@@ -81,6 +82,17 @@ def check_networks(settings, target, runs):
         norms_of(teacher)
 
 
+def open_sources(settings, runs):
+    """[{name: what has `batches`} of each run], opened once where no seed decides what they are."""
+    @functools.cache
+    def opened(spec, seed):
+        of_seed = dataclasses.replace(settings, seeds=(seed,))
+        return first_alone(lambda: data.load_source(of_seed, spec))
+    return [{name_of(spec): opened(
+        spec, run.settings.seed if spec in BUILT_IN_SOURCES else settings.seed)
+        for spec in settings.read_sources} for run in runs]
+
+
 def describe(target):
     splits = [f"{len(images):,} {name} images" for images, name in (
         (target.train, "training"), (target.test, "test")) if images]
@@ -89,12 +101,12 @@ def describe(target):
     return (" and ".join(splits) or "no images") + classes
 
 
-def prepare(run, device, target):
-    """Teacher, scores and transfer sets of one seed."""
+def prepare(run, device, target, sources):
+    """Teacher, scores and transfer sets of one seed. sources: {name: what has `batches`}."""
     report_teacher(train_teacher(run, target, device))
     selecting = [approach for approach in run.settings.rows if approach not in ON_TARGET]
     if selecting:
-        scoring = Scoring(run, device, data, target)
+        scoring = Scoring(run, device, data, target=target, sources=sources)
         for approach in selecting:
             scoring.require(approach)
         for name in (name for name in scoring.criteria if name in selecting):
@@ -137,17 +149,15 @@ def main(argv):
     target = first_alone(lambda: data.load_target(settings))
     say(f"target: {name_of(settings.target)}, {describe(target)}")
     check_networks(settings, target, runs)
-    # Whatever is wrong with a source shows here, before anything long.
-    for spec in settings.read_sources:
-        first_alone(lambda spec=spec: data.load_source(settings, spec))
+    sources = open_sources(settings, runs)      # what is wrong with one shows before anything long
     for run in runs:
         first_alone(lambda run=run: run.open(device, given))
         if run.restarted or not run.has("teacher.json"):
             run.save_config(device, given)
-    for run in runs:
+    for run, theirs in zip(runs, sources, strict=True):
         if len(runs) > 1:
             say(f"seed {run.settings.seed}")
-        prepare(run, device, target)
+        prepare(run, device, target, theirs)
         run.save_config(device, given)      # not before: what is refused is not what the run is
     train_students(runs, target, device)
     if is_first():

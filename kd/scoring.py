@@ -200,19 +200,18 @@ def no_mms(arch):
 class Scoring:
     """The teacher of a run and what it scores, each made when it is first asked for.
 
-    data: the module data.py, whose load_target and load_source are used; target: a data.Target,
-    where the caller has opened it already. classes: names; digest: of teacher.pt.
+    data: the module data.py, whose load_target and load_source are used; opened: target, sources,
+    where the caller has opened them already. classes: names; digest: of teacher.pt.
     """
 
-    def __init__(self, run, device, data, target=None):
+    def __init__(self, run, device, data, **opened):
         self.run, self.device, self.data = run, device, data
         self.figures = run.content_of("teacher.json", "python TeacherTrain.py")
         self.classes, self.digest = self.figures["classes"], self.figures["files"]["teacher.pt"]
         self.criteria = load_criteria(run.settings)
         if not self.figures["linear_head"] and not run.settings.mms_plain:
             del self.criteria["mms"]
-        if target is not None:
-            self.target = target
+        vars(self).update(opened)
 
     @functools.cached_property
     def teacher(self):
