@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 from kd.files import listed, write_json, write_text
+from kd.flags import flag_of
 from kd.record import Experiment, accuracy_text, mean, shown
-from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES, ON_TARGET
+from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES, FIELDS, ON_TARGET
 from kd.values import name_of, name_of_arch
 
 HEADS = ("approach", "student", "sources", "images", "per class", "accuracy %", "retention",
@@ -56,6 +57,10 @@ def notes(experiment):
     others = [name for name in approaches if any(
         each.students[name].get("test", each.test) != each.test
         for each in records if name in each.students)]
+    made_of = [[each.students[name]["made_from"] for each in records if name in each.students]
+               for name in approaches]      # of each approach, by seed
+    unlike = [flag_of(key) for key in FIELDS if any(
+        each.get(key) != some[0].get(key) for some in made_of for each in some)]
     sizes = {name_of_arch(each["arch"]): each["parameters"] for each in record.students.values()
              if each.get("parameters")}
     selected = set(approaches) - {*ON_TARGET, "all", "matched", *DRAWN_BY_WEIGHT}
@@ -76,6 +81,7 @@ def notes(experiment):
          f"{made['floor']:g} --fill {made['fill']}{' --no-balance' * made['no_balance']}."),
         ("eats" in approaches and absent,
          f"eats does without {listed(absent)}: not among the sources."),
+        (unlike, f"The seeds differ in {listed(unlike)}: a mean over them says little."),
         (others, f"Measured on another test split than the teacher: {listed(others)}."),
         ("original" in approaches, "The student of original learns from the target's own training "
          "images: what other images are held against."),

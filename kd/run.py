@@ -162,8 +162,12 @@ class Run:
         for kind in self.board(""):
             if importlib.util.find_spec(kind) is None:
                 raise UserError(f"--{kind} needs a package: pip install {kind}")
-        if (self / "config.json").exists() and not self.settings.restart:
-            _config_of(self / "config.json")
+        below, config = sorted(self.path.glob("seed-*/config.json")), self / "config.json"
+        if config.exists() and not self.settings.restart:
+            _config_of(config)
+        if below and not config.exists():
+            raise UserError(f"{self.path} holds several seeds. Name one, as --run-dir "
+                            f"{below[0].parent}, or, for compile.py, all with --seeds.")
         there = next(each for each in (self.path, *self.path.parents) if each.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise UserError(f"{self.path} can't be written. Choose another --run-dir.")
@@ -249,9 +253,7 @@ def open_stage(argv, script, description):
     given = parse(argv, script, description)
     target = {"target": given["target"]} if "target" in given else {}
     folder = given.get("run_dir", resolve(target).run_dir)
-    config, below = Path(folder) / "config.json", sorted(Path(folder).glob("seed-*/config.json"))
-    if below and not config.exists():
-        raise UserError(f"{folder} holds several seeds. Name one, as --run-dir {below[0].parent}.")
+    config = Path(folder) / "config.json"
     if config.exists():
         _config_of(config)
         stored = stored_words(config, given, script)

@@ -384,5 +384,10 @@ def test_several_seeds_have_a_run_each_and_one_table(flags, tmp_path, finished_r
         finished_run / "students/balanced.pt").read_bytes()
     splits = [np.load(run / f"seed-{seed}/split.npz")["confidence"] for seed in (0, 1)]
     assert not np.array_equal(*splits) and read(run, "results.json")["seeds"] == [0, 1]
-    assert f"{run} holds several seeds. Name one, as --run-dir {run}/seed-0." in refused(
-        "distill.py", flags, "--approach", "balanced")
+    for script, more in (("distill.py", ["--approach", "balanced"]), ("compile.py", [])):
+        assert f"{run} holds several seeds. Name one, as --run-dir {run}/seed-0" in refused(
+            script, flags, *more)
+    assert "differ" not in str(read(run, "results.json")["notes"])
+    ran("distill.py", flags, "--run-dir", run / "seed-1", "--approach", "balanced", "--lr", "0.05",
+        "--restart-from", "students")
+    assert "The seeds differ in --lr: a mean over them" in ran("report.py", [], "--run-dir", run)
