@@ -8,6 +8,7 @@ import torch
 from scipy.optimize import minimize
 from torch import nn
 
+from kd import matching
 from kd.classifier import Classifier
 from kd.matching import directions, draw, gap, match, watched
 from kd.scoring import join
@@ -152,6 +153,17 @@ def test_weights_are_the_most_even_ones():
 def test_a_set_as_large_as_the_pool_is_the_pool():
     assert match(pool(), 400).tolist() == [1.0] * 400
     assert draw(np.ones(400), 400, 0).tolist() == list(range(400))
+
+
+def test_the_weights_of_a_large_pool_follow_from_a_part_of_it(monkeypatch):
+    values = pool(40_000)
+    whole = match(values, 16_000)
+    monkeypatch.setattr(matching, "SOLVED", 10_000)
+    part = match(values, 16_000)
+    assert not np.array_equal(part, whole) and np.abs(part - whole).max() < 0.1
+    assert part.mean() == pytest.approx(1, abs=0.02) and part.max() <= 2.5
+    assert gap(values, part) < 0.1 * gap(values)
+    assert abs(len(draw(part, 16_000, 0)) - 16_000) <= 1
 
 
 def test_images_are_drawn_as_often_as_they_weigh_and_none_twice():
