@@ -280,8 +280,9 @@ def report_pool(scoring):
 
 def report_transfer_set(approach, summary):
     sources = ", ".join(f"{name} {count:,}" for name, count in summary["per_source"].items())
-    say(f"transfer: {approach}, {summary['size']:,} images, {min(summary['per_class']):,} to "
-        f"{max(summary['per_class']):,} per class, from {sources}")
+    least, most = min(summary["per_class"]), max(summary["per_class"])
+    each = f"{least:,} to {most:,}" if least < most else f"{least:,}"
+    say(f"transfer: {approach}, {summary['size']:,} images, {each} per class, from {sources}")
     for sentence in about_transfer_set(summary):
         say(f"  {sentence.replace('@', approach, 1)}")
 
