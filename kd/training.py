@@ -43,9 +43,9 @@ SCHEDULES = {       # functions of an optimizer, its peak rate and the number of
 class Training:
     """A network while it learns, and all that its next step depends on.
 
-    history: {"epoch", "loss", "lr", "confidence_accuracy" (None where nobody looked)} of each epoch;
-    seconds: of the steps alone, over all sittings; step: the next one within the epoch; total: the
-    sum of the epoch's losses."""
+    history: {"epoch", "loss", "lr", "confidence_accuracy"} of each epoch, the last None where
+    nobody looked; seconds: of the steps alone, over all sittings; step: the next one within the
+    epoch; total: the sum of the epoch's losses."""
 
     def __init__(self, classifier, count, recipe, device):
         """The state before the first step on `count` images."""
