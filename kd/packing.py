@@ -3,10 +3,13 @@
     Packed      images.npy, memory-mapped: decoded once, by all cores, and reused for ever
     Streamed    decoded as they are asked for; nothing is kept
 """
+import functools
 import mmap
 import os
 import shutil
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +60,18 @@ def decoded(images, size, blocks):
     return iter(torch.utils.data.DataLoader(
         _Blocks(images, size), batch_size=None, sampler=blocks, num_workers=workers,
         collate_fn=tuple, multiprocessing_context="fork" if workers and FORKS else None,
+        worker_init_fn=functools.partial(_end_with, os.getpid()),
         generator=torch.Generator()))       # which leaves everybody else's random numbers alone
+
+
+def _end_with(parent, _):
+    """Ends this worker with the process that it works for, which may be killed: a worker would wait
+    for ever for somebody to take what it has decoded."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def cores():

@@ -1,4 +1,5 @@
 """Packing and streaming: what images become, which are left out, and what a kill costs: nothing."""
+import contextlib
 import gzip
 import io
 import os
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import time
 import zlib
+from pathlib import Path
 
 import layout_files as made
 import numpy as np
@@ -208,6 +210,16 @@ source(sys.argv[1], sys.argv[2], max_bad=0.1)
 """
 
 
+def processes_now():
+    """{pid: that of its parent} of those that are not dead, on Linux."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            found |= {int(path.parent.name): int(parent)} if state != "Z" else {}
+    return found
+
+
 def test_a_pack_that_is_killed_is_begun_again(tmp_path):
     spec = pool(tmp_path / "pool", 600, bad=range(0, 600, 50))
     expected = source(tmp_path / "whole", spec, max_bad=0.1)
@@ -215,8 +227,14 @@ def test_a_pack_that_is_killed_is_begun_again(tmp_path):
     while process.poll() is None and not any(
             path.stat().st_size for path in tmp_path.glob("d/packed/*.part/images.npy")):
         time.sleep(0.01)
+    workers = {pid for pid, parent in processes_now().items() if parent == process.pid}
+    assert workers or sys.platform != "linux"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    until = time.monotonic() + 20
+    while workers & processes_now().keys():     # nobody is left behind
+        assert time.monotonic() < until
+        time.sleep(0.1)
     assert [path.suffix for path in tmp_path.glob("d/packed/pool-*")] == [".part"]
     found = source(tmp_path / "d", spec, max_bad=0.1)
     assert found.images.tobytes() == expected.images.tobytes()
