@@ -151,9 +151,8 @@ def main(argv):
     check_networks(settings, target, runs)
     sources = open_sources(settings, runs)      # what is wrong with one shows before anything long
     for run in runs:
-        first_alone(lambda run=run: run.open(device, given))
-        if run.restarted or not run.has("teacher.json"):
-            run.save_config(device, given)
+        anew = bool(run.restarted) or not run.has("teacher.json")
+        first_alone(lambda run=run, anew=anew: run.open(device, given, anew))
     for run, theirs in zip(runs, sources, strict=True):
         if len(runs) > 1:
             say(f"seed {run.settings.seed}")

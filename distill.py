@@ -231,8 +231,8 @@ def main(argv):
     first_alone(lambda: data.obtain(settings, sources=False))
     first_alone(lambda: run.open(device, given))
     target = first_alone(lambda: data.load_target(settings))
-    made = read_product(run, f"students/{approach}.json")[0]
-    if not ("export" in given and made):        # which needs nothing but the student
+    # An export needs nothing but a student that is whole.
+    if "export" not in given or read_product(run, f"students/{approach}.json")[0] is None:
         report_student(train_student(run, approach, target, device))
     if "export" in given and is_first():
         with alone():

@@ -35,7 +35,7 @@ from kd.command import command
 from kd.files import UserError, digest, say, write_atomically
 from kd.matching import draw, matched_weights, statistics
 from kd.processes import alone, first_alone, on_all_ranks
-from kd.report import about_transfer_set
+from kd.report import about_transfer_set, extent
 from kd.run import open_stage
 from kd.scoring import Scoring
 from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES, ON_TARGET
@@ -280,9 +280,8 @@ def report_pool(scoring):
 
 def report_transfer_set(approach, summary):
     sources = ", ".join(f"{name} {count:,}" for name, count in summary["per_source"].items())
-    least, most = min(summary["per_class"]), max(summary["per_class"])
-    each = f"{least:,} to {most:,}" if least < most else f"{least:,}"
-    say(f"transfer: {approach}, {summary['size']:,} images, {each} per class, from {sources}")
+    say(f"transfer: {approach}, {summary['size']:,} images, {extent(summary['per_class'])} per "
+        f"class, from {sources}")
     for sentence in about_transfer_set(summary):
         say(f"  {sentence.replace('@', approach, 1)}")
 

@@ -92,6 +92,7 @@ def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
     return network, stated
 
 
+@functools.cache
 def timm_settings(arch):
     """{"mean", "std", "input_size", ...} that timm has for a network of its own or of a hub."""
     settings = _of_timm(arch, lambda timm, name: timm.get_pretrained_cfg(name))

@@ -124,13 +124,18 @@ def about_transfer_set(summary, student=None):
         yield "There is no student of @: its transfer set is too small to learn from."
 
 
+def extent(counts):
+    """From the least to the most, in words."""
+    least, most = min(counts), max(counts)
+    return f"{least:,} to {most:,}" if least < most else f"{least:,}"
+
+
 def cells(row):
     """The text of a row, as in HEADS."""
     def number(name, form, scale=1):
         return "-" if row[name] is None else format(row[name] * scale, form)
-    least, most = min(row["per_class"]), max(row["per_class"])
     return [row["approach"], row["student"], ", ".join(row["sources"]), f"{row['transfer_size']:,}",
-            f"{least:,} to {most:,}" if least < most else f"{least:,}",
+            extent(row["per_class"]),
             accuracy_text(row), number("retention", ".3f"),
             number("source_agreement", ".2f", 100) + " (sources)" if row["agreement"] is None and
             row["source_agreement"] is not None else number("agreement", ".2f", 100),

@@ -178,16 +178,16 @@ class Run:
                     now = self.settings.of_stage(stage_of(name))
                     self.require_same(name, content, json.loads(json.dumps(now)))
 
-    def open(self, device, given):
+    def open(self, device, given, anew=False):
         """Holds the folder, checks it, deletes what is to be made again, and writes config.json
-        where there is none. device: the torch.device that computes."""
+        where there is none, or `anew`. device: the torch.device that computes."""
         hold(self.path)
         self.check()
         if is_first():
             self._clear()
             for path in filter(Path.is_file, self.path.rglob(".*.part")):   # of a killed process
                 path.unlink()
-        if not (self / "config.json").exists():
+        if anew or not (self / "config.json").exists():
             self.save_config(device, given)
 
     def save_config(self, device, given):

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT, HELD_OUT_SHARE = 1_000, 0.05      # images of the sources, with --data-free; at most both
 BUILT_IN = {"mms": "mms_threshold.py", "entropy": "entropy.py",
             **{name: f"criteria/{name}.py" for name in ("confidence", "energy", "cross_entropy")}}
+OURS = {ROOT / file for file in BUILT_IN.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Criterion:
 
     def score(self, logits, weight):
         """(N,) float32 of a batch. Raises UserError where the file gives anything else."""
-        if self.path not in map(ROOT.joinpath, BUILT_IN.values()):      # it may work in place
+        if self.path not in OURS:       # it may work in place
             logits, weight = logits.clone(), None if weight is None else weight.clone()
         scores = self.module.score(logits, weight)
         if type(scores) is not type(logits) or scores.shape != logits.shape[:1]:
