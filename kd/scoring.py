@@ -113,34 +113,30 @@ def score_batches(teacher, source, rows, criteria, device, label):
 
 @on_all_ranks
 def saved_scores(scoring, name, source, rows=None):
-    """The scores of a source, as from `score_batches`, kept in scores/<name>.npz. A criterion
-    that is not there, or was another version, is scored in one more pass. scoring: a Scoring."""
-    run, criteria = scoring.run, scoring.criteria
+    """The scores of a source, as from `score_batches`, kept in scores/<name>.npz. All are made
+    again, in one pass, where a criterion is not there or was another version. scoring: a
+    Scoring."""
+    run, path = scoring.run, scoring.run / f"scores/{name}.npz"
     product = run.product(f"scores/{name}.json", teacher=scoring.digest, images=source.fingerprint,
                           rows=None if rows is None else digest(np.ascontiguousarray(rows)))
-    wanted = {key: criterion.digest for key, criterion in criteria.items()}
-    path = run / f"scores/{name}.npz"
-    columns = dict(np.load(path)) if product.done else {}
-    content = product.content if product.done else {"seconds": 0.0, "criteria": {}}
-    known = {key: value for key, value in content["criteria"].items()
-             if wanted.get(key, value) == value}
-    lacking = {key: criteria[key] for key in wanted if key not in known}
-    if lacking:
-        began = time.monotonic()
-        found, unanswered = score_batches(scoring.teacher, source, rows, lacking, scoring.device,
-                                          f"scoring {name}")
-        seconds, count = time.monotonic() - began, len(found["predicted"])
-        say(f"scores: {name}, {count:,} images in {seconds:,.1f} s, {count / seconds:,.0f} img/s")
-        if unanswered:
-            say(f"  {unanswered:,} images are left out: the teacher's logits for them are NaN or "
-                "infinite.")
-        if not count:
-            raise UserError(f"{name}: the teacher gives finite logits for none of its images.")
-        columns = {key: value for key, value in columns.items() if key in known} | found
-        write_atomically(path, lambda file: np.savez(file, **columns))
-        asked = len(source if rows is None else rows)       # by all processes
-        product.write({"images": count, "bad": source.bad + asked - count,
-                       "seconds": content["seconds"] + seconds, "criteria": known | wanted}, [path])
+    wanted = {key: criterion.digest for key, criterion in scoring.criteria.items()}
+    if product.done and wanted.items() <= product.content["criteria"].items():
+        with np.load(path) as saved:
+            return {key: saved[key] for key in ("predicted", "index", *wanted)}
+    began = time.monotonic()
+    columns, unanswered = score_batches(scoring.teacher, source, rows, scoring.criteria,
+                                        scoring.device, f"scoring {name}")
+    seconds, count = time.monotonic() - began, len(columns["predicted"])
+    say(f"scores: {name}, {count:,} images in {seconds:,.1f} s, {count / seconds:,.0f} img/s")
+    if unanswered:
+        say(f"  {unanswered:,} images are left out: the teacher's logits for them are NaN or "
+            "infinite.")
+    if not count:
+        raise UserError(f"{name}: the teacher gives finite logits for none of its images.")
+    write_atomically(path, lambda file: np.savez(file, **columns))
+    asked = len(source if rows is None else rows)       # by all processes
+    product.write({"images": count, "bad": source.bad + asked - count, "seconds": seconds,
+                   "criteria": wanted}, [path])
     return columns
 
 
@@ -175,8 +171,7 @@ def join(scores):
     parts = list(scores.values())
     counts, columns = [len(part["predicted"]) for part in parts], dict(parts[0])
     if len(parts) > 1:      # of one source alone nothing is copied
-        columns = {name: np.concatenate([part[name] for part in parts])
-                   for name in columns if all(name in part for part in parts)}
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in columns}
     index = columns.pop("index")
     source = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
     return Candidates(tuple(scores), source, index, columns)

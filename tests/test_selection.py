@@ -198,12 +198,6 @@ def test_directions_keep_the_distance_of_the_pool_from_the_target_in_one_unit():
     assert gap(reduced) == pytest.approx((5 ** 2 + 4 ** 2) ** 0.5 / 3, rel=0.05)
 
 
-def test_a_criterion_that_only_some_sources_have_is_left_out():
-    scores = random_scores(np.random.default_rng(0), (3, 2), 4, levels=5)
-    scores["cifar100"]["mine"] = np.zeros(3)        # by a run that had this source alone
-    assert set(join(scores).scores) == {"predicted", "mms", "entropy"}
-
-
 @pytest.mark.parametrize("spread, right, recipe, said", [
     (4, 0.9, "best", "try --recipe far"), (4, None, "best", "try --recipe far"),
     (4, 0.9, "far", ""), (8, 0.9, "best", ""), (4, 0.12, "best", "near chance")])
