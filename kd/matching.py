@@ -30,8 +30,6 @@ RIDGE = 0.01            # on t, in units of the pool's variance
 SOLVED = 1 << 19        # images that tell the parameters of the weights, of more than twice as many
 LITTLE = 0.9            # of the gap is left: matched has nothing to offer
 CHUNK = 1 << 16         # rows that lie in memory at a time
-REMEDY = ("On a GPU, run `python transfer.py --approach matched --device cpu` before; or leave "
-          "matched and weighted out.")
 
 
 def norms_of(classifier):
@@ -100,8 +98,7 @@ def statistics(scoring):
                           images=images, code=file_digest(__file__),
                           calibrate=run.settings.calibrate)
     if not product.done:
-        with engine.enough_memory("matching", scoring.device, REMEDY):
-            write_atomically(path, lambda file: _write_statistics(scoring, file))
+        write_atomically(path, lambda file: _write_statistics(scoring, file))
         product.write({"images": len(scoring.candidates)}, [path])
     wait()
     return np.load(path, mmap_mode="r")
