@@ -160,9 +160,8 @@ def main(argv):
         run.save_config(device, given)      # not before: what is refused is not what the run is
     train_students(runs, target, device)
     if is_first():
-        experiment = Experiment(settings.run_dir, settings)
-        say("\n" + report.write(experiment))
-        say(report.illustrate(experiment))
+        say("")
+        report.write(Experiment(settings.run_dir, [run.path for run in runs]))
     say(f"{time.monotonic() - began:,.0f} s in all; everything is in {settings.run_dir}")
 
 

@@ -14,19 +14,18 @@ from kd.flags import bare_parser
 
 def main(argv):
     parser = bare_parser("report", __doc__)
-    parser.add_argument("runs", nargs="*", metavar="RUN", default=[], help="run folders")
-    for flag, default, what in (("--run-dir", "runs/cifar10", "the run folder, if none is named"),
-                                ("--out", "runs/comparison", "where the table of several goes")):
-        parser.add_argument(flag, default=default, metavar="DIR",
-                            help=f"{what} (default: {default})")
+    parser.add_argument("runs", nargs="*", default=[], metavar="RUN", help="run folders")
+    parser.add_argument("--run-dir", default="runs/cifar10", metavar="DIR",
+                        help="the run folder, if none is named (default: %(default)s)")
+    parser.add_argument("--out", default="runs/comparison", metavar="DIR",
+                        help="where the table of several goes (default: %(default)s)")
     args = parser.parse_args(argv)
     from kd import record, report
 
     if len(args.runs) > 1:
-        return say(report.compare(args.runs, args.out))
-    experiment = record.Experiment(*args.runs or [args.run_dir])
-    say(report.write(experiment))
-    say(report.illustrate(experiment))
+        say(report.compare(args.runs, args.out))
+    else:
+        report.write(record.Experiment(*args.runs or [args.run_dir]))
 
 
 if __name__ == "__main__":

@@ -125,8 +125,7 @@ def line(record, approach, pool):
     # The statistics of all candidates, in the order of the sources; data-free, of those not held
     # out, and from what the batch norms remember: another unit.
     if path.exists() and settings.calibrate == "target":
-        parts = [record.scores[name]["index"] for name in record.sources]
-        key = np.concatenate([number << 40 | index for number, index in enumerate(parts)])
+        key = record.pool["key"]
         full = np.zeros(len(key))
         full[np.searchsorted(key, chosen.key)] = weights
         found["gap"] = matching.gap(np.load(path, mmap_mode="r"), full)

@@ -12,7 +12,7 @@ import numpy as np
 from cycler import cycler
 
 from kd.files import listed, say, write_atomically
-from kd.record import accuracy_text, shown
+from kd.record import accuracy_text, place_of, shown
 from kd.thresholds import passes
 
 matplotlib.use("Agg")
@@ -59,9 +59,9 @@ def save(folder, drawn):
 
 def of_run(record, results):
     """Every Figure of a run, None among them. results: the content of results.json."""
-    ours = [name for name in record.pools if name in record.selected]
+    ours = [name for name in record.criteria if name in record.selected]
     yield from (accuracy(results), curves(record), counts(record))
-    yield from (scores(record, name) for name in ours or list(record.pools)[:1])
+    yield from (scores(record, name) for name in ours or record.criteria[:1])
     yield from (strip(record, name) for name in ours)
 
 
@@ -108,36 +108,39 @@ def curves(record):
                if student["history"]}
     if not learned:
         return None
-    shown = [("loss", 1, "loss (supervised: cross-entropy)")]
-    if any(epoch["confidence_accuracy"] is not None for each in learned.values() for epoch in each):
-        shown.append(("confidence_accuracy", 100, "accuracy on the confidence set, %"))
-    drawn, panels = _panels(len(shown), 2, 2.3)
-    for axes, (figure, scale, label) in zip(panels, shown, strict=True):
-        for approach, history in learned.items():
-            done, known = np.linspace(0, 100, len(history) + 1)[1:], [
-                number for number, epoch in enumerate(history) if epoch[figure] is not None]
-            axes.plot(done[known], [scale * history[number][figure] for number in known],
-                      label=approach, markevery=max(1, len(known) // 8))
-        axes.set(xlabel="training done, %", ylabel=label)
-    panels[0].set_yscale("log")
-    panels[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
-    panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].yaxis.set_minor_formatter(ticker.NullFormatter())
-    if record.teacher.get("confidence_accuracy") is not None:
-        axes.axhline(100 * record.teacher["confidence_accuracy"], **DASHED, label="teacher")
-    _legend(drawn, axes)
+    reached = record.teacher.get("confidence_accuracy")
+    drawn, panels = _panels(1 if reached is None else 2, 2, 2.3)
+    for name, history in learned.items():
+        done = np.linspace(0, 100, len(history) + 1)[1:]
+        for axes, figure in zip(panels, ("loss", "confidence_accuracy"), strict=False):
+            values = np.array([epoch[figure] for epoch in history], float)
+            known = np.isfinite(values)
+            axes.plot(done[known], values[known], label=name,
+                      markevery=max(1, known.sum() // 8))
+            axes.set(xlabel="training done, %")
+    loss = panels[0]
+    loss.set(ylabel="loss (supervised: cross-entropy)", yscale="log")
+    loss.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(ticker.NullFormatter())
+    if reached is not None:
+        panels[1].set(ylabel="accuracy on the confidence set")
+        panels[1].yaxis.set_major_formatter("{x:.0%}")
+        panels[1].axhline(reached, **DASHED, label="teacher")
+    _legend(drawn, panels[-1])
     said = ", ".join(f"{name} {history[-1]['loss']:.3g}" for name, history in learned.items())
     return Figure("curves", f"Loss at the end: {said}.", drawn)
 
 
 def scores(record, criterion):
     """The distribution of a criterion's scores, a panel per class that has any."""
-    labels, limits, panels = _labels(record), record.thresholds[criterion], {}
+    labels, limits, panels = _labels(record), np.array(record.thresholds[criterion], float), {}
     for label in range(len(labels)):
         groups = {name: columns[criterion][(columns["predicted"] == label)
                                            & np.isfinite(columns[criterion])]
                   for name, columns in record.scores.items() if criterion in columns}
-        panels |= {label: groups} if any(map(len, groups.values())) else {}
+        if any(map(len, groups.values())):
+            panels[label] = groups
     if not panels:
         return None
     drawn, grid = _panels(len(panels), min(5, len(panels)), 1.2)
@@ -145,14 +148,13 @@ def scores(record, criterion):
         low, high = np.quantile(np.concatenate(list(groups.values())), [0.005, 0.995])
         edges = np.linspace(low, max(high, low + 0.1 * abs(low) + 1e-9), 31)
         for number, (name, values) in enumerate(groups.items()):
-            real = name == "confidence"
-            axes.hist(np.clip(values, low, high), edges, label="confidence set" if real else name,
-                      weights=np.full(len(values), 1 / max(1, len(values))),
-                      histtype="stepfilled" if real else "step",
-                      color="#cccccc" if real else f"C{number}")
-        none = limits[label] is None
-        axes.axvline(math.nan if none else limits[label], **DASHED, label="threshold")
-        axes.set_title(labels[label] + " (no threshold)" * none, pad=2)
+            look = {"label": name, "histtype": "step", "color": f"C{number}"}
+            if name == "confidence":
+                look = {"label": "confidence set", "histtype": "stepfilled", "color": "#cccccc"}
+            axes.hist(np.clip(values, low, high), edges,
+                      weights=np.full(len(values), 1 / max(1, len(values))), **look)
+        axes.axvline(limits[label], **DASHED, label="threshold")
+        axes.set_title(labels[label] + " (no threshold)" * math.isnan(limits[label]), pad=2)
         axes.set_yticks([])
         axes.locator_params(axis="x", nbins=4)
         axes.grid(False)
@@ -166,12 +168,11 @@ def counts(record):
     tables, said, few = {}, [], len(record.classes) <= MOST
     for approach, images in record.selected.items():
         tables[approach] = np.zeros((len(record.classes), len(record.sources)), int)
-        np.add.at(tables[approach], (images.predicted, images.source), 1)
+        np.add.at(tables[approach], (images.predicted, place_of(images.key)[0]), 1)
     if not tables:
         return None
     most = max(table.max() for table in tables.values())
-    across = min(len(tables), max(2, 8 // len(record.sources)))
-    drawn, grid = _panels(len(tables), across, 0.6 + (0.14 * len(record.classes) if few else 3))
+    drawn, grid = _panels(len(tables), 2, 0.6 + (0.14 * len(record.classes) if few else 3))
     for axes, (approach, table) in zip(grid, tables.items(), strict=True):
         image = axes.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=most)
         short = {shown(name) for name in record.summaries[approach]["shortfall"]}
@@ -192,47 +193,43 @@ def counts(record):
 
 
 def ranked(record, criterion):
-    """{class: its rows in the criterion's pool, four lists of KINDS}, of the first classes. Only
-    images that some transfer set has can be shown."""
-    pool, found = record.pools[criterion], {}
-    high = record.thresholds["keeps_high"][criterion]
+    """{class: its rows in the pool, four lists of KINDS}, of those of the first classes that have
+    any. Only images that some transfer set has can be shown."""
+    pool, high, found = record.pool, record.thresholds["keeps_high"][criterion], {}
+    score, predicted, key = pool[criterion], pool["predicted"], pool["key"]
     there = np.concatenate([images.key for images in record.selected.values()])
-    kept = np.isin(pool.key, record.selected[criterion].key)
+    kept = np.isin(key, record.selected[criterion].key)
     # What passed and found no room was not rejected by its score.
-    lost = np.isin(pool.key, there) & ~kept & ~passes(
-        pool.score, pool.predicted, np.array(record.thresholds[criterion], float), high)
+    limits = np.array(record.thresholds[criterion], float)
+    lost = np.isin(key, there) & ~kept & ~passes(score, predicted, limits, high)
     for label in range(min(MOST, len(record.classes))):
-        members = np.flatnonzero((pool.predicted == label) & np.isfinite(pool.score))
-        surest = np.argsort(pool.score[members] * (-1 if high else 1), kind="stable")
-        ours, others = (members[surest][true[members[surest]]] for true in (kept, lost))
-        found[label] = [ours[:STRIP], ours[STRIP:][-STRIP:],
-                        others[:STRIP], others[STRIP:][-STRIP:]]
+        members = np.flatnonzero((predicted == label) & (kept | lost) & np.isfinite(score))
+        surest = members[np.argsort(score[members] * (-1 if high else 1), kind="stable")]
+        ours, others = surest[kept[surest]], surest[lost[surest]]
+        if len(surest):
+            found[label] = [ours[:STRIP], ours[STRIP:][-STRIP:],
+                            others[:STRIP], others[STRIP:][-STRIP:]]
     return found
 
 
 def strip(record, criterion):
     """Images that a criterion kept and rejected, a row per class that has any."""
-    if criterion not in record.thresholds.get("keeps_high", ()):    # a run of an older version
-        return None
-    labels, pool = _labels(record), record.pools[criterion]
-    keys = pool.key
-    groups = [(labels[label], kinds) for label, kinds in ranked(record, criterion).items()
-              if any(map(len, kinds))]
+    key, score, groups = record.pool["key"], record.pool[criterion], ranked(record, criterion)
     if not groups:
         return None
-    where = record.places(keys[np.concatenate([row for _, kinds in groups for row in kinds])])
+    where = record.places(key[np.concatenate([row for kinds in groups.values() for row in kinds])])
     drawn, (axes,) = _panels(1, 1, WIDTH / 18 * 1.3 * len(groups))
     for number, kind in enumerate(KINDS):
         axes.text(4.5 * number, -0.5, kind, fontsize=9)
-    for number, (name, kinds) in enumerate(groups):
+    for number, (label, kinds) in enumerate(groups.items()):
         y = 1.3 * number
-        axes.text(-0.1, y + 0.5, name, ha="right", va="center")
+        axes.text(-0.1, y + 0.5, _labels(record)[label], ha="right", va="center")
         for x, row in ((4.5 * kind + place, row) for kind, rows in enumerate(kinds)
                        for place, row in enumerate(rows)):
-            _, pixels, there = where[keys[row]]
+            _, pixels, there = where[key[row]]
+            source = record.sources[place_of(key[row])[0]]
             axes.imshow(pixels[there], extent=(x, x + 0.94, y + 0.94, y))
-            axes.text(x, y - 0.04, f"{record.sources[pool.source[row]][:10]}\n"
-                      f"{pool.score[row]:.3g}", fontsize=4, linespacing=1)
+            axes.text(x, y - 0.04, f"{source[:10]}\n{score[row]:.3g}", fontsize=4, linespacing=1)
     axes.set(xlim=(-0.1, 18), ylim=(1.3 * len(groups), -0.5), aspect="equal")
     axes.set_axis_off()
     said = f"Images of each class by {criterion}: {listed(KINDS)}."

@@ -4,8 +4,8 @@ import functools
 import statistics
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,20 +33,22 @@ def accuracy_text(row):
     return "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}"
 
 
-@dataclass(frozen=True)
-class Images:
-    """(N,) each. source: into Record.sources; index: which image of it; files: names, or ""."""
+def key_of(source, index):
+    """(N,) int64, another one for each image of any source. source: into Record.sources."""
+    return source << 40 | index
 
-    source: np.ndarray
-    index: np.ndarray
+
+def place_of(key):
+    """(source, index) of a key."""
+    return key >> 40, key & (1 << 40) - 1
+
+
+class Images(NamedTuple):
+    """A transfer set. (N,) each; key: of key_of; files: names, or ""."""
+
+    key: np.ndarray
     predicted: np.ndarray
-    score: np.ndarray
-    files: Sequence = ()
-
-    @property
-    def key(self):
-        """(N,) int64, another one for each image of any source."""
-        return self.source << 40 | self.index
+    files: Sequence
 
 
 class Record:
@@ -55,21 +57,20 @@ class Record:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.settings, self.config = read_settings(folder)
-        self.sources = [name_of(spec) for spec in self.settings.sources]
         self.teacher = self._product("teacher.json")
-        self.test = self.teacher.get("test")        # on what test split it was measured
         self.thresholds = self._product("thresholds.json")
         self.held_out = self._product("scores/held_out.json")
-        self.classes = [shown(name) for name in
-                        (self.teacher or self.thresholds).get("classes", ())]
-        found = [*self.settings.rows,
+        known = self.teacher or self.thresholds
+        self.classes = [shown(name) for name in known.get("classes", ())]
+        names = [*self.settings.rows,
                  *sorted(path.parent.name for path in self.folder.glob("transfer/*/summary.json")),
                  *sorted(path.stem for path in self.folder.glob("students/*.json"))]
-        self.approaches = sorted(set(found), key=[*APPROACHES, *found].index)
+        self.approaches = sorted(set(names), key=[*APPROACHES, *names].index)
         self.students = self._products("students/{}.json", self.approaches)
         self.summaries = self._products("transfer/{}/summary.json", self.approaches)
         used = [name for each in self.summaries.values() for name in each["per_source"]]
-        self.sources = list(dict.fromkeys([*self.sources, *used]))      # of a stage by hand
+        named = map(name_of, self.settings.sources)
+        self.sources = list(dict.fromkeys([*named, *used]))     # a stage by hand may have others
         self.scored = self._products("scores/{}.json", [*self.sources, "confidence"])
 
     def _product(self, name):
@@ -88,36 +89,37 @@ class Record:
         return {name: dict(np.load(self.folder / f"scores/{name}.npz")) for name in self.scored}
 
     @functools.cached_property
-    def pools(self):
-        """{criterion that has thresholds: Images of all sources that have been scored}."""
-        parts = [self.scores[name] | {"source": np.full(len(self.scores[name]["index"]), number)}
+    def pool(self):
+        """{"key", "predicted" and each criterion: (N,)} of all sources that have been scored."""
+        parts = [self.scores[name] | {"key": key_of(number, self.scores[name]["index"])}
                  for number, name in enumerate(self.sources) if name in self.scores]
-        names = [name for name in self.thresholds if parts and all(name in part for part in parts)]
-        where = [np.concatenate([part[column] for part in parts])
-                 for column in ("source", "index", "predicted") if names]
-        return {name: Images(*where, np.concatenate([part[name] for part in parts]))
-                for name in names}
+        return {name: np.concatenate([part[name] for part in parts])
+                for name in parts[0] if all(name in part for part in parts)} if parts else {}
+
+    @property
+    def criteria(self):
+        """Those that all sources have scores by."""
+        return [name for name in self.thresholds if name in self.pool]
 
     @functools.cached_property
     def selected(self):
         """{approach: Images} of the transfer sets that are not empty."""
-        found = {}
-        for name in (name for name, summary in self.summaries.items() if summary["size"]):
-            with open(self.folder / f"transfer/{name}/manifest.csv", encoding="utf-8",
-                      errors="surrogateescape", newline="") as file:
-                rows, columns = csv.reader(file), [array("q"), array("q"), array("q"), array("d")]
-                next(rows)
-                files = Names(self._fill(columns, rows))
-            found[name] = Images(*map(np.asarray, columns), files)
-        return found
+        return {name: self._manifest(self.folder / f"transfer/{name}/manifest.csv")
+                for name, summary in self.summaries.items() if summary["size"]}
 
-    def _fill(self, columns, rows):
-        """Yields the file of each row of a manifest; the rest goes into columns."""
-        for source, index, file, predicted, score in rows:
-            for column, value in zip(columns, (self.sources.index(source), int(index),
-                                               int(predicted), float(score or "nan")), strict=True):
-                column.append(value)
-            yield file
+    def _manifest(self, path):
+        keys, predicted = array("q"), array("q")        # there may be millions of rows
+
+        def files(rows):
+            for source, index, file, label, _ in rows:
+                keys.append(key_of(self.sources.index(source), int(index)))
+                predicted.append(int(label))
+                yield file
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            rows = csv.reader(file)
+            next(rows)
+            names = Names(files(rows))
+        return Images(np.asarray(keys), np.asarray(predicted), names)
 
     def places(self, keys):
         """{key: (Images, their pixels (N, size, size, 3) uint8, the row there)} of those of these
@@ -132,29 +134,22 @@ class Record:
 
 
 class Experiment:
-    """A run folder as the user named it: one run, or one per seed below it, whichever began last.
+    """What is shown as one table: the run folders of all seeds.
 
-    settings: which seeds are meant; without, all that are there.
+    folder: as the user named it, a run or what holds one per seed; folders: the runs, if known.
     """
 
-    def __init__(self, folder, settings=None):
+    def __init__(self, folder, folders=None):
         self.folder, self.name = Path(folder), shown(folder)
-        own, below = self.folder / "config.json", [
-            path for path in self.folder.glob("seed-*/config.json")
-            if path.parent.name[5:].isdecimal()]
-        if settings:
-            below = [self.folder / f"seed-{seed}/config.json"
-                     for seed in settings.seeds if len(settings.seeds) > 1]
-        elif own.exists() and all(path.stat().st_mtime < own.stat().st_mtime for path in below):
-            below = []
-        below.sort(key=lambda path: int(path.parent.name[5:]))
-        self.records = [Record(path.parent) for path in below or [own]]
+        below = [config.parent for config in self.folder.glob("seed-*/config.json")]
+        records = map(Record, folders or below or [folder])
+        self.records = sorted(records, key=lambda record: record.settings.seed)
         self.first = self.records[0]
         self.approaches = list(dict.fromkeys(
             name for record in self.records for name in record.approaches))
         self.teacher_accuracy = mean(record.teacher.get("accuracy") for record in self.records)
 
     def trained(self, approach):
-        """What the students of an approach reached: the JSON of each seed that has one."""
+        """The JSON of each seed's student of an approach, but of those that learned nothing."""
         students = [record.students.get(approach) for record in self.records]
         return [student for student in students if student and student["history"]]

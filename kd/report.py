@@ -7,10 +7,9 @@ import statistics
 import time
 from pathlib import Path
 
-from kd.files import listed, write_json, write_text
-from kd.flags import flag_of
+from kd.files import listed, say, write_json, write_text
 from kd.record import Experiment, accuracy_text, mean, shown
-from kd.settings import DRAWN_BY_WEIGHT, EATS_SOURCES, FIELDS, ON_TARGET
+from kd.settings import EATS_SOURCES
 from kd.values import name_of, name_of_arch
 
 HEADS = ("approach", "student", "sources", "images", "per class", "accuracy %", "retention",
@@ -19,85 +18,75 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)     # of its own folders
 
 
 def collect(experiment):
-    """The content of results.json, as far as there is something. Figures are means over the seeds,
-    accuracy_std is the sample deviation (None for one seed)."""
-    settings, records, rows = experiment.first.settings, experiment.records, []
-    for approach in experiment.approaches:
-        students = [each.students[approach] for each in records if approach in each.students]
-        trained = experiment.trained(approach)
-        known = [each["accuracy"] for each in trained if each["accuracy"] is not None]
-        rows += [{
-            "approach": approach, "student": name_of_arch(students[0]["arch"]),
-            "sources": students[0]["sources"],
-            "transfer_size": round(mean(each["transfer_size"] for each in students)),
-            "per_class": [round(mean(counts)) for counts in zip(
-                *(each["per_class"] for each in students), strict=True)],
-            "accuracy": mean(known),
-            "accuracy_std": statistics.stdev(known) if len(known) > 1 else None,
-            **{name: mean(each.get(name) for each in trained) for name in
-               ("retention", "agreement", "source_agreement", "seconds", "images_per_second")},
-            "parameters": students[0].get("parameters")}] if students else []
-    arch = experiment.first.teacher.get("arch", settings.teacher_arch)
+    """The content of results.json, as far as there is something."""
+    settings, teacher = experiment.first.settings, experiment.first.teacher
+    rows = [row_of(experiment, approach) for approach in experiment.approaches
+            if any(approach in each.students for each in experiment.records)]
     return {"target": name_of(settings.target), "classes": experiment.first.classes,
-            "recipe": settings.recipe, "seeds": [each.settings.seed for each in records],
-            "teacher": {"arch": name_of_arch(arch), "accuracy": experiment.teacher_accuracy,
-                        "parameters": experiment.first.teacher.get("parameters")},
+            "recipe": settings.recipe, "seeds": [each.settings.seed for each in experiment.records],
+            "teacher": {"arch": name_of_arch(teacher.get("arch", settings.teacher_arch)),
+                        "accuracy": experiment.teacher_accuracy,
+                        "parameters": teacher.get("parameters")},
             "rows": rows, "notes": [shown(note) for note in notes(experiment)]}
 
 
+def row_of(experiment, approach):
+    """Figures are means over the seeds, accuracy_std is the sample deviation (None for one seed).
+    Of a student that learned nothing only the transfer set counts."""
+    students = [each.students[approach] for each in experiment.records if approach in each.students]
+    trained = experiment.trained(approach)
+    known = [each["accuracy"] for each in trained if each["accuracy"] is not None]
+    per_class = zip(*(each["per_class"] for each in students), strict=True)
+    return {
+        "approach": approach, "student": name_of_arch(students[0]["arch"]),
+        "sources": students[0]["sources"],
+        "transfer_size": round(mean(each["transfer_size"] for each in students)),
+        "per_class": [round(mean(counts)) for counts in per_class],
+        "accuracy": mean(known),
+        "accuracy_std": statistics.stdev(known) if len(known) > 1 else None,
+        **{name: mean(each[name] for each in trained) for name in (
+            "retention", "agreement", "source_agreement", "seconds", "images_per_second")},
+        "parameters": students[0].get("parameters")}
+
+
 def notes(experiment):
-    """What the table must not hide, in sentences."""
-    record, approaches, records = experiment.first, experiment.approaches, experiment.records
+    """Yields what the table must not hide, in sentences."""
+    record, records, approaches = experiment.first, experiment.records, experiment.approaches
     settings, held = record.settings, record.held_out
     unfinished = [name for name in settings.rows
                   if any(name not in each.students for each in records)]
+    if unfinished:
+        yield f"Not made yet: {listed(unfinished)}."
+    if settings.limit:
+        yield f"A trial run with at most {settings.limit} images of each data set."
+    if settings.data_free:
+        yield "Data-free: no training image of the target was used."
+    if held and experiment.teacher_accuracy is None:
+        yield (f"Agreement: on {held['images']:,} images of the sources that no student learned "
+               "from; always answering the most frequent class would reach "
+               f"{held['largest_class']:.2%}.")
+    if settings.mms_plain and not record.teacher.get("linear_head", True):
+        yield "MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits."
+    by_threshold = [each for each in record.summaries.values() if each["calibrated_on"]]
+    if by_threshold:
+        made = by_threshold[0]["made_from"]
+        yield (f"Selected with --threshold {made['threshold']} --calibrate {made['calibrate']} "
+               f"--floor {made['floor']:g} --fill {made['fill']}"
+               f"{' --no-balance' * made['no_balance']}.")
     absent = [name for name in EATS_SOURCES if name not in record.sources]
-    supervised, size = experiment.trained("supervised"), record.teacher.get("parameters")
-    start = next((each.get("weights", "none") for each in supervised), "none")
-    others = [name for name in approaches if any(
-        each.students[name].get("test", each.test) != each.test
-        for each in records if name in each.students)]
-    made_of = [[each.students[name]["made_from"] for each in records if name in each.students]
-               for name in approaches]      # of each approach, by seed
-    unlike = [flag_of(key) for key in FIELDS if any(
-        each.get(key) != some[0].get(key) for some in made_of for each in some)]
-    sizes = {name_of_arch(each["arch"]): each["parameters"] for each in record.students.values()
-             if each.get("parameters")}
-    selected = set(approaches) - {*ON_TARGET, "all", "matched", *DRAWN_BY_WEIGHT}
-    made = next((each["made_from"] for each in record.summaries.values()), settings.of_stage(
-        "transfer"))
-    found = [sentence for true, sentence in (
-        (unfinished, f"Not made yet: {listed(unfinished)}."),
-        (settings.limit, f"A trial run with at most {settings.limit} images of each data set."),
-        (settings.data_free, "Data-free: no training image of the target was used."),
-        (held and experiment.teacher_accuracy is None,
-         f"Agreement: on {held.get('images', 0):,} images of the sources that no student learned "
-         "from; always answering the most frequent class would reach "
-         f"{held.get('largest_class', 0):.2%}."),
-        (settings.mms_plain and not record.teacher.get("linear_head", True),
-         "MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits."),
-        (record.thresholds and selected,
-         f"Selected with --threshold {made['threshold']} --calibrate {made['calibrate']} --floor "
-         f"{made['floor']:g} --fill {made['fill']}{' --no-balance' * made['no_balance']}."),
-        ("eats" in approaches and absent,
-         f"eats does without {listed(absent)}: not among the sources."),
-        (unlike, f"The seeds differ in {listed(unlike)}: a mean over them says little."),
-        (others, f"Measured on another test split than the teacher: {listed(others)}."),
-        ("original" in approaches, "The student of original learns from the target's own training "
-         "images: what other images are held against."),
-        (supervised, "The supervised student learns from labels and starts from "
-         f"{'random' if start == 'none' else name_of_arch(start)} weights.")) if true]
-    if size and sizes:
-        counts = listed([f"{arch} has {count:,}" for arch, count in sizes.items()])
-        found.append(f"Parameters: {counts}, the teacher {size:,}.")
+    if "eats" in approaches and absent:
+        yield f"eats does without {listed(absent)}: not among the sources."
+    for student in experiment.trained("supervised")[:1]:
+        start = "random" if student["weights"] == "none" else name_of_arch(student["weights"])
+        yield f"The supervised student learns from labels and starts from {start} weights."
     said = {}       # {sentence about @: approaches}: what is true of several is said once
     for each in records:
         seed = f" (seed {each.settings.seed})" * (len(records) > 1)
-        for approach in (name for name in approaches if name in each.summaries):
-            summary = each.summaries[approach]
+        for approach, summary in each.summaries.items():
             for sentence in about_transfer_set(summary, each.students.get(approach)):
                 said.setdefault(sentence, []).append(approach + seed)
-    return found + [sentence.replace("@", listed(names), 1) for sentence, names in said.items()]
+    for sentence, names in said.items():
+        yield sentence.replace("@", listed(names), 1)
 
 
 def about_transfer_set(summary, student=None):
@@ -115,11 +104,9 @@ def about_transfer_set(summary, student=None):
         where = "confidence set" if summary["calibrated_on"] == "target" else "sources"
         yield (f"Classes without a threshold in @: {listed(summary['no_threshold'])}. No image "
                f"of the {where} gives them one.")
-    if student and student.get("weights") == "teacher":
+    if student and student["weights"] == "teacher":
         yield ("The student of @ is pruned from the teacher: it starts with the teacher's layers, "
                "which keep most of its accuracy on any images.")
-    if student and student.get("bfloat16"):
-        yield "The student of @ learned in bfloat16."
     if student and not student["history"]:
         yield "There is no student of @: its transfer set is too small to learn from."
 
@@ -134,13 +121,12 @@ def cells(row):
     """The text of a row, as in HEADS."""
     def number(name, form, scale=1):
         return "-" if row[name] is None else format(row[name] * scale, form)
+    agreement = number("agreement", ".2f", 100)
+    if row["agreement"] is None and row["source_agreement"] is not None:
+        agreement = number("source_agreement", ".2f", 100) + " (sources)"
     return [row["approach"], row["student"], ", ".join(row["sources"]), f"{row['transfer_size']:,}",
-            extent(row["per_class"]),
-            accuracy_text(row), number("retention", ".3f"),
-            number("source_agreement", ".2f", 100) + " (sources)" if row["agreement"] is None and
-            row["source_agreement"] is not None else number("agreement", ".2f", 100),
-            number("seconds", ",.0f"),
-            number("images_per_second", ",.0f")]
+            extent(row["per_class"]), accuracy_text(row), number("retention", ".3f"), agreement,
+            number("seconds", ",.0f"), number("images_per_second", ",.0f")]
 
 
 def _markdown(heads, rows, words=3):
@@ -163,11 +149,22 @@ def as_markdown(results):
 
 
 def write(experiment):
-    """Writes results.json and results.md of a run. Returns the Markdown."""
-    results = collect(experiment)
-    write_json(experiment.folder / "results.json", results)
-    write_text(experiment.folder / "results.md", as_markdown(results))
-    return as_markdown(results)
+    """Writes what shows a run, finished or not, and says the table: results.json, results.md,
+    figures/*.png and report.html."""
+    from kd import figures, page
+    results, record, folder = collect(experiment), experiment.first, experiment.folder
+    write_json(folder / "results.json", results)
+    write_text(folder / "results.md", as_markdown(results))
+    say(as_markdown(results))
+    drawn = figures.save(folder / "figures", figures.of_run(record, results))
+    flags = [word for word in record.config["command"] if not word.startswith("--seeds=")]
+    command = ["python", "compile.py", *flags, "--run-dir=runs/again",
+               f"--seeds={','.join(map(str, results['seeds']))}"]
+    text = page.render(record, drawn, name=experiment.name, results=results, heads=HEADS,
+                       rows=map(cells, results["rows"]), heading=heading(results),
+                       command=shlex.join(command), now=time.strftime("%Y-%m-%d %H:%M"))
+    write_text(folder / "report.html", text)
+    say(f"{len(drawn)} figures in {folder / 'figures'}, page in {folder / 'report.html'}")
 
 
 def compare(folders, out):
@@ -186,19 +183,3 @@ def compare(folders, out):
     write_text(Path(out) / "table.csv", file.getvalue())
     write_text(Path(out) / "table.md", markdown)
     return f"{markdown}\ntable.md and table.csv are in {out}"
-
-
-def illustrate(experiment):
-    """Writes figures/*.png and report.html of a run, finished or not. Returns a line about them."""
-    from kd import figures, page
-    results, record = collect(experiment), experiment.first
-    drawn = figures.save(experiment.folder / "figures", figures.of_run(record, results))
-    flags = [word for word in record.config["command"] if not word.startswith("--seeds=")]
-    command = ["python", "compile.py", *flags, "--run-dir=runs/again",
-               f"--seeds={','.join(map(str, results['seeds']))}"]
-    text = page.render(record, drawn, name=experiment.name, results=results, heads=HEADS,
-                       rows=map(cells, results["rows"]), heading=heading(results),
-                       command=shlex.join(command), now=time.strftime("%Y-%m-%d %H:%M"))
-    write_text(experiment.folder / "report.html", text)
-    return (f"{len(drawn)} figures in {experiment.folder / 'figures'}, page in "
-            f"{experiment.folder / 'report.html'}")
