@@ -1,22 +1,21 @@
 """What a run selected and how its students learned, drawn for print.
 
 The colours are Okabe and Ito's, which the colour-blind tell apart; markers say the same. Each
-function returns a Figure, or None where there is nothing to draw. How to read it is in page.html.
+figure is None where there is nothing to draw. How to read it is in page.html.
 """
 import math
 import warnings
-from collections import namedtuple
 
 import matplotlib
 import numpy as np
 from cycler import cycler
 
-from kd.files import listed, say, write_atomically
+from kd.files import say, write_atomically
 from kd.record import accuracy_text, place_of, shown
 from kd.thresholds import passes
 
 matplotlib.use("Agg")
-from matplotlib import pyplot, ticker  # noqa: E402
+from matplotlib import pyplot  # noqa: E402
 
 COLOURS = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000 #8C8C00".split()
 MARKERS = "osD^vP*X"
@@ -29,40 +28,41 @@ STYLE = {
     "font.family": ["DejaVu Sans", "Noto Sans CJK JP", "Microsoft YaHei", "Arial Unicode MS"],
     "font.size": 7.5, "axes.titlesize": 8, "legend.frameon": False, "lines.linewidth": 1,
     "lines.markersize": 4, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#dddddd", "axes.axisbelow": True, "text.parse_math": False, "savefig.dpi": 150,
+    "grid.color": "#dddddd", "axes.axisbelow": True, "savefig.dpi": 150,
     "savefig.bbox": "tight", "figure.constrained_layout.use": True,
     "image.interpolation": "nearest",
     "axes.prop_cycle": cycler(linestyle=["-", "--"]) * (
         cycler(color=COLOURS) + cycler(marker=MARKERS))}
 
-# name: of its file; text: what it shows, for who can't see it; drawn: matplotlib's.
-Figure = namedtuple("Figure", "name text drawn")
-
 
 def save(folder, drawn):
-    """Writes <name>.png of those that are not None. Returns [(name, text, path)].
+    """Writes <name>.png of those that are not None. Returns the paths.
 
-    drawn: an iterator of figures, each made when it is its turn, in our style and not the user's.
-    """
+    drawn: an iterator of (name, figure), each made when it is its turn, in our style and not the
+    user's."""
     saved = []
     with pyplot.style.context(["default", STYLE]), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for figure in filter(None, drawn):
-            path = folder / f"{figure.name}.png"
-            write_atomically(path, figure.drawn.savefig)
-            pyplot.close(figure.drawn)
-            saved.append((figure.name, figure.text, path))
+        for name, figure in drawn:
+            if figure is not None:
+                saved.append(folder / f"{name}.png")
+                write_atomically(saved[-1], figure.savefig)
+                pyplot.close(figure)
     if any("missing from" in str(each.message) for each in caught):
         say("No font here has all letters of the class names: figures show boxes in their place.")
     return saved
 
 
 def of_run(record, results):
-    """Every Figure of a run, None among them. results: the content of results.json."""
+    """Yields (name, figure) of a run. results: the content of results.json."""
     ours = [name for name in record.criteria if name in record.selected]
-    yield from (accuracy(results), curves(record), counts(record))
-    yield from (scores(record, name) for name in ours or record.criteria[:1])
-    yield from (strip(record, name) for name in ours)
+    yield "accuracy", accuracy(results)
+    yield "curves", curves(record)
+    yield "counts", counts(record)
+    for name in ours or record.criteria[:1]:
+        yield f"scores-{name}", scores(record, name)
+    for name in ours:
+        yield f"strip-{name}", strip(record, name)
 
 
 def _legend(drawn, axes, **options):
@@ -78,7 +78,8 @@ def _panels(count, across, height):
 
 
 def _labels(record):
-    return [name if len(name) < 25 else f"{name[:23]}…" for name in record.classes[:MOST]]
+    short = [name if len(name) < 25 else f"{name[:23]}…" for name in record.classes[:MOST]]
+    return [name.replace("$", r"\$") for name in short]     # no formula
 
 
 def accuracy(results):
@@ -98,8 +99,7 @@ def accuracy(results):
     axes.set_yticks(range(len(rows)), [row["approach"] for row in rows])
     axes.set(ylim=(len(rows) - 0.5, -0.8), xlabel="accuracy on the test split, %")
     axes.margins(x=0.08)
-    said = ", ".join(f"{row['approach']} {accuracy_text(row)}" for row in rows)
-    return Figure("accuracy", f"Accuracy in %: {said}.", drawn)
+    return drawn
 
 
 def curves(record):
@@ -118,18 +118,13 @@ def curves(record):
             axes.plot(done[known], values[known], label=name,
                       markevery=max(1, known.sum() // 8))
             axes.set(xlabel="training done, %")
-    loss = panels[0]
-    loss.set(ylabel="loss (supervised: cross-entropy)", yscale="log")
-    loss.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    loss.yaxis.set_major_formatter("{x:g}")
-    loss.yaxis.set_minor_formatter(ticker.NullFormatter())
+    panels[0].set(ylabel="loss (supervised: cross-entropy)", yscale="log")
     if reached is not None:
         panels[1].set(ylabel="accuracy on the confidence set")
         panels[1].yaxis.set_major_formatter("{x:.0%}")
         panels[1].axhline(reached, **DASHED, label="teacher")
     _legend(drawn, panels[-1])
-    said = ", ".join(f"{name} {history[-1]['loss']:.3g}" for name, history in learned.items())
-    return Figure("curves", f"Loss at the end: {said}.", drawn)
+    return drawn
 
 
 def scores(record, criterion):
@@ -159,13 +154,12 @@ def scores(record, criterion):
         axes.locator_params(axis="x", nbins=4)
         axes.grid(False)
     _legend(drawn, axes, title=f"{criterion} of the images that the teacher puts into the class")
-    said = f"Distributions of {criterion} of {listed(list(groups))}."
-    return Figure(f"scores-{criterion}", said, drawn)
+    return drawn
 
 
 def counts(record):
     """How many images of each source each class got, a panel per approach."""
-    tables, said, few = {}, [], len(record.classes) <= MOST
+    tables, few = {}, len(record.classes) <= MOST
     for approach, images in record.selected.items():
         tables[approach] = np.zeros((len(record.classes), len(record.sources)), int)
         np.add.at(tables[approach], (images.predicted, place_of(images.key)[0]), 1)
@@ -185,11 +179,8 @@ def counts(record):
         axes.set_xticks(range(len(record.sources)), record.sources, rotation=50, ha="right")
         axes.set_title(f"{approach}, {table.sum():,}")
         axes.grid(False)
-        said.append(f"{approach}: " + ", ".join(f"{name} {count:,}" for name, count in zip(
-            record.sources, table.sum(0), strict=True)))
-    drawn.colorbar(image, ax=list(grid), label="images", shrink=0.6, format="{x:,.0f}",
-                   ticks=ticker.MaxNLocator(4, integer=True))
-    return Figure("counts", f"Images by source. {'; '.join(said)}.", drawn)
+    drawn.colorbar(image, ax=list(grid), label="images", shrink=0.6)
+    return drawn
 
 
 def ranked(record, criterion):
@@ -232,5 +223,4 @@ def strip(record, criterion):
             axes.text(x, y - 0.04, f"{source[:10]}\n{score[row]:.3g}", fontsize=4, linespacing=1)
     axes.set(xlim=(-0.1, 18), ylim=(1.3 * len(groups), -0.5), aspect="equal")
     axes.set_axis_off()
-    said = f"Images of each class by {criterion}: {listed(KINDS)}."
-    return Figure(f"strip-{criterion}", said, drawn)
+    return drawn

@@ -67,11 +67,10 @@ def _sheet(tiles):
 
 
 def render(record, drawn, **content):
-    """The whole file. drawn: as of figures.save; content: what page.html names."""
+    """The whole file. drawn: paths of PNGs; content: what page.html names."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True).get_template("page.html")
     data, sheets = gallery(record) if record.selected else ({"count": 0}, [])
-    figures = [(name, said, base64.b64encode(path.read_bytes()).decode())
-               for name, said, path in drawn]
+    figures = [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in drawn]
     return template.render(data=data, sheets=sheets, config=record.config, figures=figures,
                            **content)

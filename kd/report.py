@@ -9,7 +9,6 @@ from pathlib import Path
 
 from kd.files import listed, say, write_json, write_text
 from kd.record import Experiment, accuracy_text, mean, shown
-from kd.settings import EATS_SOURCES
 from kd.values import name_of, name_of_arch
 
 HEADS = ("approach", "student", "sources", "images", "per class", "accuracy %", "retention",
@@ -51,7 +50,7 @@ def row_of(experiment, approach):
 
 def notes(experiment):
     """Yields what the table must not hide, in sentences."""
-    record, records, approaches = experiment.first, experiment.records, experiment.approaches
+    record, records = experiment.first, experiment.records
     settings, held = record.settings, record.held_out
     unfinished = [name for name in settings.rows
                   if any(name not in each.students for each in records)]
@@ -73,9 +72,6 @@ def notes(experiment):
         yield (f"Selected with --threshold {made['threshold']} --calibrate {made['calibrate']} "
                f"--floor {made['floor']:g} --fill {made['fill']}"
                f"{' --no-balance' * made['no_balance']}.")
-    absent = [name for name in EATS_SOURCES if name not in record.sources]
-    if "eats" in approaches and absent:
-        yield f"eats does without {listed(absent)}: not among the sources."
     for student in experiment.trained("supervised")[:1]:
         start = "random" if student["weights"] == "none" else name_of_arch(student["weights"])
         yield f"The supervised student learns from labels and starts from {start} weights."
