@@ -148,8 +148,3 @@ class Experiment:
         self.approaches = list(dict.fromkeys(
             name for record in self.records for name in record.approaches))
         self.teacher_accuracy = mean(record.teacher.get("accuracy") for record in self.records)
-
-    def trained(self, approach):
-        """The JSON of each seed's student of an approach, but of those that learned nothing."""
-        students = [record.students.get(approach) for record in self.records]
-        return [student for student in students if student and student["history"]]

@@ -30,11 +30,9 @@ def collect(experiment):
 
 
 def row_of(experiment, approach):
-    """Figures are means over the seeds, accuracy_std is the sample deviation (None for one seed).
-    Of a student that learned nothing only the transfer set counts."""
+    """Figures are means over the seeds, accuracy_std is the sample deviation (None for one)."""
     students = [each.students[approach] for each in experiment.records if approach in each.students]
-    trained = experiment.trained(approach)
-    known = [each["accuracy"] for each in trained if each["accuracy"] is not None]
+    known = [each["accuracy"] for each in students if each["accuracy"] is not None]
     per_class = zip(*(each["per_class"] for each in students), strict=True)
     return {
         "approach": approach, "student": name_of_arch(students[0]["arch"]),
@@ -43,7 +41,7 @@ def row_of(experiment, approach):
         "per_class": [round(mean(counts)) for counts in per_class],
         "accuracy": mean(known),
         "accuracy_std": statistics.stdev(known) if len(known) > 1 else None,
-        **{name: mean(each[name] for each in trained) for name in (
+        **{name: mean(each[name] for each in students) for name in (
             "retention", "agreement", "source_agreement", "seconds", "images_per_second")},
         "parameters": students[0].get("parameters")}
 
@@ -72,8 +70,9 @@ def notes(experiment):
         yield (f"Selected with --threshold {made['threshold']} --calibrate {made['calibrate']} "
                f"--floor {made['floor']:g} --fill {made['fill']}"
                f"{' --no-balance' * made['no_balance']}.")
-    for student in experiment.trained("supervised")[:1]:
-        start = "random" if student["weights"] == "none" else name_of_arch(student["weights"])
+    if "supervised" in record.students:
+        weights = record.students["supervised"]["weights"]
+        start = "random" if weights == "none" else name_of_arch(weights)
         yield f"The supervised student learns from labels and starts from {start} weights."
     said = {}       # {sentence about @: approaches}: what is true of several is said once
     for each in records:
@@ -87,10 +86,10 @@ def notes(experiment):
 
 def about_transfer_set(summary, student=None):
     """Sentences about it and about its student, with @ where the approach comes."""
-    got = dict(zip(summary["classes"], summary["per_class"], strict=True))
+    bucket, lacking = summary["bucket"], summary["shortfall"]
     for words, counts in (
-            (f"Classes with fewer than {summary['bucket']:,} images in @",
-             {name: got[name] for name in summary["shortfall"]}),
+            (f"Classes with fewer than {bucket:,} images in @",
+             {name: bucket - count for name, count in lacking.items()}),
             ("Images below the threshold that --floor let in for @", summary["below_threshold"]),
             ("Images that can't be read, or get no finite logits, are left out of @",
              summary["unreadable"])):
