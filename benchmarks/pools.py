@@ -92,7 +92,7 @@ def copies(target, *sources, most=5):
             print(f"{Path(source).name} {row} and {which}: {value:.3f}")
 
 
-def lines(folders):
+def lines(*folders):
     """Prints a line for each student of each run folder, POOL or POOL-SEED."""
     for folder in folders:
         pool = re.sub(r"-\d+$", "", Path(folder).name)
@@ -132,42 +132,46 @@ def line(record, approach, pool):
     return found
 
 
-def better(*files, seed=0):
-    """Accuracy of the first student of each pair less that of the second, in points: the mean over
-    the pairs, with the 95 % interval of a paired bootstrap over the test images, which are the same
-    for all. files: students/*.npz, the first and the second of each pair in turn."""
+def better(*files):
+    """Prints the accuracy of the first student of each pair less that of the second, in points: the
+    mean over the pairs, and the 95 % interval of a paired bootstrap over the test images, which are
+    the same for all. files: students/*.npz, the first and the second of each pair in turn."""
     right = []
     for file in files:
         with np.load(file) as saved:
             right.append((saved["predicted"] == saved["labels"]).astype(float))
     difference = 100 * (np.mean(right[::2], 0) - np.mean(right[1::2], 0))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     means = [difference[rng.integers(0, len(difference), len(difference))].mean()
              for _ in range(DRAWS)]
-    return difference.mean(), *np.quantile(means, (0.025, 0.975))
+    print(difference.mean(), *np.quantile(means, (0.025, 0.975)))
+
+
+def mean(rows, name, scale=100.0, form=".2f"):
+    """Mean and deviation of those of the rows that have it."""
+    values = [scale * row[name] for row in rows if row.get(name) is not None]
+    spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{spread}" if values else "-"
 
 
 def table():
-    rows = [json.loads(each) for each in LINES.read_text().splitlines()]
+    """Prints pools.jsonl, a table per pool and a row per approach."""
+    lines = [json.loads(each) for each in LINES.read_text().splitlines()]
     heads = ("approach", "seeds", "images", "related %", "smallest class %", "gap",
              "confidence set %", "agreement %", "test %")
-    for pool in dict.fromkeys(row["pool"] for row in rows):
+    for pool in dict.fromkeys(line["pool"] for line in lines):
         print(f"\n{pool}\n\n| {' | '.join(heads)} |\n|---|{'---:|' * (len(heads) - 1)}")
-        of_pool = [row for row in rows if row["pool"] == pool]
-        for approach in dict.fromkeys(row["approach"] for row in of_pool):
-            same = [row for row in of_pool if row["approach"] == approach]
-
-            def mean(name, scale=1.0, form=".2f", same=same):
-                values = [scale * row[name] for row in same if row.get(name) is not None]
-                spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
-                return f"{np.mean(values):{form}}{spread}" if values else "-"
-            print(f"| {approach} | {len(same)} | {mean('images', form=',.0f').split(' ')[0]} | "
-                  f"{mean('related', 100, '.1f')} | {mean('smallest_class', 100, '.2f')} | "
-                  f"{mean('gap')} | {mean('confidence', 100)} | {mean('agreement', 100)} | "
-                  f"{mean('accuracy', 100)} |")
+        of_pool = [line for line in lines if line["pool"] == pool]
+        for approach in dict.fromkeys(line["approach"] for line in of_pool):
+            rows = [line for line in of_pool if line["approach"] == approach]
+            images = np.mean([row["images"] for row in rows])
+            cells = [approach, str(len(rows)), f"{images:,.0f}", mean(rows, "related", form=".1f"),
+                     mean(rows, "smallest_class"), mean(rows, "gap", 1.0),
+                     *(mean(rows, name) for name in ("confidence", "agreement", "accuracy"))]
+            print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
     command, *given = sys.argv[1:]
-    {"make": make, "copies": copies, "table": table, "lines": lambda *folders: lines(folders),
-     "better": lambda *each: print(*better(*each))}[command](*given)
+    {"make": make, "copies": copies, "table": table, "lines": lines, "better": better}[command](
+        *given)

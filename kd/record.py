@@ -71,7 +71,6 @@ class Record:
         used = [name for each in self.summaries.values() for name in each["per_source"]]
         named = map(name_of, self.settings.sources)
         self.sources = list(dict.fromkeys([*named, *used]))     # a stage by hand may have others
-        self.scored = self._products("scores/{}.json", [*self.sources, "confidence"])
 
     def _product(self, name):
         content, wrong = read_product(self.folder, name)
@@ -86,7 +85,8 @@ class Record:
     @functools.cached_property
     def scores(self):
         """{source, or "confidence": {"predicted", "index" and each criterion: (N,)}}."""
-        return {name: dict(np.load(self.folder / f"scores/{name}.npz")) for name in self.scored}
+        there = self._products("scores/{}.json", [*self.sources, "confidence"])
+        return {name: dict(np.load(self.folder / f"scores/{name}.npz")) for name in there}
 
     @functools.cached_property
     def pool(self):
@@ -111,14 +111,12 @@ class Record:
         keys, predicted = array("q"), array("q")        # there may be millions of rows
 
         def files(rows):
-            for source, index, file, label, _ in rows:
-                keys.append(key_of(self.sources.index(source), int(index)))
-                predicted.append(int(label))
-                yield file
+            for row in rows:
+                keys.append(key_of(self.sources.index(row["source"]), int(row["index"])))
+                predicted.append(int(row["predicted"]))
+                yield row["file"]
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = csv.reader(file)
-            next(rows)
-            names = Names(files(rows))
+            names = Names(files(csv.DictReader(file)))
         return Images(np.asarray(keys), np.asarray(predicted), names)
 
     def places(self, keys):

@@ -116,12 +116,11 @@ def cells(row):
     """The text of a row, as in HEADS."""
     def number(name, form, scale=1):
         return "-" if row[name] is None else format(row[name] * scale, form)
-    agreement = number("agreement", ".2f", 100)
-    if row["agreement"] is None and row["source_agreement"] is not None:
-        agreement = number("source_agreement", ".2f", 100) + " (sources)"
+    agreement = "source_agreement" if row["agreement"] is None else "agreement"
     return [row["approach"], row["student"], ", ".join(row["sources"]), f"{row['transfer_size']:,}",
-            extent(row["per_class"]), accuracy_text(row), number("retention", ".3f"), agreement,
-            number("seconds", ",.0f"), number("images_per_second", ",.0f")]
+            extent(row["per_class"]), accuracy_text(row), number("retention", ".3f"),
+            number(agreement, ".2f", 100), number("seconds", ",.0f"),
+            number("images_per_second", ",.0f")]
 
 
 def _markdown(heads, rows, words=3):
