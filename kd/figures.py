@@ -55,14 +55,14 @@ def save(folder, drawn):
 
 def of_run(record, results):
     """Yields (name, figure) of a run. results: the content of results.json."""
-    ours = [name for name in record.criteria if name in record.selected]
     yield "accuracy", accuracy(results)
     yield "curves", curves(record)
     yield "counts", counts(record)
-    for name in ours or record.criteria[:1]:
-        yield f"scores-{name}", scores(record, name)
-    for name in ours:
-        yield f"strip-{name}", strip(record, name)
+    for name in record.criteria:
+        if name in record.approaches:
+            yield f"scores-{name}", scores(record, name)
+        if name in record.selected:
+            yield f"strip-{name}", strip(record, name)
 
 
 def _legend(drawn, axes, **options):

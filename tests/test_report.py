@@ -96,7 +96,7 @@ def test_what_is_unknown_is_a_dash_and_what_the_table_must_not_hide_is_said(run)
 
 @pytest.mark.parametrize("lacking, names", [
     ("students", {"counts", "strip-mms", "strip-entropy", "scores-mms", "scores-entropy"}),
-    ("transfer", {"scores-mms"}), ("scores", set()), ("teacher.json", set())])
+    ("transfer", {"scores-mms", "scores-entropy"}), ("scores", set()), ("teacher.json", set())])
 def test_an_unfinished_run_is_shown_as_far_as_it_is(run, lacking, names):
     later = ["students", "transfer", "scores", "thresholds.json", "teacher.json"]
     for name in ["results.json", "figures", *later[:later.index(lacking) + 1]]:
