@@ -10,7 +10,6 @@ Out: Packed or Streamed (kd/packing.py), which answer with batches of uint8 pixe
 import functools
 import re
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 from kd import drawn, readers
 from kd.archives import extract
 from kd.command import command
-from kd.download import fetch_all, remaining
+from kd.download import fetch_all
 from kd.files import UserError, digest, listed, one_field, require_none, say, say_once
 from kd.flags import add_flags, bare_parser
 from kd.huggingface import open_rows
@@ -37,105 +36,95 @@ NO_CLASSES = ("places365", *drawn.COUNTS)
 @dataclass(frozen=True)
 class Place:
     """kind: built-in, extracted, folder, shards, rows, archive or absent; files: {path: RemoteFile}
-    of what a data set has still to be made of, there or not; the files of shards and rows."""
+    of what a data set has still to be made of, there or not."""
 
     kind: str
     path: Path
     files: dict = field(default_factory=dict)
 
 
-def find(spec, data_dir, role="source"):
-    """The Place of NAME, NAME=PATH or NAME=SHARDS. Raises UserError where nothing has that name, or
-    the path is not what `role` needs: source, target, or test (a target's test split alone)."""
+def find(spec, data_dir, splits=()):
+    """The Place of NAME, NAME=PATH or NAME=SHARDS. splits: those that a target needs, of train and
+    test; a source needs none. Raises UserError where nothing has that name or is at that path."""
     if "=" in spec:
-        return _find_path(spec, role)
-    if spec not in DATA_SETS or role != "source" and spec in NO_CLASSES:
-        known = [each for each in DATA_SETS if role == "source" or each not in NO_CLASSES]
-        raise UserError(f"There is no data set {spec} to be a {role} (there are "
-                        f"{', '.join(known)}). Give your own as {spec}=PATH.")
-    return _find_named(DATA_SETS[spec], Path(data_dir), role)
+        return _find_path(spec, splits)
+    known = [name for name in DATA_SETS if not splits or name not in NO_CLASSES]
+    if spec not in known:
+        raise UserError(f"There is no data set {spec} to be a {'target' if splits else 'source'} "
+                        f"(there are {', '.join(known)}). Give your own as {spec}=PATH.")
+    return _find_named(DATA_SETS[spec], Path(data_dir), splits)
 
 
-def _find_named(record, data_dir, role):
+def _find_named(record, data_dir, splits):
     """In the data folder, and in folders there that have its name as people write it: SVHN."""
     if not record.files:
         return Place("built-in", data_dir)
     named = sorted(path for path in data_dir.glob("*/")
                    if re.sub("[^a-z0-9]", "", path.name.lower()) == record.name)
-    more = record.target_files if role != "source" else ()
+    more = record.target_files if splits else ()
     for folder in (data_dir, *named):
         if (folder / record.layout).exists():
             return Place("extracted", folder / record.layout, {
                 folder / file.name: file for file in more if not (folder / file.name).exists()})
     for folder in named:
-        has_images = role == "source" and next(readers.walk(folder, Counter(), set()), None)
-        if has_images or role != "source" and not _lacking(folder, role):
+        if not _lacking(folder, splits) and (splits or any(readers.walk(folder))):
             return Place("folder", folder)
-    folder = next((each for each in named if (each / record.files[0].name).exists()), data_dir)
-    files = {folder / file.name: file for file in record.files + more}
-    return Place("archive" if all(path.exists() for path in files) else "absent", folder, files)
+    files = {data_dir / file.name: file for file in record.files + more}
+    kind = "archive" if all(path.exists() for path in files) else "absent"
+    return Place(kind, data_dir / record.layout, files)
 
 
-def _find_path(spec, role):
-    """The Place of NAME=PATH or NAME=SHARDS. Raises UserError where it is not what `role` needs."""
+def _find_path(spec, splits):
     name, _, path = spec.partition("=")
     root = Path(path)
-    if path.startswith(HF) and role == "source":
+    if not splits and path.startswith(HF):
         return Place("rows", root)
-    if not root.is_dir() and role == "source" and path.endswith((".tar", ".parquet")):
-        kind = "shards" if path.endswith(".tar") else "rows"
-        return Place(kind, root, dict.fromkeys(readers.shard_paths(name, path)))
-    lacking = [f"{path}/{split}" for split in _lacking(root, role)] if root.is_dir() else [path]
+    if not splits and path.endswith((".tar", ".parquet")) and not root.is_dir():
+        readers.shard_paths(name, path)     # raises where there are none
+        return Place("shards" if path.endswith(".tar") else "rows", root)
+    lacking = [f"{path}/{split}" for split in _lacking(root, splits)] if root.is_dir() else [path]
     if lacking:
         raise UserError(f"{spec}: there is no folder {listed(lacking)}." + (
-            " Archives are read as uncompressed .tar shards only." if role == "source" else
             " A target holds train/<class>/* and test/<class>/*; one without training images needs "
-            "--data-free."))
+            "--data-free." if splits else " Archives are read as uncompressed .tar shards only."))
     return Place("folder", root)
 
 
-def _split_of(root, split):
-    """A split's folder: val/ is taken for test/ where that is not there, or has no classes."""
-    train, test, val = ({each.name for each in (root / name).glob("*/")}
-                        for name in ("train", "test", "val"))
-    known = train or val
-    return root / ("val" if split == "test" and known & val and not known & test else split)
+def _split_folder(root, split):
+    """val/ is taken for test/ where there is no test/."""
+    return root / ("val" if split == "test" and not (root / "test").is_dir() else split)
 
 
-def _lacking(root, role):
-    splits = {"source": (), "target": ("train", "test"), "test": ("test",)}[role]
-    return [split for split in splits if not _split_of(root, split).is_dir()]
+def _lacking(root, splits):
+    return [split for split in splits if not _split_folder(root, split).is_dir()]
 
 
-def _folders_of(place, role):
-    """The real paths that a data set is read from."""
-    if place.kind in ("shards", "rows"):
-        return {Path(shard).resolve() for shard in place.files}
-    if place.kind == "folder" and role != "source":
-        splits = [_split_of(place.path, split) for split in ("train", "test")]
-        return {each.resolve() for split in splits for each in (split, *split.glob("*/"))}
-    return {place.path.resolve()} if place.kind in ("folder", "extracted") else set()
+def _real_paths(place, splits):
+    """What a data set is read from; of a target the folder of each class, which may be a link."""
+    if place.kind == "built-in" or str(place.path).startswith(HF):
+        return []
+    if place.kind != "folder" or not splits:
+        return [place.path.resolve()]
+    folders = [_split_folder(place.path, split) for split in splits]
+    return [each.resolve() for folder in folders for each in (folder, *folder.glob("*/"))]
 
 
-def _require_apart(settings, spec, sources, folders):
-    """Raises UserError where a source that is read from these real paths holds images of the target
-    or of one of `sources`, or is the data or the run folder."""
-    others = {"the data folder": {Path(settings.data_dir).resolve() / "packed"}}
+def _require_apart(settings, places):
+    """Raises UserError where a source is, holds or lies in the target, an earlier source, or the
+    data or the run folder. places: [(spec, splits, Place)], the target first."""
+    taken = [("the data folder", Path(settings.data_dir).resolve() / "packed")]
     if settings.run_dir:
-        others["the run folder"] = {Path(settings.run_dir).resolve()}
-    if _has_images(settings.target):
-        role = "test" if settings.data_free else "target"
-        others["the target"] = _folders_of(find(settings.target, settings.data_dir, role), role)
-    for other in sources:
-        place = find(other, settings.data_dir)
-        others[f"the source {name_of(other)}"] = _folders_of(place, "source")
-    for what, theirs in others.items():
-        above = {parent for path in theirs for parent in path.parents}
-        for path in folders:
-            if path in theirs or path in above or not theirs.isdisjoint(path.parents):
-                raise UserError(f"{name_of(spec)} and {what} are the same folder, or one lies in "
-                                f"the other ({path}): images would be used twice. Give another "
-                                "folder.")
+        taken.append(("the run folder", Path(settings.run_dir).resolve()))
+    for spec, splits, place in places:
+        paths = _real_paths(place, splits)
+        for what, other in taken if not splits else ():
+            for path in paths:
+                if path == other or path in other.parents or other in path.parents:
+                    raise UserError(f"{name_of(spec)} and {what} are the same folder, or one lies "
+                                    f"in the other ({path}): images would be used twice. Give "
+                                    "another folder.")
+        what = "the target" if splits else f"the source {name_of(spec)}"
+        taken += [(what, path) for path in paths]
 
 
 def _has_images(target):
@@ -143,28 +132,32 @@ def _has_images(target):
     return "=" in target or target in DATA_SETS
 
 
+def _target_splits(settings):
+    return ("test",) if settings.data_free else ("train", "test")
+
+
+def _to_fetch(place):
+    """Bytes."""
+    return sum(file.size for path, file in place.files.items() if not path.exists())
+
+
 def locate(settings, sources=True):
     """[(record, Place)] of the named data sets that are to be fetched, which is said. Raises
     UserError with a line for each thing that isn't there or can't be used. sources: whether the run
     reads them."""
-    wanted = [(spec, "source") for spec in settings.sources if sources]
+    wanted = [(spec, ()) for spec in settings.sources if sources]
     if _has_images(settings.target) or settings.target and not settings.data_free:
-        wanted.insert(0, (settings.target, "test" if settings.data_free else "target"))
-    lines, absent = [], []
-    for spec, role in wanted:
+        wanted.insert(0, (settings.target, _target_splits(settings)))
+    lines, places = [], []
+    for spec, splits in wanted:
         try:
-            place = find(spec, settings.data_dir, role)
-            if role == "source":
-                earlier = settings.sources[:settings.sources.index(spec)]
-                _require_apart(settings, spec, earlier, _folders_of(place, role))
+            places.append((spec, splits, find(spec, settings.data_dir, splits)))
         except UserError as error:
             lines.append(str(error))
-            continue
-        if place.files and place.kind not in ("shards", "rows"):
-            absent.append((DATA_SETS[spec], place))
     require_none(lines)
-    missing = sum(remaining(path, file) for _, place in absent for path, file in
-                  place.files.items())
+    _require_apart(settings, places)
+    absent = [(DATA_SETS[spec], place) for spec, _, place in places if place.files]
+    missing = sum(_to_fetch(place) for _, place in absent)
     if missing:
         names = listed([record.name for record, _ in absent])
         say_once(f"Fetching {names}, {missing / 1e6:,.0f} MB in all.")
@@ -179,7 +172,7 @@ def obtain(settings, sources=True):
     require_none(fetch_all(files))
     for record, place in absent:
         for archive in (path for path in place.files if path.suffix in ARCHIVES):
-            extract(archive, place.path / record.layout,
+            extract(archive, place.path,
                     functools.partial(_read_layout, record, split="source", named=archive))
 
 
@@ -199,8 +192,8 @@ def load_target(settings):
     if settings.data_free and not _has_images(spec):
         names = [str(number) for number in range(names)] if isinstance(names, int) else names
         return Target(None, None, names and list(names))
-    role, splits = ("test", ["test"]) if settings.data_free else ("target", ["train", "test"])
-    found = {split: _read(settings, spec, role, split) for split in splits}
+    splits = _target_splits(settings)
+    found = {split: _read(settings, spec, split) for split in splits}
     classes = _in_order(found["test"], names, spec).classes
     odd = sorted({*classes} ^ {*found[splits[0]].classes})
     if odd or len(classes) < 2:
@@ -216,10 +209,7 @@ def load_target(settings):
 
 def load_source(settings, spec):
     """The source `spec`, Packed or Streamed, without labels."""
-    visited = set()
-    images = _read(settings, spec, "source", "source", visited)
-    _require_apart(settings, spec, [each for each in settings.sources if each != spec],
-                   set(map(Path, visited)))     # links may lead anywhere
+    images = _read(settings, spec, "source")
     images = replace(images, labels=None, classes=None).limited(settings.limit)
     name, size, max_bad = name_of(spec), settings.image_size, settings.max_bad
     is_large = images.count * size * size * 3 > PACKED_BELOW
@@ -246,37 +236,35 @@ def _in_order(images, names, spec):
                    fingerprint=images.fingerprint + digest("\n".join(names).encode()))
 
 
-def _read(settings, spec, role, split, visited=None):
-    """The Images of a data set. Raises UserError where `obtain` has not fetched it. visited: as in
-    kd.readers.walk."""
-    name, record = name_of(spec), DATA_SETS.get(spec)
-    place = find(spec, settings.data_dir, role)
-    if record is not None and place.files:
+def _read(settings, spec, split):
+    """The Images of a data set. Raises UserError where `obtain` has not fetched it."""
+    name, _, path = spec.partition("=")
+    place = find(spec, settings.data_dir, () if split == "source" else (split,))
+    if place.files:
         raise UserError(f"{name} is not in {settings.data_dir}. compile.py and data.py fetch it.")
     if place.kind == "built-in":
-        return record.read(settings.seed, split)
+        return DATA_SETS[name].read(settings.seed, split)
     if place.kind == "extracted":
-        return _read_layout(record, place.path, split)
+        return _read_layout(DATA_SETS[name], place.path, split)
     if place.kind == "shards":
-        images = readers.open_shards(name, list(place.files))
+        images = readers.open_shards(name, path)
     elif place.kind == "rows":
-        images = open_rows(spec.partition("=")[2], list(place.files))
-    elif role == "source":
-        root = place.path / "train" if record and (place.path / "train").is_dir() else place.path
-        images = readers.read_files(root, readers.list_images(root, name, visited=visited))
+        images = open_rows(name, path)
+    elif split != "source":
+        images = readers.read_class_folders(_split_folder(place.path, split), f"{name} {split}")
     else:
-        images = readers.read_class_folders(_split_of(place.path, split), f"{name} {split}")
+        train = place.path / "train"
+        root = train if spec in DATA_SETS and train.is_dir() else place.path
+        images = readers.read_files(root, readers.list_images(root, name))
     if images.count == 0:
         raise UserError(f"{spec}: no images found. " + (
-            f"Tar shards are given as {name}=FOLDER/*.tar." if role == "source" else
+            f"Tar shards are given as {name}=FOLDER/*.tar." if split == "source" else
             f"A target's lie in a folder for each class, {split}/<class>/*."))
     return images
 
 
 def _read_layout(record, root, split, named=None):
     """The images of an official layout. Raises UserError, about `named`, where it is not whole."""
-    if record.target_files and split == "test":
-        root = root.with_name(record.target_files[0].name)
     try:
         images = record.read(root, split)
         expected = record.images.get(split, images.count)
@@ -306,7 +294,7 @@ def _list(data_dir):
     say(f"{'name':13} {'images':>9} {'to fetch':>9}  {'state':9} terms")
     for record in DATA_SETS.values():
         place = find(record.name, data_dir)
-        size = sum(remaining(path, file) for path, file in place.files.items())
+        size = _to_fetch(place)
         say(f"{record.name:13} {record.images['source']:>9,} "
             f"{f'{size / 1e6:,.0f} MB' if size else '-':>9}  {place.kind:9} {record.terms}")
 

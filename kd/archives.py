@@ -3,8 +3,6 @@ there when they are whole."""
 import os
 import shutil
 import tarfile
-import time
-import zipfile
 
 from kd.files import holding, say
 
@@ -39,10 +37,4 @@ def extract(archive, place, check):
 
 
 def _unpack(archive, folder):
-    if archive.suffix != ".zip":
-        return shutil.unpack_archive(archive, folder, **SAFE)
-    with zipfile.ZipFile(archive) as content:
-        for member in content.infolist():
-            # Dated as there: what is extracted once more must not look like other files.
-            date = time.mktime((*member.date_time, 0, 0, -1))
-            os.utime(content.extract(member, folder), (date, date))
+    shutil.unpack_archive(archive, folder, **({} if archive.suffix == ".zip" else SAFE))

@@ -57,11 +57,6 @@ def _length(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def remaining(path, file):
-    """Bytes still to fetch."""
-    return max(0, (file.size or 0) - (_length(path) or _length(Path(f"{path}.part"))))
-
-
 def fetch(file, path):
     """Brings `file` to `path`; one that is there is verified. Raises UserError."""
     path = Path(path)

@@ -1,7 +1,6 @@
 """The data sets that have a name, and a reader of each one's official layout: read(root, split) ->
 Images; split: train, test or source."""
 import functools
-import pickle
 import re
 import tomllib
 from collections.abc import Callable
@@ -27,39 +26,27 @@ def read_arrays(root, files, pixels, labels=None, classes=None):
                   classes)
 
 
-class _Unpickler(pickle.Unpickler):
-    """A pickle can name any function to be called. CIFAR's need numpy's array and nothing else."""
-
-    def find_class(self, module, name):
-        if f"{module}.{name}" not in (
-                "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
-                "numpy.ndarray", "numpy.dtype", "_codecs.encode"):
-            raise pickle.UnpicklingError(f"a batch names {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _read_cifar(train, test, meta, fine, root, split):
-    batches, found = test if split == "test" else train, []
-    for name in (*batches, meta):
-        with open(root / name, "rb") as file:
-            found.append(_Unpickler(file, encoding="latin1").load())
-    names = list(found.pop()[f"{fine}label_names"])
-    pixels = np.concatenate([np.asarray(batch["data"], np.uint8) for batch in found])
-    labels = np.concatenate([np.asarray(batch[f"{fine}labels"], int) for batch in found])
-    return read_arrays(root, batches, pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels,
-                       names)
+def _read_cifar(kind, root, split):
+    """kind: torchvision's class, which opens a file only when its checksum is the official one: a
+    pickle can call any function."""
+    from torchvision import datasets
+    official = getattr(datasets, kind)(root.parent, train=split != "test")
+    files = official.test_list if split == "test" else official.train_list
+    return read_arrays(root, [name for name, _ in files], official.data,
+                       np.array(official.targets), official.classes)
 
 
-read_cifar10 = functools.partial(_read_cifar, [f"data_batch_{i}" for i in range(1, 6)],
-                                 ["test_batch"], "batches.meta", "")
-read_cifar100 = functools.partial(_read_cifar, ["train"], ["test"], "meta", "fine_")
+read_cifar10 = functools.partial(_read_cifar, "CIFAR10")
+read_cifar100 = functools.partial(_read_cifar, "CIFAR100")
 
 
 def read_svhn(root, split):
-    """root: the split's file. X is height x width x channel x image; label 10 means the digit 0."""
+    """root: the training split's file; the test split's lies beside it. X is height x width x
+    channel x image; label 10 means the digit 0."""
     from scipy.io import loadmat
-    content = loadmat(root)
-    return read_arrays(root.parent, [root.name], content["X"].transpose(3, 0, 1, 2),
+    file = root.with_name("test_32x32.mat") if split == "test" else root
+    content = loadmat(file)
+    return read_arrays(root.parent, [file.name], content["X"].transpose(3, 0, 1, 2),
                        content["y"].ravel().astype(int) % 10, list("0123456789"))
 
 
@@ -105,10 +92,11 @@ def read_places365(root, split):
 def read_caltech(root, split):
     """<class>/*.jpg directly in the class's folder: deeper lies junk. There is no official test
     split: every fifth image of each class is test, whatever the seed."""
-    pattern = r"[^/]+/[^/]+\.jpg"
+    images = r"[^/]+/[^/]+\.jpg"
     if split == "source":
-        return read_files(root, list_images(root, wanted=re.compile(pattern).fullmatch))
-    images = read_class_folders(root, "", ("BACKGROUND_Google", "257.clutter"), pattern)
+        return read_files(root, list_images(root, wanted=re.compile(images).fullmatch))
+    of_classes = re.compile(r"(?!BACKGROUND_Google/|257\.clutter/)" + images)
+    images = read_class_folders(root, wanted=of_classes.fullmatch)
     number = np.arange(images.count) - np.searchsorted(images.labels, images.labels)
     return images.take(np.flatnonzero((number % 5 == 4) == (split == "test")))
 

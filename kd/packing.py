@@ -3,13 +3,12 @@
     Packed      images.npy, memory-mapped: decoded once, by all cores, and reused for ever
     Streamed    decoded as they are asked for; nothing is kept
 """
-import functools
 import mmap
+import multiprocessing
 import os
 import shutil
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,16 +59,15 @@ def decoded(images, size, blocks):
     return iter(torch.utils.data.DataLoader(
         _Blocks(images, size), batch_size=None, sampler=blocks, num_workers=workers,
         collate_fn=tuple, multiprocessing_context="fork" if workers and FORKS else None,
-        worker_init_fn=functools.partial(_end_with, os.getpid()),
+        worker_init_fn=_end_with_parent,
         generator=torch.Generator()))       # which leaves everybody else's random numbers alone
 
 
-def _end_with(parent, _):
+def _end_with_parent(_):
     """Ends this worker with the process that it works for, which may be killed: a worker would wait
     for ever for somebody to take what it has decoded."""
     def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
@@ -98,9 +96,6 @@ class Source:
         numbers, where = self.numbers, range(len(self)) if rows is None else rows
         if rows is not None and numbers is not None:
             where = np.searchsorted(numbers, rows)
-            lost = rows[numbers[np.minimum(where, len(numbers) - 1)] != rows]
-            if len(lost):
-                _refuse_changed(self.name, f"image {lost[0]} can't be read")
         wanted = [where[k:k + batch_size] for k in range(0, len(where), batch_size)]
         for pixels, at in self._pixels(wanted[share(len(wanted))], rows is None):
             yield pixels, at if numbers is None else numbers[at], (
@@ -145,25 +140,16 @@ class Streamed(Source):
     def _pixels(self, wanted, everything):
         """What can't be read is missing in its batch. Raises UserError at the end where that is too
         much, at once where it was asked for by its number."""
-        unreadable, count = [], 0
-        for pixels, good, bad in decoded(self.source, self.size, wanted):
-            count += len(good) + len(bad)
-            unreadable += bad
+        bad, count = [], 0
+        for pixels, good, failed in decoded(self.source, self.size, wanted):
+            bad += failed
+            count += len(good) + len(failed)
             if bad and not everything:
-                number, file, what = bad[0]
-                _refuse_changed(self.name, f"{file or number} can't be read ({what})")
+                raise UserError(f"{self.name} has changed since it was scored: {_first(bad)} can't "
+                                "be read. Add --restart-from scores.")
             if good:
                 yield pixels, np.array(good, np.int64)
-        if everything:
-            from kd.processes import gathered
-            counts, lists = zip(*gathered((count, unreadable)), strict=True)     # of all processes
-            count, unreadable = sum(counts), sum(lists, [])
-        if unreadable:
-            _require_few(self.name, unreadable, count, self.max_bad)
-
-
-def _refuse_changed(name, what):
-    raise UserError(f"{name} has changed since it was scored: {what}. Add --restart-from scores.")
+        _require_few(self.name, bad, count, self.max_bad)
 
 
 def release_pages(images):
@@ -174,16 +160,17 @@ def release_pages(images):
         mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def _require_few(label, bad, count, max_bad, listing=None):
-    """bad: [(number, file, what is wrong)]. Raises UserError where they are too many."""
-    if len(bad) > max_bad * count or len(bad) == count:
-        number, file, what = bad[0]
-        listed, limit, remedy = f" All are listed in {listing}." if listing else "", "", ""
-        if len(bad) < count:
-            limit = f", more than {max_bad:.4g} of all"
-            remedy = f" --max-bad {min(1, len(bad) / count + 0.005):.2f} leaves them out."
-        raise UserError(f"{label}: {len(bad):,} of {count:,} images can't be read{limit}; the "
-                        f"first is {file or number} ({what}).{listed}{remedy}")
+def _first(bad):
+    """bad: [(number, file, what is wrong)]."""
+    number, file, what = bad[0]
+    return f"{file or number} ({what})"
+
+
+def _require_few(name, bad, count, max_bad, listing=""):
+    """Raises UserError where so many of `count` images are bad that something else is wrong."""
+    if bad and (len(bad) > max_bad * count or len(bad) == count):
+        raise UserError(f"{name}: {len(bad):,} of {count:,} images can't be read, more than "
+                        f"--max-bad {max_bad:.4g} allows; the first is {_first(bad)}.{listing}")
 
 
 def pack(images, folder, name, size, max_bad):
@@ -197,10 +184,10 @@ def pack(images, folder, name, size, max_bad):
         with holding(folder, f"packing {name}"):        # another process may make it meanwhile
             packed = open_pack(images, folder, name, size) or _make(images, folder, name, size)
     if packed.bad:
-        listing = folder / "bad.txt"
-        _require_few(name, _listed(listing), images.count, max_bad, listing)
-        say(f"{name}: {packed.bad:,} of {images.count:,} images can't be read and are left out. "
-            f"They are listed in {listing}.")
+        listing = f" They are listed in {folder / 'bad.txt'}."
+        _require_few(name, _listed(folder), images.count, max_bad, listing)
+        say(f"{name}: {packed.bad:,} of {images.count:,} images can't be read and are left out."
+            f"{listing}")
     brightest = packed.images[::len(packed) // 500 + 1].max()
     if brightest < DARK:
         say(f"{name}: the images are nearly black, no pixel is above {brightest} of 255. If their "
@@ -215,7 +202,7 @@ def open_pack(images, folder, name, size):
             meta.get("digests") != _digests(folder)):
         return None
     pixels = np.load(folder / "images.npy", mmap_mode="r")
-    bad = [number for number, *_ in _listed(folder / "bad.txt")]
+    bad = [number for number, *_ in _listed(folder)]
     kept = images.take(np.delete(np.arange(images.count), bad)) if bad else images
     return Packed(name, pixels, kept.labels, kept.classes, kept.files, kept.rows,
                   images.fingerprint, meta["digests"]["images.npy"], len(bad))
@@ -227,9 +214,9 @@ def _digests(folder):
             for name in ("images.npy", "bad.txt")}
 
 
-def _listed(path):
+def _listed(folder):
     """[(number, file, what is wrong)] of a bad.txt."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+    with open(folder / "bad.txt", encoding="utf-8", errors="surrogateescape") as lines:
         fields = (line.split("\t") for line in lines)
         return [(int(number), file, what) for file, what, number in fields]
 

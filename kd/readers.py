@@ -1,7 +1,7 @@
 """Images that are not decoded yet, how one is decoded, folders and tar shards of them.
 
-One rule says what counts: no hidden name, and an image's suffix or, with any other, the first bytes
-of one. What is passed over is counted.
+One rule says what counts: no hidden name, and an image's suffix or, with none, the first bytes of
+one. What is passed over is counted.
 """
 import contextlib
 import functools
@@ -27,8 +27,6 @@ from kd.files import UserError, digest, first_line, listed, say
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF",
            *(["AVIF"] if find_spec("PIL.AvifImagePlugin") else []))
 SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .ppm .pgm .pbm .tif .tiff .avif".split())
-# What lies beside images, and need not be opened to see that it is none.
-COMPANIONS = set(".txt .json .csv .md .xml .html .cls .db .ini .log .npy .zip .tar .gz".split())
 BEGINNING = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}WEBP"
                        rb"|II\*\0|MM\0\*|P[1-6]\s|.{4}ftypavi[fs]", re.DOTALL)
 
@@ -116,8 +114,6 @@ def decode(image, size):
     tags = getattr(image, "tag_v2", {})     # of a TIFF
     if "exif" in image.info:
         with contextlib.suppress(Exception):    # of one that can't be read, which turns nothing
-            image.getexif()
-            del image.info["exif"]      # it is read; written anew, it may fail at anything odd
             image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = _of_eight_bits(image, tags)
@@ -142,14 +138,12 @@ def _of_eight_bits(image, tags):
 
 
 def state_of(root, paths):
-    """A digest of the names, sizes and times of change of files below `root`, and of which of them
-    can't be read."""
+    """A digest of the names, sizes and times of change of files below `root`."""
     state = hashlib.sha256()        # not of `root`: files that have moved are the same
     for path in paths:
         try:
-            file = os.path.join(root, path)
-            status, closed = os.stat(file), not os.access(file, os.R_OK)
-            about = f"{status.st_size}\0{status.st_mtime_ns}" + "\0closed" * closed
+            status = os.stat(os.path.join(root, path))
+            about = f"{status.st_size}\0{status.st_mtime_ns}"
         except OSError as error:        # a link to nowhere; decoding says what is wrong with it
             about = str(error.errno)
         state.update(os.fsencode(f"{path}\0{about}\n"))
@@ -162,9 +156,9 @@ def is_hidden(name):
 
 def is_image(name, begin, passed):
     """Whether a file counts; else `passed` counts it, by suffix. begin(): its first bytes, read
-    where the suffix does not tell."""
+    where it has no suffix."""
     suffix = os.path.splitext(name)[1].lower()
-    counts = suffix in SUFFIXES or suffix not in COMPANIONS and bool(BEGINNING.match(begin()))
+    counts = suffix in SUFFIXES or not suffix and bool(BEGINNING.match(begin()))
     passed[suffix or "no suffix"] += not counts
     return counts
 
@@ -176,12 +170,14 @@ def _beginning(path):
     return b""
 
 
-def walk(root, passed, visited, below=""):
+def walk(root, passed=None, visited=None, below=""):
     """Yields the paths of the images below `root`, relative to it, in their alphabetical order.
     Links are followed, each folder is entered once; one that can't be read is yielded itself.
 
-    passed: a Counter of what is passed over, by suffix; visited: a set of the real paths entered.
+    passed: a Counter of what is passed over, by suffix; visited: the real paths entered so far.
     """
+    passed = Counter() if passed is None else passed
+    visited = set() if visited is None else visited
     folder, names = os.path.join(root, below), []
     real = os.path.realpath(folder)
     if real in visited:
@@ -224,29 +220,26 @@ def say_passed(label, passed):
         say(f"{label}: skipping what is not an image ({listed(kinds, 5)}).")
 
 
-def list_images(root, label="", wanted=lambda path: True, visited=None):
+def list_images(root, label="", wanted=lambda path: True):
     """The Names of the images below `root`. label: of whom to say what is passed over; wanted:
-    whether a path counts; visited: as in `walk`."""
+    whether a path counts."""
     passed = Counter()
-    names = Names(filter(wanted, walk(root, passed, set() if visited is None else visited)))
+    names = Names(filter(wanted, walk(root, passed)))
     say_passed(label, passed)
     return names
 
 
-def read_class_folders(root, label="", exclude=(), pattern=r"(?s)[^/]+/.+"):
+def read_class_folders(root, label="", wanted=lambda path: "/" in path):
     """`root`/<class>/**: a class per folder, in the order of their names, which are compared in
-    Unicode's composed form (macOS writes accents as characters of their own)."""
+    Unicode's composed form (macOS writes accents as characters of their own). label, wanted: as in
+    `list_images`."""
     def class_of(path):
         return unicodedata.normalize("NFC", path.partition("/")[0])
 
-    files = list_images(root, label, lambda path: re.fullmatch(pattern, path) is not None
-                        and class_of(path) not in exclude)
+    files = list_images(root, label, wanted)
     classes, labels = np.unique([class_of(path) for path in files], return_inverse=True)
-    empty = [entry.name for entry in os.scandir(root) if os.path.isdir(entry.path)
-             and not is_hidden(entry.name) and class_of(entry.name) not in (*classes, *exclude)]
-    closed = [name for name in empty if not os.access(os.path.join(root, name), os.R_OK | os.X_OK)]
-    if closed:
-        raise UserError(f"{root}: {listed(sorted(closed))} can't be read.")
+    empty = [path.name for path in Path(root).glob("*/")
+             if not is_hidden(path.name) and class_of(path.name) not in classes]
     if label and empty:
         say(f"{label}: {listed(sorted(empty))} holds no image and is not a class.")
     return read_files(root, files, labels, classes.tolist())
@@ -306,28 +299,22 @@ class ShardReader(Sequence):
 def _members(path, passed):
     """Yields the tarfile.TarInfo of each image. Raises UserError where the shard is damaged."""
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            def begin():
-                file.seek(member.offset_data)
-                return file.read(16)
+        with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()     # which it would keep, of millions
                 if any(is_hidden(part) for part in member.name.split("/") if part != "."):
                     passed["hidden"] += 1
-                elif member.isreg() and not member.issparse() and (
-                        is_image(member.name, begin, passed)):
+                elif member.isreg() and is_image(
+                        member.name, lambda file=member: tar.extractfile(file).read(16), passed):
                     yield member
-            file.seek(tar.offset)
-            if file.read(512).strip(b"\0"):     # a broken header ends the loop as the end does
-                raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged, or not an uncompressed tar archive "
                         f"({first_line(error)}).") from None
 
 
-def open_shards(name, paths):
-    """The Images in these shards, whose headers are walked through once."""
-    shard, header, passed = array("i"), array("q"), Counter()
+def open_shards(name, pattern):
+    """The Images in shards, whose headers are walked through once. pattern: as in shard_paths."""
+    paths, shard, header, passed = shard_paths(name, pattern), array("i"), array("q"), Counter()
     for number, path in enumerate(paths):
         for member in _members(path, passed):
             shard.append(number)

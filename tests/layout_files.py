@@ -28,9 +28,11 @@ SMALL = {"cifar10": {"train": 10, "test": 3, "source": 10},
 
 @pytest.fixture
 def small(monkeypatch):
-    """The registry with the counts and sizes of what is written here."""
+    """The registry has the counts of what is written here; torchvision takes it for official."""
     for name, counts in SMALL.items():
         register(monkeypatch, name, images=counts)
+    for module in ("cifar", "svhn", "stl10"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *_: True)
 
 
 def register(monkeypatch, name, **changes):
