@@ -7,10 +7,11 @@ Out: Packed or Streamed (kd/packing.py), which answer with batches of uint8 pixe
     python data.py svhn stl10        # fetch, extract and pack
     python data.py --all
 """
-import functools
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +36,17 @@ NO_CLASSES = ("places365", *drawn.COUNTS)
 
 @dataclass(frozen=True)
 class Place:
-    """kind: built-in, extracted, folder, shards, rows, archive or absent; files: {path: RemoteFile}
-    of what a data set has still to be made of, there or not."""
+    """Where a data set is. state: built-in, extracted, folder, files, archive or absent; path: None
+    where it is not on disk; open(split): its Images, split: train, test or source; files: {path:
+    RemoteFile} of what it has still to be made of, there or not."""
 
-    kind: str
-    path: Path
+    state: str
+    path: Path | None
+    open: Callable
     files: dict = field(default_factory=dict)
 
 
-def find(spec, data_dir, splits=()):
+def find(spec, settings, splits=()):
     """The Place of NAME, NAME=PATH or NAME=SHARDS. splits: those that a target needs, of train and
     test; a source needs none. Raises UserError where nothing has that name or is at that path."""
     if "=" in spec:
@@ -52,42 +55,68 @@ def find(spec, data_dir, splits=()):
     if spec not in known:
         raise UserError(f"There is no data set {spec} to be a {'target' if splits else 'source'} "
                         f"(there are {', '.join(known)}). Give your own as {spec}=PATH.")
-    return _find_named(DATA_SETS[spec], Path(data_dir), splits)
+    record = DATA_SETS[spec]
+    if not record.files:
+        return Place("built-in", None, partial(record.read, settings.seed))
+    return _find_named(record, Path(settings.data_dir), splits)
 
 
 def _find_named(record, data_dir, splits):
     """In the data folder, and in folders there that have its name as people write it: SVHN."""
-    if not record.files:
-        return Place("built-in", data_dir)
     named = sorted(path for path in data_dir.glob("*/")
                    if re.sub("[^a-z0-9]", "", path.name.lower()) == record.name)
     more = record.target_files if splits else ()
     for folder in (data_dir, *named):
-        if (folder / record.layout).exists():
-            return Place("extracted", folder / record.layout, {
+        layout = folder / record.layout
+        if layout.exists():
+            return Place("extracted", layout, partial(_read_layout, record, layout), {
                 folder / file.name: file for file in more if not (folder / file.name).exists()})
     for folder in named:
+        if not splits and (folder / "train").is_dir():
+            folder /= "train"
         if not _lacking(folder, splits) and (splits or any(readers.walk(folder))):
-            return Place("folder", folder)
+            return Place("folder", folder, partial(_read_folder, record.name, folder))
+    layout = data_dir / record.layout
     files = {data_dir / file.name: file for file in record.files + more}
-    kind = "archive" if all(path.exists() for path in files) else "absent"
-    return Place(kind, data_dir / record.layout, files)
+    state = "archive" if all(path.exists() for path in files) else "absent"
+    return Place(state, layout, partial(_read_layout, record, layout), files)
 
 
 def _find_path(spec, splits):
     name, _, path = spec.partition("=")
     root = Path(path)
     if not splits and path.startswith(HF):
-        return Place("rows", root)
+        return Place("files", None, lambda split: open_rows(name, path))
     if not splits and path.endswith((".tar", ".parquet")) and not root.is_dir():
         readers.shard_paths(name, path)     # raises where there are none
-        return Place("shards" if path.endswith(".tar") else "rows", root)
+        read = readers.open_shards if path.endswith(".tar") else open_rows
+        return Place("files", root, lambda split: read(name, path))
     lacking = [f"{path}/{split}" for split in _lacking(root, splits)] if root.is_dir() else [path]
     if lacking:
         raise UserError(f"{spec}: there is no folder {listed(lacking)}." + (
             " A target holds train/<class>/* and test/<class>/*; one without training images needs "
             "--data-free." if splits else " Archives are read as uncompressed .tar shards only."))
-    return Place("folder", root)
+    return Place("folder", root, partial(_read_folder, name, root))
+
+
+def _read_folder(name, root, split):
+    if split == "source":
+        return readers.read_files(root, readers.list_images(root, name))
+    return readers.read_class_folders(_split_folder(root, split), f"{name} {split}")
+
+
+def _read_layout(record, root, split, named=None):
+    """The images of an official layout. Raises UserError, about `named`, where it is not whole."""
+    try:
+        images = record.read(root, split)
+        expected = record.images.get(split, images.count)
+        if images.count != expected:
+            raise ValueError(f"it holds {images.count:,} of {expected:,} images")
+        return images
+    except Exception as error:      # whatever a broken layout makes its reader raise
+        raise UserError(f"{named or root} is incomplete or damaged ({one_field(str(error))}). "
+                        "Delete it and run again, or give a folder of images as "
+                        f"{record.name}=PATH.") from None
 
 
 def _split_folder(root, split):
@@ -101,10 +130,8 @@ def _lacking(root, splits):
 
 def _real_paths(place, splits):
     """What a data set is read from; of a target the folder of each class, which may be a link."""
-    if place.kind == "built-in" or str(place.path).startswith(HF):
-        return []
-    if place.kind != "folder" or not splits:
-        return [place.path.resolve()]
+    if place.state != "folder" or not splits:
+        return [place.path.resolve()] if place.path else []
     folders = [_split_folder(place.path, split) for split in splits]
     return [each.resolve() for folder in folders for each in (folder, *folder.glob("*/"))]
 
@@ -151,7 +178,7 @@ def locate(settings, sources=True):
     lines, places = [], []
     for spec, splits in wanted:
         try:
-            places.append((spec, splits, find(spec, settings.data_dir, splits)))
+            places.append((spec, splits, find(spec, settings, splits)))
         except UserError as error:
             lines.append(str(error))
     require_none(lines)
@@ -173,7 +200,7 @@ def obtain(settings, sources=True):
     for record, place in absent:
         for archive in (path for path in place.files if path.suffix in ARCHIVES):
             extract(archive, place.path,
-                    functools.partial(_read_layout, record, split="source", named=archive))
+                    partial(_read_layout, record, split="source", named=archive))
 
 
 @dataclass(frozen=True)
@@ -238,43 +265,15 @@ def _in_order(images, names, spec):
 
 def _read(settings, spec, split):
     """The Images of a data set. Raises UserError where `obtain` has not fetched it."""
-    name, _, path = spec.partition("=")
-    place = find(spec, settings.data_dir, () if split == "source" else (split,))
+    place = find(spec, settings, () if split == "source" else (split,))
     if place.files:
-        raise UserError(f"{name} is not in {settings.data_dir}. compile.py and data.py fetch it.")
-    if place.kind == "built-in":
-        return DATA_SETS[name].read(settings.seed, split)
-    if place.kind == "extracted":
-        return _read_layout(DATA_SETS[name], place.path, split)
-    if place.kind == "shards":
-        images = readers.open_shards(name, path)
-    elif place.kind == "rows":
-        images = open_rows(name, path)
-    elif split != "source":
-        images = readers.read_class_folders(_split_folder(place.path, split), f"{name} {split}")
-    else:
-        train = place.path / "train"
-        root = train if spec in DATA_SETS and train.is_dir() else place.path
-        images = readers.read_files(root, readers.list_images(root, name))
+        raise UserError(f"{spec} is not in {settings.data_dir}. compile.py and data.py fetch it.")
+    images = place.open(split)
     if images.count == 0:
         raise UserError(f"{spec}: no images found. " + (
-            f"Tar shards are given as {name}=FOLDER/*.tar." if split == "source" else
+            f"Tar shards are given as {name_of(spec)}=FOLDER/*.tar." if split == "source" else
             f"A target's lie in a folder for each class, {split}/<class>/*."))
     return images
-
-
-def _read_layout(record, root, split, named=None):
-    """The images of an official layout. Raises UserError, about `named`, where it is not whole."""
-    try:
-        images = record.read(root, split)
-        expected = record.images.get(split, images.count)
-        if images.count != expected:
-            raise ValueError(f"it holds {images.count:,} of {expected:,} images")
-        return images
-    except Exception as error:      # whatever a broken layout makes its reader raise
-        raise UserError(f"{named or root} is incomplete or damaged ({one_field(str(error))}). "
-                        "Delete it and run again, or give a folder of images as "
-                        f"{record.name}=PATH.") from None
 
 
 def _pack_folder(settings, spec, split):
@@ -290,13 +289,13 @@ def _pack_folder(settings, spec, split):
     return Path(settings.data_dir) / "packed" / "-".join(parts)
 
 
-def _list(data_dir):
+def _list(settings):
     say(f"{'name':13} {'images':>9} {'to fetch':>9}  {'state':9} terms")
     for record in DATA_SETS.values():
-        place = find(record.name, data_dir)
+        place = find(record.name, settings)
         size = _to_fetch(place)
         say(f"{record.name:13} {record.images['source']:>9,} "
-            f"{f'{size / 1e6:,.0f} MB' if size else '-':>9}  {place.kind:9} {record.terms}")
+            f"{f'{size / 1e6:,.0f} MB' if size else '-':>9}  {place.state:9} {record.terms}")
 
 
 def main(argv):
@@ -314,7 +313,7 @@ def main(argv):
     show = given.pop("list", False) or not specs
     settings = Settings(target="", sources=specs, **given)
     if show:
-        return _list(settings.data_dir)
+        return _list(settings)
     obtain(settings)
     for spec in specs:
         source = load_source(settings, spec)
