@@ -74,22 +74,21 @@ def fetch(file, path):
 def _from_mirrors(file, path, part):
     """Several times around: a part may hold another mirror's wrong bytes, a busy server may answer
     later, and who crawls is better than nobody."""
-    progress, tried = Progress(f"fetching {path.name}", file.size, "B", done=_length(part)), []
-    for number, url in enumerate(file.urls * ROUNDS):
-        if number % len(file.urls) == 0:
-            time.sleep(BACKOFF * number / len(file.urls))
-        slowest = CRAWL if number < len(file.urls) - 1 else 0
-        reason = _fill(part, url, file.size, slowest, progress)
-        if reason is None:
-            wrong = wrong_with(part, file)
-            if wrong is None:
-                progress.close()
-                return os.replace(part, path)
-            part.unlink()
-            reason = f"sent a file that {wrong}"
-        tried.append(f"{url} {reason}")
-        say(f"{path.name}: {tried[-1]}")
-    progress.close()
+    tried = []
+    with Progress(f"fetching {path.name}", file.size, "B", done=_length(part)) as progress:
+        for number, url in enumerate(file.urls * ROUNDS):
+            if number % len(file.urls) == 0:
+                time.sleep(BACKOFF * number / len(file.urls))
+            slowest = CRAWL if number < len(file.urls) - 1 else 0
+            reason = _fill(part, url, file.size, slowest, progress)
+            if reason is None:
+                wrong = wrong_with(part, file)
+                if wrong is None:
+                    return os.replace(part, path)
+                part.unlink()
+                reason = f"sent a file that {wrong}"
+            tried.append(f"{url} {reason}")
+            say(f"{path.name}: {tried[-1]}")
     raise UserError(f"{path.name} can't be fetched: {'; '.join(dict.fromkeys(tried))}. Put it at "
                     f"{path} by hand: it is verified and used.")
 

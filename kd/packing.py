@@ -245,10 +245,9 @@ def _fill(path, images, name, size):
         np.lib.format.write_array_header_1_0(
             file, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)})
 
-    progress, bad = Progress(f"packing {name}", images.count), []
-    step = max(16, BLOCK // (size * size * 3))
+    bad, step = [], max(16, BLOCK // (size * size * 3))
     blocks = [range(images.count)[i:i + step] for i in range(0, images.count, step)]
-    with open(path, "wb") as file:
+    with open(path, "wb") as file, Progress(f"packing {name}", images.count) as progress:
         write_header(images.count)
         for block, good, failed in decoded(images, size, blocks):
             file.write(block)
@@ -256,5 +255,4 @@ def _fill(path, images, name, size):
             progress.update(len(good) + len(failed))
         file.seek(0)
         write_header(images.count - len(bad))
-    progress.close()
     return bad
