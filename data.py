@@ -129,10 +129,11 @@ def _lacking(root, splits):
 
 
 def _real_paths(place, splits):
-    """What a data set is read from; of a target the folder of each class, which may be a link."""
+    """What a data set is read from; of a target both splits, whatever the run needs of them, and
+    the folder of each class, which may be a link."""
     if place.state != "folder" or not splits:
         return [place.path.resolve()] if place.path else []
-    folders = [_split_folder(place.path, split) for split in splits]
+    folders = [_split_folder(place.path, split) for split in ("train", "test")]
     return [each.resolve() for folder in folders for each in (folder, *folder.glob("*/"))]
 
 
@@ -170,18 +171,11 @@ def _to_fetch(place):
 
 def locate(settings, sources=True):
     """[(record, Place)] of the named data sets that are to be fetched, which is said. Raises
-    UserError with a line for each thing that isn't there or can't be used. sources: whether the run
-    reads them."""
+    UserError where one isn't there or can't be used. sources: whether the run reads them."""
     wanted = [(spec, ()) for spec in settings.sources if sources]
     if _has_images(settings.target) or settings.target and not settings.data_free:
         wanted.insert(0, (settings.target, _target_splits(settings)))
-    lines, places = [], []
-    for spec, splits in wanted:
-        try:
-            places.append((spec, splits, find(spec, settings, splits)))
-        except UserError as error:
-            lines.append(str(error))
-    require_none(lines)
+    places = [(spec, splits, find(spec, settings, splits)) for spec, splits in wanted]
     _require_apart(settings, places)
     absent = [(DATA_SETS[spec], place) for spec, _, place in places if place.files]
     missing = sum(_to_fetch(place) for _, place in absent)

@@ -14,8 +14,7 @@ def extract(archive, place, check):
     """Makes `place`, a folder that `archive` (.zip, .tar or .tar.gz) holds at any depth, unless it
     is there.
 
-    check(folder): raises UserError where something lacks. Archives in it are extracted too:
-    Caltech101's zip holds two tars.
+    check(folder): raises UserError where something lacks. Caltech101's zip holds a tar of it.
     """
     beside = place.with_name(f".{place.name}.part")
     with holding(place, f"extracting {archive.name}"):
@@ -25,10 +24,9 @@ def extract(archive, place, check):
         shutil.rmtree(beside, ignore_errors=True)       # of an attempt that was killed
         try:
             _unpack(archive, beside)
-            for nested in sorted(beside.rglob("[!.]*.tar*")):
-                if nested.is_file() and nested.stat().st_size:
-                    _unpack(nested, beside)
-            found = next(path for path in sorted(beside.rglob(place.name)) if path.is_dir())
+            for nested in list(beside.rglob(f"{place.name}.tar*")):
+                _unpack(nested, beside)
+            found = next(beside.rglob(place.name))
             check(found)
             os.sync()       # a name that is there after a power cut must not stand for empty files
             os.replace(found, place)

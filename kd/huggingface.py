@@ -40,7 +40,6 @@ def open_rows(name, where):
             raise ValueError(f"it has no column of images, but {listed(list(rows.features))}")
         column = named[0]
         rows = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError,
-            datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{where} could not be loaded ({first_line(error)}).") from None
     return Images(len(rows), functools.partial(_read_row, rows, column), rows._fingerprint)

@@ -215,6 +215,8 @@ def test_a_folder_beside_the_splits_of_a_target_is_a_source_like_any_other(tmp_p
     spec = pets(tmp_path / "pets")
     save(tmp_path / "pets" / "unlabelled", "a.png")
     assert len(source(tmp_path / "d", f"pool={tmp_path}/pets/unlabelled", target=spec)) == 1
+    refusal("pool and the target", source, tmp_path / "d", f"pool={tmp_path}/pets/train",
+            target=spec, data_free=True)
 
 
 @pytest.mark.parametrize("change, said", [
