@@ -109,15 +109,14 @@ def decode(image, size):
     as its EXIF says, of more than 8 bits the upper eight, what is transparent on white. Raises
     ValueError where no range is stated."""
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
-        kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
-        raise ValueError(f"{kind} pixels have no fixed range")
+        raise ValueError("floating-point, signed or 32-bit pixels have no fixed range")
     tags = getattr(image, "tag_v2", {})     # of a TIFF
     if "exif" in image.info:
         with contextlib.suppress(Exception):    # of one that can't be read, which turns nothing
             image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = _of_eight_bits(image, tags)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode != "RGB":
@@ -307,6 +306,9 @@ def _members(path, passed):
                 elif member.isreg() and is_image(
                         member.name, lambda file=member: tar.extractfile(file).read(16), passed):
                     yield member
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512).strip(b"\0"):      # a broken header ends the loop as well
+                raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged, or not an uncompressed tar archive "
                         f"({first_line(error)}).") from None

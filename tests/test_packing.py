@@ -79,7 +79,7 @@ BROKEN = {
     "a PNG cut short": (filled(RED)[:60], "OSError: image file is truncated"),
     "huge": (saved(Image.new("1", (10_000, 10_000)), "PNG"), "DecompressionBomb"),
     "floating point": (saved(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"),
-                       "ValueError: floating-")}
+                       "ValueError: floating-point")}
 
 
 @pytest.mark.quick
@@ -338,6 +338,8 @@ def test_rows_of_hugging_face_data_sets_answer_as_the_same_images_in_a_folder_do
 
 NOT_WHOLE = {
     "cut": (lambda path: os.truncate(path, 19_500), "001.tar is damaged"),
+    "a broken header": (lambda path: path.write_bytes(
+        path.read_bytes()[:1024] + b"?" * 512 + path.read_bytes()[1536:]), "is damaged"),
     "compressed": (lambda path: path.write_bytes(gzip.compress(path.read_bytes())),
                    "not an uncompressed tar archive")}
 
