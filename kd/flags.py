@@ -3,9 +3,10 @@ import argparse
 import difflib
 import json
 import sys
+from pathlib import Path
 
 from kd import values
-from kd.files import UserError, listed, one_field, read_json
+from kd.files import UserError, listed, one_field, read_sealed
 from kd.recipes import RECIPES
 from kd.settings import APPROACHES, FIELDS, FLAGS, GROUPS, MORE_APPROACHES, ON_TARGET, STAGES
 from kd.values import is_own
@@ -26,8 +27,8 @@ def _approach(names):
 
 # Flags that are not settings, {script: {flag: (its group, keywords of argparse)}}.
 MORE = {
-    "compile": {"config": ("running", dict(metavar="FILE", help="a config.json whose flags hold "
-                "where the command line says nothing else, to repeat a run"))},
+    "compile": {"config": ("running", dict(type=Path, metavar="FILE", help="a config.json whose "
+                "flags hold where the command line says nothing else, to repeat a run"))},
     "transfer": {"approach": _approach([each for each in APPROACHES + MORE_APPROACHES
                                         if each not in ON_TARGET])},
     "distill": {"approach": _approach(APPROACHES + MORE_APPROACHES), "export": ("everyday", dict(
@@ -45,10 +46,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         _, unknown, words = message.partition("unrecognized arguments: ")
         word = words.split(" ")[0].partition("=")[0]
-        meant = [flag for flag in self._option_string_actions if word[1:2] == "-" and flag.endswith(
-            word[1:])] or difflib.get_close_matches(word, self._option_string_actions, 1, 0.7)
-        if unknown and word[:1] != "-" and "--target" in self._option_string_actions:
-            meant = [f"--target {word}"]
+        meant = [f"--target {word}"] if word[:1] != "-" else (
+            difflib.get_close_matches(word, self._option_string_actions, 1, 0.7))
         hint = f". Did you mean {meant[0]}?" if unknown and meant else ""
         self.exit(2, f"{self.prog}: {one_field(message)}{hint} (see --help)\n")
 
@@ -60,15 +59,13 @@ def add_flags(parser, names, more=(), shown=GROUPS):
         of_group = {name: more[name][1] for name in more if more[name][0] == group}
         of_group |= {name: FIELDS[name].metadata["flag"] for name in FLAGS if name in names
                      and FIELDS[name].metadata["group"] == group}
-        if "seeds" in of_group and "approaches" not in names:
-            of_group["seeds"] = of_group["seeds"] | dict(
-                metavar="N", help="random seed (default: 0)")
         inside = parser.add_argument_group(group) if of_group else None
         for name, flag in of_group.items():
             words = [flag_of(name), *(["--seed"] if name == "seeds" else [])]
-            text = flag["help"]
-            if name in RECIPES["reference"] and "(default" not in text:
-                text += " (default: the recipe's)"
+            default = "the recipe's" if name in RECIPES["reference"] else (
+                FIELDS[name].default if name in FIELDS else None)
+            text = flag["help"] + (f" (default: {default})" if default and (
+                "(default" not in flag["help"]) else "")
             text = text if group in shown else argparse.SUPPRESS
             inside.add_argument(*words, dest=name, **flag | {"help": text})
 
@@ -109,8 +106,8 @@ def parse(argv, script, description, stored=None):
     parser = parser_of(script, description)
     given = vars(parser.parse_args([*(stored or ()), *argv]))
     if script in USES and len(given.get("seeds", ())) > 1:
-        parser.error("argument --seeds: a stage takes one seed; of several, compile.py keeps each "
-                     "in DIR/seed-N, a --run-dir of its own")
+        parser.error("argument --seeds: a stage takes one (of several, each has a folder: "
+                     "--run-dir DIR/seed-N)")
     again = given.get("restart_from")
     if again and again not in MAKES.get(script, STAGES):
         parser.error(f"argument --restart-from: that is for {MAKER[again]}, which makes {again}")
@@ -125,7 +122,7 @@ def words_of(settings, given):
     """The command line, [--flag=value], that stands for what was given, wherever it is run."""
     words, always = [], {"data_dir": values.path(settings.data_dir), "seeds": settings.seeds}
     for name, value in (given | always).items():
-        if name not in FLAGS or value is None or name in ("run_dir", "restart", "restart_from"):
+        if name not in FLAGS or name in ("run_dir", "restart", "restart_from"):
             continue
         if FIELDS[name].metadata["flag"].get("action"):
             words.append(flag_of(name if value else f"no_{name}"))
@@ -137,19 +134,24 @@ def words_of(settings, given):
     return words
 
 
+def read_config(path):
+    """The content of a config.json. Raises UserError where it is not what was written there."""
+    config = read_sealed(path) or {}
+    if "command" not in config:
+        raise UserError(f"{path} is missing or damaged, so {path.parent} is not a run folder. "
+                        "compile.py writes it.")
+    return config
+
+
 def stored_words(path, given, script):
     """The words of a config.json that are flags here, less those whose flag (of --steps and
-    --epochs either) is given. Raises UserError where there are none, or where they name code that
-    `given` does not."""
-    words = (read_json(path) or {}).get("command")
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"{path} is missing, damaged, or not a config.json of this version.")
+    --epochs either) is given. Raises UserError where they name code that `given` does not."""
     replaced = {flag_of(name) for name in given}
     if {"--steps", "--epochs"} & replaced:
         replaced |= {"--steps", "--epochs"}
     known = {flag_of(name) for name in flags_of(script)} - replaced
     known |= {flag.replace("--", "--no-", 1) for flag in known}     # of a switch
-    words = [word for word in words if word.partition("=")[0] in known]
+    words = [word for word in read_config(path)["command"] if word.partition("=")[0] in known]
     code = [word for word in words if is_own(word.partition("=")[2]) or any(
         each.strip().endswith(".py") for each in word.split(","))]
     if code:

@@ -1,5 +1,4 @@
 """Settings: what a command line stands for, what it says when it is wrong, and how it is kept."""
-import json
 import re
 import resource
 import shlex
@@ -9,6 +8,7 @@ import pytest
 from conftest import ROOT, refusal, run_script
 from script_files import run_here
 
+from kd.files import write_sealed
 from kd.flags import USES, parse, words_of
 from kd.settings import APPROACHES, GROUPS, PUBLISHED_ORDER, resolve
 from kd.values import AUGMENTATIONS
@@ -73,46 +73,34 @@ def test_the_rate_of_best_follows_from_what_a_student_starts_with(words, rates):
 
 
 @pytest.mark.parametrize("flag, text, value", [
-    ("--lr", "1e-3", 0.001), ("--floor", "5%", 0.05), ("--seed", "7", (7,)),
-    ("--threshold", "published", "published"), ("--threshold", "25%", 0.25),
+    ("--lr", "1e-3", 0.001), ("--floor", "5%", 0.05), ("--threshold", "25%", 0.25),
     ("--seeds", "3, 1", (3, 1)), ("--target", "a=/b=c", "a=/b=c"),
-    ("--sources", "svhn,web=/w", ("svhn", "web=/w")),
-    ("--sources", "hf:mnist,hf:you/pets", ("mnist=hf:mnist", "pets=hf:you/pets")),
+    ("--sources", "svhn,web=/w,hf:you/pets", ("svhn", "web=/w", "pets=hf:you/pets")),
     ("--approaches", "mms,/m/my.py", ("mms", "/m/my.py")),
-    ("--teacher-arch", "timm:vit/x", "timm:vit/x"), ("--teacher-mean", "0,0.5,1", (0.0, 0.5, 1.0)),
-    ("--classes", "10", 10), ("--classes", '["crane", "crane"]', ("crane", "crane (2)")),
-    ("--classes", '{"bee": 1, "ant": 0}', ("ant", "bee")),
-    ("--classes", '{"1": ["n2", "c"], "0": ["n1", "b"]}', ("b", "c"))])
+    ("--teacher-mean", "0,0.5,1", (0.0, 0.5, 1.0)),
+    ("--classes", "10", 10), ("--classes", '["crane", "crane"]', ("crane", "crane (2)"))])
 def test_a_value_is_taken_as_it_is_meant(flag, text, value):
-    name = "seeds" if flag == "--seed" else flag[2:].replace("-", "_")
-    assert parse([flag, text], "compile", "") == {name: value}
+    assert parse([flag, text], "compile", "") == {flag[2:].replace("-", "_"): value}
 
 
 @pytest.mark.parametrize("words, said", [
     ("--lr=0.1x", "'0.1x' is not a positive number"),
-    ("--run-dir=~nobody-here/x", "'~nobody-here/x': there is no such home folder"),
     ("--ema=1", "'1' is not a number from 0 up to, not including, 1"),
     ("--floor=101%", "'101%' is not a share from 0 to 1, as 0.05 or 5%"),
-    ("--batch-size=1", "'1' is not a batch size of 2 or more"),
     ("--seeds/--seed=-1", "'-1' is not a whole number from 0 to 4294967295"),
     ("--threshold=0", "a threshold of 0 lets nothing pass"),
     ("--target=../x", "'../x' is neither NAME nor NAME=PATH (a comma separates data sets)"),
     ("--sources=,", "no source is given"), ("--seeds/--seed=1,1", "the same seed is given twice"),
     ("--augment=crop,spin", f"'crop,spin' is neither none nor some of {','.join(AUGMENTATIONS)}"),
     ("--teacher-std=0,1,1", "'0,1,1' is not three numbers up to 1, one per colour"),
-    ('--classes={"a":0,"b":0}', '{"a":0,"b":0} does not number its classes from 0'),
     ("--classes=no.txt", "'no.txt' is neither a number nor a file with one class per line"),
     ("--recipe=slow", "invalid choice: 'slow' (choose from 'reference', 'best', 'quick', 'far')"),
     ("--approches=mms", "unrecognized arguments: --approches=mms. Did you mean --approaches?"),
-    ("--mean=1,1,1", "unrecognized arguments: --mean=1,1,1. Did you mean --teacher-mean?"),
     ("digits", "unrecognized arguments: digits. Did you mean --target digits?"),
     ("--steps=5 --epochs=5", "--steps and --epochs contradict each other: give one of them"),
     ("--approaches margin", f"There is no approach margin. There are {', '.join(APPROACHES)}, "),
-    ("--approaches a/my.py,b/my.py", "--approaches names an approach twice."),
+    ("--approaches=a/my.py,b/my.py", "the same approach is given twice"),
     ("--approaches /mms.py", "/mms.py: 'mms' can't be the name of an approach. Rename the file."),
-    ("--approaches /file.py", "/file.py: 'file' can't be the name of an approach."),
-    ("--teacher-weights auto", "--teacher-weights auto: a teacher starts from imagenet, none or a "
-     "file."),
     ("--data-free", "--data-free needs a teacher: give yours as --teacher-checkpoint FILE."),
     ("--data-free --teacher-checkpoint t.pt --approaches supervised", "supervised learns from the "
      "target's training images, which --data-free does not touch: leave it out of --approaches."),
@@ -122,7 +110,6 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
      "which are stl10."),
     ("--target digits --sources digits", "digits is the target and can't be a source as well: take "
      "it out of --sources."),
-    ("--sources confidence=/x", "A source can't be called confidence, matched or held_out"),
     ("--target pets", "There is no data set pets to be a target")])     # no weights are asked for
 def test_a_command_line_that_can_not_be_is_refused_in_a_sentence(words, said):
     done = run_here("compile.py", *words.replace("/--seed", "").split())
@@ -135,8 +122,8 @@ def test_a_command_line_that_can_not_be_is_refused_in_a_sentence(words, said):
 def test_a_stage_takes_one_seed():
     done = run_here("entropy.py", "--seeds", "0,1")
     assert (done.returncode, done.stderr) == (2, (
-        "entropy.py: argument --seeds: a stage takes one seed; of several, compile.py keeps each "
-        "in DIR/seed-N, a --run-dir of its own (see --help)\n"))
+        "entropy.py: argument --seeds: a stage takes one (of several, each has a folder: --run-dir "
+        "DIR/seed-N) (see --help)\n"))
 
 
 @pytest.mark.parametrize("script, shown, not_shown", [
@@ -165,7 +152,6 @@ def test_help_is_there_at_once_and_shows_what_the_stage_uses_in_groups(script, s
         assert re.findall("^  --([a-z-]+)", short, re.M) == ["help-all", *first, *here]
         assert here == everyday or script != "compile"
     assert f"\n    python {script}.py" in done.stdout
-    assert ("--seeds N[" in done.stdout) == (script == "compile")
 
 
 def commands_of(page):
@@ -202,8 +188,7 @@ def test_the_first_page_is_short():
 def kept(folder, *argv):
     """The config.json of a run with this command line, as far as --config reads it."""
     given, path = parse(argv, "compile", "text"), folder / "config.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"command": words_of(resolve(given), given)}))
+    write_sealed(path, {"command": words_of(resolve(given), given)})
     return str(path)
 
 
@@ -219,7 +204,6 @@ def test_a_config_repeats_a_run_in_any_folder_and_the_command_line_has_the_last_
     assert settings_of("--config", path) == expected
     assert settings_of("--config", path, "--epochs", "2", "--seed", "9", "--data-dir", "d") == (
         replace(expected, epochs=2, steps=0, seeds=(9,), data_dir="/d"))
-    assert settings_of("--config", kept(tmp_path), "--data-dir", "d", "--seed", "2").seeds == (2,)
 
 
 @pytest.mark.parametrize("flag, value", [
