@@ -8,7 +8,7 @@ from pathlib import Path
 from kd import values
 from kd.files import UserError, listed, one_field, read_sealed
 from kd.recipes import RECIPES
-from kd.settings import APPROACHES, FIELDS, FLAGS, GROUPS, MORE_APPROACHES, ON_TARGET, STAGES
+from kd.settings import FIELDS, FLAGS, GROUPS, STAGES
 from kd.values import is_own
 
 # The stages whose settings are flags of each script; compile.py has all of them.
@@ -20,18 +20,15 @@ MAKES = {"TeacherTrain": ("teacher",), "mms_threshold": ("scores",), "entropy": 
 MAKER = {stage: f"{script}.py" for script, stages in MAKES.items() for stage in stages}
 
 
-def _approach(names):
-    return "everyday", dict(type=values.approach, metavar="A", default="mms", help=(
-        f"one of {', '.join(names)}, or a Python file with a criterion of your own (default: mms)"))
-
-
+APPROACH = "everyday", dict(
+    type=values.approach, metavar="A", default="mms",
+    help="one of those of compile.py, or FILE.py, a criterion of your own (default: mms)")
 # Flags that are not settings, {script: {flag: (its group, keywords of argparse)}}.
 MORE = {
     "compile": {"config": ("running", dict(type=Path, metavar="FILE", help="a config.json whose "
                 "flags hold where the command line says nothing else, to repeat a run"))},
-    "transfer": {"approach": _approach([each for each in APPROACHES + MORE_APPROACHES
-                                        if each not in ON_TARGET])},
-    "distill": {"approach": _approach(APPROACHES + MORE_APPROACHES), "export": ("everyday", dict(
+    "transfer": {"approach": APPROACH},
+    "distill": {"approach": APPROACH, "export": ("everyday", dict(
         choices=("onnx", "state_dict", "safetensors"),
         help="also write the student in another form, beside its checkpoint"))},
 }

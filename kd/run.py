@@ -5,7 +5,6 @@ settings and the digests of what it was made from, and the digests of its files.
 has the digests of what came before among its inputs, so nothing else needs to know which setting
 decides what."""
 import dataclasses
-import importlib.util
 import json
 import os
 import platform
@@ -29,7 +28,6 @@ MADE_BY = {
         "pt", "npz", "json", "part", "onnx", "pth", "safetensors")), "tensorboard/student-*",
         "wandb/student-*", "results.json", "results.md", "figures/*.png", "report.html"),
 }
-BOARDS = ("tensorboard", "wandb")       # settings, packages and folders of these names
 CHECKED = ("teacher.json", "transfer/*/summary.json", "students/*.json")
 
 
@@ -97,7 +95,8 @@ class Run:
 
     def board(self, name):
         """{kind: folder} of the boards on which a training is written."""
-        return {kind: self.path / kind / name for kind in BOARDS if getattr(self.settings, kind)}
+        return {kind: self.path / kind / name for kind in ("tensorboard", "wandb")
+                if getattr(self.settings, kind)}
 
     def product(self, name, remake=False, **inputs):
         """The Product `name`, a path below the folder: made from the settings of its stage and from
@@ -105,16 +104,17 @@ class Run:
         unless `remake`: then it is made again, since it takes no time."""
         return Product(self, name, self.settings.of_stage(stage_of(name)) | inputs, remake)
 
-    def content_of(self, name, command):
+    def content_of(self, name):
         """The content of an earlier stage's product. Raises UserError that says how to make it."""
         content, wrong = read_product(self, name)
         if content is None:
-            self.refuse(wrong or f"{self / name} is missing", command)
+            self.refuse(name, wrong or f"{self / name} is missing")
         return content
 
-    def refuse(self, wrong, command):
-        """Raises UserError: what is wrong, and the stage's command that makes it right."""
-        raise UserError(f"{wrong}. Make it with `{command}` and the flags given here.")
+    def refuse(self, name, wrong):
+        """Raises UserError: what is wrong with a product, and the stage that makes it right."""
+        raise UserError(f"{wrong}. Make it with `python {MAKER[stage_of(name)]}` and the flags "
+                        "given here.")
 
     @property
     def restarted(self):
@@ -145,9 +145,6 @@ class Run:
     def check(self):
         """Holds the folder. Raises UserError, before any long work, where a setting differs from
         the one with which a product of this run was made, or another process holds it."""
-        for kind in self.board(""):
-            if importlib.util.find_spec(kind) is None:
-                raise UserError(f"--{kind} needs a package: pip install {kind}")
         below = sorted(self.path.glob("seed-*/config.json"))
         if below and not (self / "config.json").exists():
             raise UserError(f"{self.path} holds several seeds. Name one, as --run-dir "

@@ -236,7 +236,7 @@ def test_the_report_has_the_sources_that_a_stage_by_hand_took(run, painted):
 @pytest.mark.parametrize("script, absent, command", [
     ("transfer.py", "teacher.json", "python TeacherTrain.py"),
     ("distill.py", "teacher.json", "python TeacherTrain.py"),
-    ("distill.py", "transfer/mms/summary.json", "python transfer.py --approach mms")])
+    ("distill.py", "transfer/mms/summary.json", "python transfer.py")])
 def test_a_missing_predecessor_is_named_with_the_command_that_makes_it(
         flags, run, script, absent, command):
     (run / absent).unlink()
