@@ -1,7 +1,6 @@
 """The command line: flags made from the fields of `Settings`; and the one in a config.json."""
 import argparse
 import difflib
-import json
 import sys
 from pathlib import Path
 
@@ -18,8 +17,7 @@ USES = {"TeacherTrain": ("teacher",), "distill": STAGES,
 MAKES = {"TeacherTrain": ("teacher",), "mms_threshold": ("scores",), "entropy": ("scores",),
          "transfer": ("scores", "transfer"), "distill": ("students",)}
 MAKER = {stage: f"{script}.py" for script, stages in MAKES.items() for stage in stages}
-
-
+NAME_CODE = ("approaches", "teacher_arch", "student_arch")
 APPROACH = "everyday", dict(
     type=values.approach, metavar="A", default="mms",
     help="one of those of compile.py, or FILE.py, a criterion of your own (default: mms)")
@@ -97,11 +95,10 @@ def parser_of(script, description):
     return parser
 
 
-def parse(argv, script, description, stored=None):
-    """{name: value} of what the command line gives. stored: words that stand before it, so that it
-    has the last word."""
+def parse(argv, script, description):
+    """{name: value} of what the command line gives, or the config.json that it names."""
     parser = parser_of(script, description)
-    given = vars(parser.parse_args([*(stored or ()), *argv]))
+    given = vars(parser.parse_args(argv))
     if script in USES and len(given.get("seeds", ())) > 1:
         parser.error("argument --seeds: a stage takes one (of several, each has a folder: "
                      "--run-dir DIR/seed-N)")
@@ -110,48 +107,41 @@ def parse(argv, script, description, stored=None):
         parser.error(f"argument --restart-from: that is for {MAKER[again]}, which makes {again}")
     if "steps" in given and "epochs" in given:
         parser.error("--steps and --epochs contradict each other: give one of them")
-    if "config" in given and stored is None:
-        return parse(argv, script, description, stored_words(given["config"], given, script))
-    return given
+    return with_config(given["config"], given, script) if "config" in given else given
 
 
-def words_of(settings, given):
-    """The command line, [--flag=value], that stands for what was given, wherever it is run."""
-    words, always = [], {"data_dir": values.path(settings.data_dir), "seeds": settings.seeds}
-    for name, value in (given | always).items():
-        if name not in FLAGS or name in ("run_dir", "restart", "restart_from"):
-            continue
-        if FIELDS[name].metadata["flag"].get("action"):
-            words.append(flag_of(name if value else f"no_{name}"))
-        elif name == "classes" and isinstance(value, tuple):
-            words.append(f"--classes={json.dumps(value)}")
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            words.append(f"{flag_of(name)}={text}")
-    return words
+def repeatable(settings, given):
+    """Those of the flags given that repeat a run, wherever that is done."""
+    of_this_run = ("run_dir", "restart", "restart_from")
+    return {name: value for name, value in given.items()
+            if name in FLAGS and name not in of_this_run} | {
+                "data_dir": values.path(settings.data_dir), "seeds": settings.seeds}
 
 
 def read_config(path):
-    """The content of a config.json. Raises UserError where it is not what was written there."""
+    """The content of a config.json; "given": as `parse` returns it. Raises UserError where it is
+    not what was written there."""
     config = read_sealed(path) or {}
-    if "command" not in config:
+    if "given" not in config:
         raise UserError(f"{path} is missing or damaged, so {path.parent} is not a run folder. "
                         "compile.py writes it.")
-    return config
+    return config | {"given": {name: tuple(value) if isinstance(value, list) else value
+                               for name, value in config["given"].items()}}
 
 
-def stored_words(path, given, script):
-    """The words of a config.json that are flags here, less those whose flag (of --steps and
-    --epochs either) is given. Raises UserError where they name code that `given` does not."""
-    replaced = {flag_of(name) for name in given}
-    if {"--steps", "--epochs"} & replaced:
-        replaced |= {"--steps", "--epochs"}
-    known = {flag_of(name) for name in flags_of(script)} - replaced
-    known |= {flag.replace("--", "--no-", 1) for flag in known}     # of a switch
-    words = [word for word in read_config(path)["command"] if word.partition("=")[0] in known]
-    code = [word for word in words if is_own(word.partition("=")[2]) or any(
-        each.strip().endswith(".py") for each in word.split(","))]
+def with_config(path, given, script):
+    """What is given, and what a config.json says of the script's flags where nothing is. Raises
+    UserError where that names code."""
+    without = set(given)
+    if without & {"steps", "epochs"}:       # of which a run has one
+        without |= {"steps", "epochs"}
+    stored = {name: value for name, value in read_config(path)["given"].items()
+              if name in flags_of(script) and name not in without}
+    texts = {name: ",".join(value) if isinstance(value, tuple) else value
+             for name, value in stored.items() if name in NAME_CODE}
+    code = [f"{flag_of(name)}={text}" for name, text in texts.items()
+            if is_own(text) or any(each.endswith(".py") for each in text.split(","))]
     if code:
         raise UserError(f"{path} names code, and code runs only where the command line names it: "
                         f"add {listed(code)}.")
-    return words
+    return stored | given

@@ -193,9 +193,8 @@ def illustrate(experiment):
     from kd import figures, page
     results, record = collect(experiment), experiment.first
     drawn = figures.save(experiment.folder / "figures", figures.of_run(record, results))
-    flags = [word for word in record.config["command"] if not word.startswith("--seeds=")]
-    command = ["python", "compile.py", *flags, "--run-dir=runs/again",
-               f"--seeds={','.join(map(str, results['seeds']))}"]
+    command = ["python", "compile.py", "--config", str(record.folder / "config.json"), "--run-dir",
+               "runs/again", "--seeds", ",".join(map(str, results["seeds"]))]
     text = page.render(record, drawn, name=experiment.name, results=results, heads=HEADS,
                        rows=map(cells, results["rows"]), heading=heading(results),
                        command=shlex.join(command), now=time.strftime("%Y-%m-%d %H:%M"))

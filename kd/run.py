@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from kd.files import UserError, file_digest, hold, is_first, listed, read_sealed, say, write_sealed
-from kd.flags import MAKER, USES, flag_of, parse, read_config, stored_words, words_of
+from kd.flags import MAKER, USES, flag_of, parse, read_config, repeatable, with_config
 from kd.settings import FIELDS, STAGES, resolve
 
 # What each stage makes, as patterns below the run folder; nothing else there is ever deleted.
@@ -168,7 +168,7 @@ class Run:
         settings = dataclasses.asdict(self.settings) | {"restart": False, "restart_from": None}
         write_sealed(self / "config.json", settings | {
             "seed": self.settings.seed, "device": device.type,
-            "command": words_of(self.settings, given)} | environment())
+            "given": repeatable(self.settings, given)} | environment())
 
     def _clear(self):
         patterns = [pattern for stage in self.restarted for pattern in MADE_BY[stage]]
@@ -203,7 +203,7 @@ def _with(key, value):
 def read_settings(folder):
     """(Settings, the content of config.json) of a run folder. Code that it names is not run."""
     config = read_config(Path(folder) / "config.json")
-    return resolve(parse([], "compile", "", config["command"]) | {"run_dir": str(folder)}), config
+    return resolve(config["given"] | {"run_dir": str(folder)}), config
 
 
 def open_stage(argv, script, description):
@@ -214,8 +214,7 @@ def open_stage(argv, script, description):
     folder = resolve(where).run_dir
     config = Path(folder) / "config.json"
     if config.exists():
-        stored = stored_words(config, given, script)
-        given = parse(argv, script, description, stored) | {"run_dir": folder}
+        given = with_config(config, given, script) | {"run_dir": folder}
     approach = {"approaches": (given["approach"],)} if "approach" in given else {}
     run = Run(resolve(given | approach), USES[script])
     run.check()

@@ -129,8 +129,8 @@ class Settings:
     teacher_batch_size: int = _teacher(BY_RECIPE, values.count, "N", "its batch size")
     teacher_augment: str = _teacher(BY_RECIPE, None)
     classes: tuple | int | None = _teacher(None, values.classes, "N|FILE",
-        "a file with the names of the teacher's classes, one per line or as JSON, in the order of "
-        "its logits, or their number (default: the checkpoint's, or the target's folders by name)")
+        "a file with the names of the teacher's classes, one per line, in the order of its logits, "
+        "or their number (default: the checkpoint's, or the target's folders by name)")
     data_free: bool = _teacher(False, bool,
         "use no training image of the target, and the teacher of --teacher-checkpoint; thresholds "
         "come from the sources")

@@ -1,5 +1,4 @@
 """Values of settings: parsers of their texts. Each raises Wrong, which argparse shows."""
-import json
 import os
 import re
 from argparse import ArgumentTypeError as Wrong
@@ -158,23 +157,20 @@ mean, std = _three(0.0), _three(1e-6)
 
 
 def classes(text):
-    """Names of classes: the lines of a file, or a list in JSON (in a file, or as it is); or how
-    many."""
+    """Names of classes, the lines of a file; or how many."""
     if text.isdecimal():
         if not 2 <= int(text) <= 10 ** 6:
             raise Wrong(f"{text} is not a number of classes")
         return int(text)
-    if text[:1] != "[" and not os.path.isfile(text):
-        raise Wrong(f"'{text}' is neither a number nor a file with one class per line")
     try:
-        content = text if text[:1] == "[" else Path(text).read_text("utf-8-sig")
-        names = json.loads(content) if content.lstrip()[:1] in ("[", "{") else content.splitlines()
-    except ValueError:
-        raise Wrong(f"{text} is neither UTF-8 text with one class per line nor JSON") from None
-    if isinstance(names, dict):
-        raise Wrong(f"{text} is not a list: give the names in the order of the logits")
+        content = Path(text).read_text("utf-8-sig")
+    except (OSError, ValueError):
+        raise Wrong(f"'{text}' is neither a number nor a UTF-8 file with one class per line"
+                    ) from None
+    if content.lstrip()[:1] in ("[", "{"):
+        raise Wrong(f"{text} is JSON: give a file with one class per line")
     seen, unique = {}, []       # ImageNet has two cranes: the second becomes "crane (2)"
-    for name in filter(None, (str(name).strip() for name in names)):
+    for name in filter(None, map(str.strip, content.splitlines())):
         seen[name] = seen.get(name, 0) + 1
         unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     if len(unique) < 2:

@@ -48,8 +48,7 @@ def figures_in(run):
 def test_the_table_has_means_and_deviations_over_the_seeds(run, tmp_path):
     for seed in (0, 1):
         folder = shutil.copytree(run, tmp_path / f"both/seed-{seed}")
-        change(folder, "config.json", command=[*read(run, "config.json")["command"],
-                                               f"--seeds={seed}"])
+        change(folder, "config.json", given=read(run, "config.json")["given"] | {"seeds": [seed]})
         change(folder, "students/mms.json", transfer_size=1_032, per_class=[1_017, 15, 0],
                accuracy=0.7 + 0.1 * seed, retention=0.8 + 0.1 * seed, agreement=0.8,
                seconds=3 + 2 * seed, images_per_second=1500.0)
@@ -172,7 +171,7 @@ def test_the_page_tells_what_the_manifests_tell(finished):
         row = re.search(rf"<td>{one}, {other}</td>(.*?)</tr>", html)[1]
         assert [int(each) for each in re.findall(r"<td>(\d+)", row)] == [len(each) for each in (
             kept[one] & kept[other], kept[one] - kept[other], kept[other] - kept[one])]
-    assert "<pre>python compile.py --target=colours=" in html
+    assert f"<pre>python compile.py --config {finished}/config.json --run-dir runs/again" in html
     # Every figure is there, and says in words what it shows.
     alternatives = " ".join(re.findall(r'<img alt="([^"]{20,})"', html))
     of = read(finished, "transfer/mms/summary.json")["per_source"]

@@ -283,7 +283,7 @@ def test_the_run_folder_is_as_documented(finished_run):
     for path in finished_run.rglob("*.*"):
         assert path.name.startswith(".") or path.stem in listed or path.suffix in listed, path
     config = read(finished_run, "config.json")
-    assert config.keys() >= {"target", "seed", "device", "commit", "machine", "command"}
+    assert config.keys() >= {"target", "seed", "device", "commit", "machine", "given"}
     assert config["versions"]["torch"] == torch.__version__
     if (ROOT / ".git").exists():
         asked = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True,
