@@ -117,10 +117,10 @@ class Settings:
     teacher_size: int | None = _teacher(None, values.edge, "N",
         "edge in pixels to which the teacher resizes its input (default: --image-size, or what the "
         "architecture needs)")
-    teacher_mean: tuple | None = _teacher(None, values.mean, "R,G,B",
+    teacher_mean: tuple | None = _teacher(None, values.colour, "R,G,B",
         "mean of the teacher's pixels, in [0, 1] (default: what its weights or its library state, "
         "else 0.5,0.5,0.5)")
-    teacher_std: tuple | None = _teacher(None, values.std, "R,G,B",
+    teacher_std: tuple | None = _teacher(None, values.colour, "R,G,B",
         "standard deviation of the teacher's pixels (default: as for --teacher-mean)")
     teacher_epochs: int = _teacher(BY_RECIPE, values.count, "N",
         "epochs of the teacher's training")

@@ -63,6 +63,9 @@ share = _number(lambda text: float(text[:-1]) / 100 if text.endswith("%") else f
 count = _number(int, lambda x: 1 <= x <= 10 ** 12, "a positive whole number")
 seed = _number(int, lambda x: 0 <= x < 2 ** 32, "a whole number from 0 to 4294967295")
 edge = _number(int, lambda x: 1 <= x <= 4096, "a number of pixels from 1 to 4,096")
+colour = _number(lambda text: tuple(map(float, text.split(","))),
+                 lambda x: len(x) == 3 and all(0 <= each <= 1 for each in x),
+                 "three numbers from 0 to 1, one per colour")
 
 
 def threshold(text):
@@ -145,15 +148,6 @@ def augmentations(text):
 def augment(text):
     augmentations(text)
     return text
-
-
-def _three(least):
-    return _number(lambda text: tuple(map(float, text.split(","))),
-                   lambda found: len(found) == 3 and all(least <= value <= 1 for value in found),
-                   "three numbers up to 1, one per colour")
-
-
-mean, std = _three(0.0), _three(1e-6)
 
 
 def classes(text):

@@ -182,10 +182,9 @@ def test_restart_keeps_what_comes_before_and_what_is_not_the_runs(run, flags, re
     assert "--lr 0.02, not with --lr 0.1." in refused("compile.py", flags[:-2])
 
 
-@pytest.mark.parametrize("restart", ["--restart", "--restart-from=teacher"])
-def test_restart_does_not_delete_what_is_given(run, flags, restart):
+def test_restart_does_not_delete_what_is_given(run, flags):
     before = contents(run)
-    said = refused("compile.py", flags, restart, "--teacher-checkpoint", run / "teacher.pt")
+    said = refused("compile.py", flags, "--restart", "--teacher-checkpoint", run / "teacher.pt")
     assert contents(run) == before
     assert said == (f"compile.py: --restart would delete {run}/teacher.pt, which is given as an "
                     "input. Copy it to another folder first.\n")
@@ -223,14 +222,6 @@ def test_every_stage_by_hand_gives_what_compile_gave(flags, tmp_path, finished_r
     expected, ended = outcome(finished_run), outcome(run)
     assert expected.keys() - ended.keys() == {"results.json"}
     assert [name for name in ended if ended[name] != expected[name]] == []
-
-
-def test_the_report_has_the_sources_that_a_stage_by_hand_took(run, painted):
-    """config.json names those of the first command."""
-    others = ["--approach", "mms", "--sources", f"others={painted / 'more'}", "--restart-from"]
-    ran("transfer.py", by_hand(painted, run), *others, "scores")
-    ran("distill.py", by_hand(painted, run), *others, "students")
-    assert "| others |" in ran("report.py", [], "--run-dir", run)
 
 
 @pytest.mark.parametrize("script, absent, command", [
@@ -366,7 +357,3 @@ def test_several_seeds_have_a_run_each_and_one_table(flags, tmp_path, finished_r
     for script, more in (("distill.py", ["--approach", "balanced"]), ("compile.py", [])):
         assert f"{run} holds several seeds. Name one, as --run-dir {run}/seed-0" in refused(
             script, flags, *more)
-    assert "differ" not in str(read(run, "results.json")["notes"])
-    ran("distill.py", flags, "--run-dir", run / "seed-1", "--approach", "balanced", "--lr", "0.05",
-        "--restart-from", "students")
-    assert "The seeds differ in --lr: a mean over them" in ran("report.py", [], "--run-dir", run)

@@ -86,7 +86,7 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--target=../x", "'../x' is neither NAME nor NAME=PATH (a comma separates data sets)"),
     ("--sources=,", "no source is given"), ("--seeds/--seed=1,1", "the same seed is given twice"),
     ("--augment=crop,spin", f"'crop,spin' is neither none nor some of {','.join(AUGMENTATIONS)}"),
-    ("--teacher-std=0,1,1", "'0,1,1' is not three numbers up to 1, one per colour"),
+    ("--teacher-std=1,1", "'1,1' is not three numbers from 0 to 1, one per colour"),
     ("--classes=no.txt", "'no.txt' is neither a number nor a UTF-8 file with one class per line"),
     ("--recipe=slow", "invalid choice: 'slow' (choose from 'reference', 'best', 'quick', 'far')"),
     ("--approches=mms", "unrecognized arguments: --approches=mms. Did you mean --approaches?"),
