@@ -26,9 +26,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Signals:
-    """pending: the number of a signal that waits, or 0; since: when it came; orderly: how many
-    pieces of work are under way that want to end a step first."""
-    pending = orderly = since = 0
+    """pending: the number of a signal that waits, or 0; since: when it came; orderly: whether work
+    is under way that wants to end a step first."""
+    pending, since, orderly = 0, 0.0, False
 
 
 def interrupted():
@@ -40,12 +40,12 @@ def interrupted():
 def orderly():
     """Within it a signal does not stop the work at once: `interrupted` tells of it, and the work
     raises Interrupted where it can be resumed."""
-    _Signals.orderly += 1
+    _Signals.orderly = True
     try:
         yield
     finally:
-        _Signals.orderly -= 1
-    if _Signals.pending and not _Signals.orderly:       # it ended before it looked
+        _Signals.orderly = False
+    if _Signals.pending:        # it ended before it looked
         raise Interrupted(_Signals.pending)
 
 

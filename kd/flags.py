@@ -6,7 +6,6 @@ from pathlib import Path
 
 from kd import values
 from kd.files import UserError, listed, one_field, read_sealed
-from kd.recipes import RECIPES
 from kd.settings import FIELDS, FLAGS, GROUPS, STAGES
 from kd.values import is_own
 
@@ -18,18 +17,18 @@ MAKES = {"TeacherTrain": ("teacher",), "mms_threshold": ("scores",), "entropy": 
          "transfer": ("scores", "transfer"), "distill": ("students",)}
 MAKER = {stage: f"{script}.py" for script, stages in MAKES.items() for stage in stages}
 NAME_CODE = ("approaches", "teacher_arch", "student_arch")
-APPROACH = "everyday", dict(
+APPROACH = {"group": "everyday", "flag": dict(
     type=values.approach, metavar="A", default="mms",
-    help="one of those of compile.py, or FILE.py, a criterion of your own (default: mms)")
-# Flags that are not settings, {script: {flag: (its group, keywords of argparse)}}.
-MORE = {
-    "compile": {"config": ("running", dict(type=Path, metavar="FILE", help="a config.json whose "
-                "flags hold where the command line says nothing else, to repeat a run"))},
-    "transfer": {"approach": APPROACH},
-    "distill": {"approach": APPROACH, "export": ("everyday", dict(
-        choices=("onnx", "state_dict", "safetensors"),
-        help="also write the student in another form, beside its checkpoint"))},
-}
+    help="one of those of compile.py, or FILE.py, a criterion of your own (default: mms)")}
+EXPORT = {"group": "everyday", "flag": dict(
+    choices=("onnx", "state_dict", "safetensors"),
+    help="also write the student in another form, beside its checkpoint")}
+CONFIG = {"group": "running", "flag": dict(
+    type=Path, metavar="FILE",
+    help="a config.json whose flags hold where none is given, to repeat a run")}
+# Flags of the scripts that are not settings, as the metadata of a field of Settings.
+MORE = {"compile": {"config": CONFIG}, "transfer": {"approach": APPROACH},
+        "distill": {"approach": APPROACH, "export": EXPORT}}
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,21 +46,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_field(message)}{hint} (see --help)\n")
 
 
-def add_flags(parser, names, more=(), shown=GROUPS):
+def add_flags(parser, names, more=None, shown=GROUPS):
     """Adds the flags of these settings, and those of `more` (as in MORE), to a parser, in their
     groups. shown: the groups that --help has."""
+    flags = (more or {}) | {name: FIELDS[name].metadata for name in names}
     for group in GROUPS:
-        of_group = {name: more[name][1] for name in more if more[name][0] == group}
-        of_group |= {name: FIELDS[name].metadata["flag"] for name in FLAGS if name in names
-                     and FIELDS[name].metadata["group"] == group}
-        inside = parser.add_argument_group(group) if of_group else None
-        for name, flag in of_group.items():
-            words = [flag_of(name), *(["--seed"] if name == "seeds" else [])]
-            default = "the recipe's" if name in RECIPES["reference"] else (
-                FIELDS[name].default if name in FIELDS else None)
-            text = flag["help"] + (f" (default: {default})" if default and (
-                "(default" not in flag["help"]) else "")
-            text = text if group in shown else argparse.SUPPRESS
+        inside = parser.add_argument_group(group)
+        for name, flag in ((name, flags[name]["flag"]) for name in flags
+                           if flags[name]["group"] == group):
+            words = [flag_of(name), "--seed"] if name == "seeds" else [flag_of(name)]
+            text = flag["help"] if group in shown else argparse.SUPPRESS
             inside.add_argument(*words, dest=name, **flag | {"help": text})
 
 
@@ -90,7 +84,7 @@ def parser_of(script, description):
     """The parser of a script's command line; description: its docstring."""
     parser = bare_parser(script, description)
     parser.add_argument("--help-all", action="help", help="show every flag and exit")
-    add_flags(parser, flags_of(script), MORE.get(script, {}),
+    add_flags(parser, flags_of(script), MORE.get(script),
               GROUPS if "--help-all" in sys.argv else GROUPS[:1])
     return parser
 

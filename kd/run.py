@@ -195,8 +195,7 @@ def _changed(content, now):
 def _with(key, value):
     if value is None:
         return f"without {flag_of(key)}"
-    text = f"{value:.6g}" if isinstance(value, float) else (
-        ",".join(map(str, value)) if isinstance(value, list) else str(value))
+    text = ",".join(map(str, value)) if isinstance(value, list) else value
     return f"with {flag_of(key)} {text}"
 
 

@@ -38,7 +38,7 @@ TRAINS_TEACHER = ("teacher_weights", "teacher_epochs", "teacher_lr", "teacher_ba
 # ---- The settings --------------------------------------------------------------------------------
 
 GROUPS = ("everyday", "data", "teacher", "selection", "students", "running")
-BY_RECIPE = None        # the default of what `resolve` takes from the recipe
+BY_RECIPE = "the recipe's"      # the default of what `resolve` takes from there
 
 
 def setting(group, stage, default, kind, *said):
@@ -48,6 +48,8 @@ def setting(group, stage, default, kind, *said):
     choices, bool for a switch, or None where it has no flag. said: [what stands for its value in
     --help,] its help."""
     metavar, text = (None, None, *said)[-2:]
+    if text and default and "(default" not in text:
+        text += f" (default: {default})"
     flag = {"help": text and text.replace("%", "%%")}
     if kind is bool:        # with a default of None, --no-NAME as well
         flag["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
