@@ -130,14 +130,15 @@ def train_students(runs, target, device):
                 train_student(run, approach, target, device)
         wait()
         for run, approach in lacking:       # by this process or another one
-            run.made.add(f"students/{approach}.json")
+            run.found[f"students/{approach}"] = False
     for run in runs:
         if len(runs) > 1:
             say(f"seed {run.settings.seed}")
         for approach in run.settings.rows:
             report_student(train_student(run, approach, target, device))
-        if run.reused:
-            say(f"reused: {listed(list(run.reused))}")
+        reused = [name for name, done in run.found.items() if done]
+        if reused:
+            say(f"reused: {listed(reused)}")
 
 
 def main(argv):
@@ -151,13 +152,11 @@ def main(argv):
     check_networks(settings, target, runs)
     sources = open_sources(settings, runs)      # what is wrong with one shows before anything long
     for run in runs:
-        anew = bool(run.restarted) or not run.has("teacher.json")
-        first_alone(lambda run=run, anew=anew: run.open(device, given, anew))
+        first_alone(lambda run=run: run.open(device, given, anew=True))
     for run, theirs in zip(runs, sources, strict=True):
         if len(runs) > 1:
             say(f"seed {run.settings.seed}")
         prepare(run, device, target, theirs)
-        run.save_config(device, given)      # not before: what is refused is not what the run is
     train_students(runs, target, device)
     if is_first():
         say("")

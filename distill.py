@@ -85,12 +85,11 @@ def train_student(run, approach, target, device):
     there is no student or no image for it. Raises UserError where the teacher was measured on
     another test split."""
     settings, supervised = run.settings, approach == "supervised"
-    teacher = run.content_of("teacher.json", "python TeacherTrain.py")
+    teacher = run.content_of("teacher.json")
     confidence = saved_split(run, len(target.train))[1] if target.train else None
     test, path = test_of(target), run / f"students/{approach}.pt"
     if teacher.get("test", test) != test:
-        run.refuse(f"{run / 'teacher.json'} is of another test split, or of none",
-                   "python TeacherTrain.py")
+        run.refuse("teacher.json", f"{run / 'teacher.json'} is of another test split, or of none")
     images, rows, figures, made_from = learned_from(run, approach, target)
     frequencies = run / f"transfer/{approach}/weights.npy"
     frequencies = None if supervised or approach not in DRAWN_BY_WEIGHT else np.load(frequencies)
@@ -155,9 +154,7 @@ def learned_from(run, approach, target):
         per_class = np.bincount(labels[train], minlength=len(target.classes)).tolist()
         figures = {"sources": [name_of(run.settings.target)], "per_class": per_class}
         return target.train.images, train, figures, target.train.fingerprint
-    spec = next(each for each in run.settings.approaches if name_of_approach(each) == approach)
-    summary = run.content_of(f"transfer/{approach}/summary.json",
-                             f"python transfer.py --approach {spec}")
+    summary = run.content_of(f"transfer/{approach}/summary.json")
     images = np.load(run / f"transfer/{approach}/images.npy", mmap_mode="r")
     figures = {"sources": [name for name, count in summary["per_source"].items() if count],
                "per_class": summary["per_class"]}
@@ -227,7 +224,7 @@ def main(argv):
     if not run.has(f"students/{approach}.json"):
         needed = [settings.start_of(approach)]
         first_alone(lambda: require_none(models.unavailable(needed, settings.image_size)))
-    run.content_of("teacher.json", "python TeacherTrain.py")
+    run.content_of("teacher.json")
     first_alone(lambda: data.obtain(settings, sources=False))
     first_alone(lambda: run.open(device, given))
     target = first_alone(lambda: data.load_target(settings))

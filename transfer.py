@@ -195,7 +195,7 @@ def make_transfer_set(run, approach, scoring):
         summary["shortfall"] = {}
     summary |= {
         "unreadable": {name: bad for name in candidates.names if (
-            bad := run.content_of(f"scores/{name}.json", "python transfer.py")["bad"])},
+            bad := run.content_of(f"scores/{name}.json")["bad"])},
         "no_threshold": [classes[c] for c in np.flatnonzero(np.isnan(thresholds[approach]))] if own
         else [], "calibrated_on": settings.calibrate if own or approach == "random" else None}
     folder = run / "transfer" / approach

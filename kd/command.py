@@ -26,9 +26,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Signals:
-    """pending: the number of a signal that waits, or 0; since: when it came; orderly: how many
-    pieces of work are under way that want to end a step first."""
-    pending = orderly = since = 0
+    """pending: the number of a signal that waits, or 0; since: when it came; orderly: whether work
+    is under way that wants to end a step first."""
+    pending, since, orderly = 0, 0.0, False
 
 
 def interrupted():
@@ -40,12 +40,12 @@ def interrupted():
 def orderly():
     """Within it a signal does not stop the work at once: `interrupted` tells of it, and the work
     raises Interrupted where it can be resumed."""
-    _Signals.orderly += 1
+    _Signals.orderly = True
     try:
         yield
     finally:
-        _Signals.orderly -= 1
-    if _Signals.pending and not _Signals.orderly:       # it ended before it looked
+        _Signals.orderly = False
+    if _Signals.pending:        # it ended before it looked
         raise Interrupted(_Signals.pending)
 
 
@@ -77,20 +77,13 @@ def command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if error.errno == errno.ENOENT or error.filename is None and (
-                error.errno not in (errno.ENOSPC, errno.EDQUOT)):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.errno == errno.ENOENT or error.filename is None and not full:
             raise       # mostly code of the user's
-        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        _fail(f"{error.filename2 or error.filename or 'the disk'}: {first_line(error)}. " + (
-            "Choose a folder that can be written, with --data-dir or --run-dir." if denied else
-            f"The files written so far are complete. {_how_to_resume()}"))
-    except RuntimeError as error:
-        if not several or "by peer" not in str(error):
-            raise
-        _fail("another process has ended.", late=True)
+        _fail(f"{error.filename or 'the disk'}: {first_line(error)}. " + (
+            f"The files written so far are complete. {_how_to_resume()}" if full else
+            "Choose another folder, with --data-dir or --run-dir."))
     except KeyboardInterrupt as error:
-        for number in STOPPING:     # who asks three times
-            signal.signal(number, signal.SIG_IGN)
         if is_first():
             print(f"\nInterrupted. {_how_to_resume()}", file=sys.stderr, flush=True)
         sys.exit(128 + (error.args[0] if isinstance(error, Interrupted) else signal.SIGINT))
@@ -98,11 +91,10 @@ def command(main):
         let_go()
 
 
-def _fail(message, late=False):
-    """Ends with status 2. What every process runs into, the first one says; late: what another one
-    has said already, if it could."""
+def _fail(message):
+    """Ends with status 2. What every process runs into, the first one says."""
     program = Path(sys.argv[0]).name
-    if late or not is_first():
+    if not is_first():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(OTHERS_WAIT)         # torchrun ends this process meanwhile
         program = f"{program}, process {os.environ['RANK']}"

@@ -45,7 +45,7 @@ def source_agreement(classifier, run, device):
     """Share of transfer.make_held_out's images that get the teacher's class; None without any."""
     if not (run.settings.data_free and (run / "scores/held_out.json").exists()):
         return None
-    run.content_of("scores/held_out.json", "python transfer.py")
+    run.content_of("scores/held_out.json")
     with np.load(run / "scores/held_out.npz") as held:
         return engine.accuracy(classifier, held["images"], held["predicted"], device=device)
 

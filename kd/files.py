@@ -12,9 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)     # of a file system that has none
-
-
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)     # of a file system that has none
 working_alone = []      # not empty: this process works as if it were the only one (kd/processes.py)
 
 
@@ -92,7 +90,7 @@ def read_json(path):
     """The dict in a file, or None where the file holds anything else."""
     try:
         content = json.loads(Path(path).read_text()) if Path(path).is_file() else None
-    except (ValueError, RecursionError):
+    except ValueError:
         content = None
     return content if isinstance(content, dict) else None
 
@@ -125,9 +123,8 @@ def file_digest(path):
     """The same of a file, which is read once for each of its versions (inode, size, time of
     change). Raises UserError where it can't be read."""
     try:
-        status = os.stat(path)
-        version = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        return _digest_of_version(str(path), *version)
+        now = os.stat(path)
+        return _digest_of_version(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
     except OSError as error:
         raise UserError(f"{path} can't be read ({first_line(error)})") from None
 
@@ -147,11 +144,13 @@ def _acquire(lock, folder, timeout):
         return True
     except Timeout:
         return False
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+    except NotImplementedError:         # filelock's, where there is no such call
+        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
             raise
-        say(f"{folder} is on a file system without locks. Do not let two processes use it at once.")
-        return None
+    say(f"{folder} is on a file system without locks. Do not let two processes use it at once.")
+    return None
 
 
 @contextlib.contextmanager
@@ -170,31 +169,24 @@ def holding(path, what):
         lock.release()
 
 
-_held = {}      # {folder: its lock}
+_held = []      # the locks of run folders
 
 
 def hold(folder):
     """Keeps every other process from writing in a run folder until `let_go` or the end of this one.
     Raises UserError that says who holds it."""
-    folder = Path(folder).absolute()
-    if not is_first() or folder in _held:
+    if not is_first():
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:        # a file has its name, or nothing can be made there
-        raise UserError(f"{folder} can't be created ({first_line(error)}). "
-                        "Choose another --run-dir.") from None
+    folder.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(folder / ".lock"), folder / ".holder"
     if _acquire(lock, folder, 0) is False:
-        found = read_json(holder) or {}
-        who = f"process {found.get('process', '?')} on {found.get('host', '?')}"
-        raise UserError(f"{folder} is in use by {who} since {found.get('since', '?')}. "
-                        "Wait for it, or choose another --run-dir.")
-    _held[folder] = lock
-    holder.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(),
-                                  "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+        who = holder.read_text() if holder.exists() else "another process"
+        raise UserError(f"{folder} is in use by {who}. Wait for it, or choose another --run-dir.")
+    _held.append(lock)
+    holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since "
+                      f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
 
 
 def let_go():
     while _held:
-        _held.popitem()[1].release()
+        _held.pop().release()

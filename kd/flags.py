@@ -1,13 +1,12 @@
 """The command line: flags made from the fields of `Settings`; and the one in a config.json."""
 import argparse
 import difflib
-import json
 import sys
+from pathlib import Path
 
 from kd import values
-from kd.files import UserError, listed, one_field, read_json
-from kd.recipes import RECIPES
-from kd.settings import APPROACHES, FIELDS, FLAGS, GROUPS, MORE_APPROACHES, ON_TARGET, STAGES
+from kd.files import UserError, listed, one_field, read_sealed
+from kd.settings import FIELDS, FLAGS, GROUPS, STAGES
 from kd.values import is_own
 
 # The stages whose settings are flags of each script; compile.py has all of them.
@@ -17,23 +16,19 @@ USES = {"TeacherTrain": ("teacher",), "distill": STAGES,
 MAKES = {"TeacherTrain": ("teacher",), "mms_threshold": ("scores",), "entropy": ("scores",),
          "transfer": ("scores", "transfer"), "distill": ("students",)}
 MAKER = {stage: f"{script}.py" for script, stages in MAKES.items() for stage in stages}
-
-
-def _approach(names):
-    return "everyday", dict(type=values.approach, metavar="A", default="mms", help=(
-        f"one of {', '.join(names)}, or a Python file with a criterion of your own (default: mms)"))
-
-
-# Flags that are not settings, {script: {flag: (its group, keywords of argparse)}}.
-MORE = {
-    "compile": {"config": ("running", dict(metavar="FILE", help="a config.json whose flags hold "
-                "where the command line says nothing else, to repeat a run"))},
-    "transfer": {"approach": _approach([each for each in APPROACHES + MORE_APPROACHES
-                                        if each not in ON_TARGET])},
-    "distill": {"approach": _approach(APPROACHES + MORE_APPROACHES), "export": ("everyday", dict(
-        choices=("onnx", "state_dict", "safetensors"),
-        help="also write the student in another form, beside its checkpoint"))},
-}
+NAME_CODE = ("approaches", "teacher_arch", "student_arch")
+APPROACH = {"group": "everyday", "flag": dict(
+    type=values.approach, metavar="A", default="mms",
+    help="one of those of compile.py, or FILE.py, a criterion of your own (default: mms)")}
+EXPORT = {"group": "everyday", "flag": dict(
+    choices=("onnx", "state_dict", "safetensors"),
+    help="also write the student in another form, beside its checkpoint")}
+CONFIG = {"group": "running", "flag": dict(
+    type=Path, metavar="FILE",
+    help="a config.json whose flags hold where none is given, to repeat a run")}
+# Flags of the scripts that are not settings, as the metadata of a field of Settings.
+MORE = {"compile": {"config": CONFIG}, "transfer": {"approach": APPROACH},
+        "distill": {"approach": APPROACH, "export": EXPORT}}
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,31 +40,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         _, unknown, words = message.partition("unrecognized arguments: ")
         word = words.split(" ")[0].partition("=")[0]
-        meant = [flag for flag in self._option_string_actions if word[1:2] == "-" and flag.endswith(
-            word[1:])] or difflib.get_close_matches(word, self._option_string_actions, 1, 0.7)
-        if unknown and word[:1] != "-" and "--target" in self._option_string_actions:
-            meant = [f"--target {word}"]
+        meant = [f"--target {word}"] if word[:1] != "-" else (
+            difflib.get_close_matches(word, self._option_string_actions, 1, 0.7))
         hint = f". Did you mean {meant[0]}?" if unknown and meant else ""
         self.exit(2, f"{self.prog}: {one_field(message)}{hint} (see --help)\n")
 
 
-def add_flags(parser, names, more=(), shown=GROUPS):
+def add_flags(parser, names, more=None, shown=GROUPS):
     """Adds the flags of these settings, and those of `more` (as in MORE), to a parser, in their
     groups. shown: the groups that --help has."""
+    flags = (more or {}) | {name: FIELDS[name].metadata for name in names}
     for group in GROUPS:
-        of_group = {name: more[name][1] for name in more if more[name][0] == group}
-        of_group |= {name: FIELDS[name].metadata["flag"] for name in FLAGS if name in names
-                     and FIELDS[name].metadata["group"] == group}
-        if "seeds" in of_group and "approaches" not in names:
-            of_group["seeds"] = of_group["seeds"] | dict(
-                metavar="N", help="random seed (default: 0)")
-        inside = parser.add_argument_group(group) if of_group else None
-        for name, flag in of_group.items():
-            words = [flag_of(name), *(["--seed"] if name == "seeds" else [])]
-            text = flag["help"]
-            if name in RECIPES["reference"] and "(default" not in text:
-                text += " (default: the recipe's)"
-            text = text if group in shown else argparse.SUPPRESS
+        inside = parser.add_argument_group(group)
+        for name, flag in ((name, flags[name]["flag"]) for name in flags
+                           if flags[name]["group"] == group):
+            words = [flag_of(name), "--seed"] if name == "seeds" else [flag_of(name)]
+            text = flag["help"] if group in shown else argparse.SUPPRESS
             inside.add_argument(*words, dest=name, **flag | {"help": text})
 
 
@@ -98,61 +84,58 @@ def parser_of(script, description):
     """The parser of a script's command line; description: its docstring."""
     parser = bare_parser(script, description)
     parser.add_argument("--help-all", action="help", help="show every flag and exit")
-    add_flags(parser, flags_of(script), MORE.get(script, {}),
+    add_flags(parser, flags_of(script), MORE.get(script),
               GROUPS if "--help-all" in sys.argv else GROUPS[:1])
     return parser
 
 
-def parse(argv, script, description, stored=None):
-    """{name: value} of what the command line gives. stored: words that stand before it, so that it
-    has the last word."""
+def parse(argv, script, description):
+    """{name: value} of what the command line gives, or the config.json that it names."""
     parser = parser_of(script, description)
-    given = vars(parser.parse_args([*(stored or ()), *argv]))
+    given = vars(parser.parse_args(argv))
     if script in USES and len(given.get("seeds", ())) > 1:
-        parser.error("argument --seeds: a stage takes one seed; of several, compile.py keeps each "
-                     "in DIR/seed-N, a --run-dir of its own")
+        parser.error("argument --seeds: a stage takes one (of several, each has a folder: "
+                     "--run-dir DIR/seed-N)")
     again = given.get("restart_from")
     if again and again not in MAKES.get(script, STAGES):
         parser.error(f"argument --restart-from: that is for {MAKER[again]}, which makes {again}")
     if "steps" in given and "epochs" in given:
         parser.error("--steps and --epochs contradict each other: give one of them")
-    if "config" in given and stored is None:
-        return parse(argv, script, description, stored_words(given["config"], given, script))
-    return given
+    return with_config(given["config"], given, script) if "config" in given else given
 
 
-def words_of(settings, given):
-    """The command line, [--flag=value], that stands for what was given, wherever it is run."""
-    words, always = [], {"data_dir": values.path(settings.data_dir), "seeds": settings.seeds}
-    for name, value in (given | always).items():
-        if name not in FLAGS or value is None or name in ("run_dir", "restart", "restart_from"):
-            continue
-        if FIELDS[name].metadata["flag"].get("action"):
-            words.append(flag_of(name if value else f"no_{name}"))
-        elif name == "classes" and isinstance(value, tuple):
-            words.append(f"--classes={json.dumps(value)}")
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            words.append(f"{flag_of(name)}={text}")
-    return words
+def repeatable(settings, given):
+    """Those of the flags given that repeat a run, wherever that is done."""
+    of_this_run = ("run_dir", "restart", "restart_from")
+    return {name: value for name, value in given.items()
+            if name in FLAGS and name not in of_this_run} | {
+                "data_dir": values.path(settings.data_dir), "seeds": settings.seeds}
 
 
-def stored_words(path, given, script):
-    """The words of a config.json that are flags here, less those whose flag (of --steps and
-    --epochs either) is given. Raises UserError where there are none, or where they name code that
-    `given` does not."""
-    words = (read_json(path) or {}).get("command")
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"{path} is missing, damaged, or not a config.json of this version.")
-    replaced = {flag_of(name) for name in given}
-    if {"--steps", "--epochs"} & replaced:
-        replaced |= {"--steps", "--epochs"}
-    known = {flag_of(name) for name in flags_of(script)} - replaced
-    known |= {flag.replace("--", "--no-", 1) for flag in known}     # of a switch
-    words = [word for word in words if word.partition("=")[0] in known]
-    code = [word for word in words if is_own(word.partition("=")[2]) or any(
-        each.strip().endswith(".py") for each in word.split(","))]
+def read_config(path):
+    """The content of a config.json; "given": as `parse` returns it. Raises UserError where it is
+    not what was written there."""
+    config = read_sealed(path) or {}
+    if "given" not in config:
+        raise UserError(f"{path} is missing or damaged, so {path.parent} is not a run folder. "
+                        "compile.py writes it.")
+    return config | {"given": {name: tuple(value) if isinstance(value, list) else value
+                               for name, value in config["given"].items()}}
+
+
+def with_config(path, given, script):
+    """What is given, and what a config.json says of the script's flags where nothing is. Raises
+    UserError where that names code."""
+    without = set(given)
+    if without & {"steps", "epochs"}:       # of which a run has one
+        without |= {"steps", "epochs"}
+    stored = {name: value for name, value in read_config(path)["given"].items()
+              if name in flags_of(script) and name not in without}
+    texts = {name: ",".join(value) if isinstance(value, tuple) else value
+             for name, value in stored.items() if name in NAME_CODE}
+    code = [f"{flag_of(name)}={text}" for name, text in texts.items()
+            if is_own(text) or any(each.endswith(".py") for each in text.split(","))]
     if code:
         raise UserError(f"{path} names code, and code runs only where the command line names it: "
                         f"add {listed(code)}.")
-    return words
+    return stored | given

@@ -26,10 +26,10 @@ def start_processes():
 
 def own_card():
     """This process's CUDA device. Raises UserError where there are fewer than processes."""
-    number, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if world_size() == 1:
         return torch.device("cuda", torch.cuda.current_device())
-    if max(number + 1, working_here()) > cards:
+    number, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if working_here() > cards:
         raise UserError("--device cuda: torchrun started more processes on this machine than it "
                         f"has CUDA devices. Use --nproc-per-node {cards}, or --device cpu.")
     torch.cuda.set_device(number)

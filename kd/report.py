@@ -151,9 +151,8 @@ def write(experiment):
     write_text(folder / "results.md", as_markdown(results))
     say(as_markdown(results))
     drawn = figures.save(folder / "figures", figures.of_run(record, results))
-    flags = [word for word in record.config["command"] if not word.startswith("--seeds=")]
-    command = ["python", "compile.py", *flags, "--run-dir=runs/again",
-               f"--seeds={','.join(map(str, results['seeds']))}"]
+    command = ["python", "compile.py", "--config", str(record.folder / "config.json"), "--run-dir",
+               "runs/again", "--seeds", ",".join(map(str, results["seeds"]))]
     text = page.render(record, drawn, name=experiment.name, results=results, heads=HEADS,
                        rows=map(cells, results["rows"]), heading=heading(results),
                        command=shlex.join(command), now=time.strftime("%Y-%m-%d %H:%M"))

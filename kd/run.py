@@ -5,7 +5,6 @@ settings and the digests of what it was made from, and the digests of its files.
 has the digests of what came before among its inputs, so nothing else needs to know which setting
 decides what."""
 import dataclasses
-import importlib.util
 import json
 import os
 import platform
@@ -15,9 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from kd.files import UserError, file_digest, hold, is_first, listed, read_sealed, say, write_sealed
-from kd.flags import MAKER, MAKES, USES, flag_of, parse, stored_words, words_of
+from kd.flags import MAKER, USES, flag_of, parse, read_config, repeatable, with_config
 from kd.settings import FIELDS, STAGES, resolve
-from kd.values import is_own, name_of
 
 # What each stage makes, as patterns below the run folder; nothing else there is ever deleted.
 MADE_BY = {
@@ -30,7 +28,6 @@ MADE_BY = {
         "pt", "npz", "json", "part", "onnx", "pth", "safetensors")), "tensorboard/student-*",
         "wandb/student-*", "results.json", "results.md", "figures/*.png", "report.html"),
 }
-BOARDS = ("tensorboard", "wandb")       # settings, packages and folders of these names
 CHECKED = ("teacher.json", "transfer/*/summary.json", "students/*.json")
 
 
@@ -42,7 +39,6 @@ class Product:
 
     def __init__(self, run, name, made_from, remake):
         self.run, self.name, self.made_from = run, name, json.loads(json.dumps(made_from))
-        self.label = name.removesuffix(".json").removesuffix("/summary")    # as people say it
         self.content, wrong = read_product(run, name)
         if wrong and name == "teacher.json":    # it costs hours: nobody wants it made again unasked
             raise UserError(f"{wrong}. Restore it, or add --restart-from teacher to make another.")
@@ -51,17 +47,15 @@ class Product:
         if self.content is not None and not remake:
             run.require_same(name, self.content, self.made_from)
         self.done = self.content is not None and not _changed(self.content, self.made_from)
-        if self.done and name not in run.made:
-            run.reused[self.label] = True
+        label = name.removesuffix(".json").removesuffix("/summary")     # as people say it
+        run.found.setdefault(label, self.done)
 
     def write(self, content, files=()):
         """Writes the JSON, after its files (paths), and returns its content."""
         digests = {path.relative_to(self.run.path).as_posix(): file_digest(path)
                    for path in files} if is_first() else {}
-        self.content = dict(content) | {"made_from": self.made_from, "files": digests}
+        self.content = content | {"made_from": self.made_from, "files": digests}
         write_sealed(self.run / self.name, self.content)
-        self.run.made.add(self.name)
-        self.run.reused.pop(self.label, None)
         if is_first():      # what an interrupted training would have resumed from
             (self.run / self.name).with_suffix(".part").unlink(missing_ok=True)
         return self.content
@@ -89,21 +83,20 @@ def stage_of(name):
 
 
 class Run:
-    """The run folder of `settings`. stages: those whose settings the command line states; makes:
-    those whose files the command makes; made: the products that this process wrote; reused: those
-    that it found done, in order."""
+    """The run folder of `settings`. stages: those whose settings the command line states; found:
+    {product: whether it was done already}, in order."""
 
-    def __init__(self, settings, stages=STAGES, makes=STAGES):
-        self.path, self.settings = Path(settings.run_dir), settings
-        self.stages, self.makes = stages, makes
-        self.made, self.reused = set(), {}
+    def __init__(self, settings, stages=STAGES):
+        self.path, self.settings, self.stages = Path(settings.run_dir), settings, stages
+        self.found = {}
 
     def __truediv__(self, name):
         return self.path / name
 
     def board(self, name):
         """{kind: folder} of the boards on which a training is written."""
-        return {kind: self.path / kind / name for kind in BOARDS if getattr(self.settings, kind)}
+        return {kind: self.path / kind / name for kind in ("tensorboard", "wandb")
+                if getattr(self.settings, kind)}
 
     def product(self, name, remake=False, **inputs):
         """The Product `name`, a path below the folder: made from the settings of its stage and from
@@ -111,22 +104,17 @@ class Run:
         unless `remake`: then it is made again, since it takes no time."""
         return Product(self, name, self.settings.of_stage(stage_of(name)) | inputs, remake)
 
-    def content_of(self, name, command):
+    def content_of(self, name):
         """The content of an earlier stage's product. Raises UserError that says how to make it."""
         content, wrong = read_product(self, name)
         if content is None:
-            self.refuse(wrong or f"{self / name} is missing", command)
+            self.refuse(name, wrong or f"{self / name} is missing")
         return content
 
-    def refuse(self, wrong, command):
-        """Raises UserError: what is wrong, and the stage's command, as typed here, that makes it
-        right."""
-        settings, target = self.settings, self.settings.target
-        usual = f"runs/{name_of(target)}"
-        given = {"target": target != "cifar10", "run_dir": settings.run_dir != usual,
-                 "teacher_arch": is_own(settings.teacher_arch)}
-        flags = (f" {flag_of(name)} {getattr(settings, name)}" for name in given if given[name])
-        raise UserError(f"{wrong}. Make it with `{command}{''.join(flags)}`.")
+    def refuse(self, name, wrong):
+        """Raises UserError: what is wrong with a product, and the stage that makes it right."""
+        raise UserError(f"{wrong}. Make it with `python {MAKER[stage_of(name)]}` and the flags "
+                        "given here.")
 
     @property
     def restarted(self):
@@ -149,63 +137,46 @@ class Run:
         was += [f"with another version of its {key.replace('_', ' ')}" for key in changed
                 if key not in flags]
         new = ", ".join(_with(key, now[key]) for key in flags)
-        keep = "" if stage in self.makes else "To keep it, give here what it was made with. "
-        how = "add" if stage in self.makes else f"run {MAKER[stage]} with"
-        keeps = ", which keeps what comes before," if stage != "teacher" else ""
         raise UserError(
-            f"{self / name} was made {', '.join(was)}{f', not {new}' if new else ''}. {keep}To "
-            f"make it again, {how} --restart-from {stage}{keeps} or choose another --run-dir.")
+            f"{self / name} was made {', '.join(was)}{f', not {new}' if new else ''}. To make it "
+            f"again, run {MAKER[stage]} or compile.py with --restart-from {stage}, or choose "
+            "another --run-dir.")
 
     def check(self):
-        """Raises UserError, before any long work, where a setting differs from the one with which a
-        product of this run was made, or the folder can't be used."""
-        for kind in self.board(""):
-            if importlib.util.find_spec(kind) is None:
-                raise UserError(f"--{kind} needs a package: pip install {kind}")
-        below, config = sorted(self.path.glob("seed-*/config.json")), self / "config.json"
-        if config.exists() and not self.settings.restart:
-            _config_of(config)
-        if below and not config.exists():
+        """Holds the folder. Raises UserError, before any long work, where a setting differs from
+        the one with which a product of this run was made, or another process holds it."""
+        below = sorted(self.path.glob("seed-*/config.json"))
+        if below and not (self / "config.json").exists():
             raise UserError(f"{self.path} holds several seeds. Name one, as --run-dir "
                             f"{below[0].parent}, or, for compile.py, all with --seeds.")
-        there = next(each for each in (self.path, *self.path.parents) if each.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise UserError(f"{self.path} can't be written. Choose another --run-dir.")
         for pattern in CHECKED:
             for path in sorted(self.path.glob(pattern)):
                 name, content = path.relative_to(self.path).as_posix(), read_sealed(path)
                 if stage_of(name) in self.stages and self.has(name) and content is not None:
-                    now = self.settings.of_stage(stage_of(name))
-                    self.require_same(name, content, json.loads(json.dumps(now)))
+                    self.require_same(name, content, self.settings.of_stage(stage_of(name)))
+        hold(self.path)
 
     def open(self, device, given, anew=False):
-        """Holds the folder, checks it, deletes what is to be made again, and writes config.json
-        where there is none, or `anew`. device: the torch.device that computes."""
-        hold(self.path)
-        self.check()
+        """Deletes what is to be made again, and writes config.json where there is none, or `anew`.
+        device: the torch.device that computes."""
         if is_first():
             self._clear()
-            for path in filter(Path.is_file, self.path.rglob(".*.part")):   # of a killed process
+            for path in self.path.rglob(".*.part"):     # of a killed process
                 path.unlink()
-        if anew or not (self / "config.json").exists():
-            self.save_config(device, given)
-
-    def save_config(self, device, given):
+        if not anew and (self / "config.json").exists():
+            return
         settings = dataclasses.asdict(self.settings) | {"restart": False, "restart_from": None}
         write_sealed(self / "config.json", settings | {
             "seed": self.settings.seed, "device": device.type,
-            "command": words_of(self.settings, given)} | environment())
+            "given": repeatable(self.settings, given)} | environment())
 
     def _clear(self):
         patterns = [pattern for stage in self.restarted for pattern in MADE_BY[stage]]
         patterns += ["config.json"] * self.settings.restart
         made = [path for pattern in patterns for path in sorted(self.path.glob(pattern))]
-        settings = self.settings
-        given = [settings.teacher_checkpoint, settings.teacher_weights, settings.student_weights,
-                 *settings.criteria]
-        given += [spec.partition("=")[2] for spec in (settings.target, *settings.sources)]
-        for path in filter(None, given):
-            if any(Path(path).resolve().is_relative_to(each.resolve()) for each in made):
+        for name in ("teacher_checkpoint", "teacher_weights", "student_weights"):
+            path = getattr(self.settings, name)
+            if path and Path(path).resolve() in [each.resolve() for each in made]:
                 raise UserError(f"--restart would delete {path}, which is given as an input. Copy "
                                 "it to another folder first.")
         if made:
@@ -224,42 +195,27 @@ def _changed(content, now):
 def _with(key, value):
     if value is None:
         return f"without {flag_of(key)}"
-    text = f"{value:.6g}" if isinstance(value, float) else (
-        ",".join(map(str, value)) if isinstance(value, list) else str(value))
+    text = ",".join(map(str, value)) if isinstance(value, list) else value
     return f"with {flag_of(key)} {text}"
 
 
 def read_settings(folder):
     """(Settings, the content of config.json) of a run folder. Code that it names is not run."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.json.")
-    config = _config_of(path)
-    return resolve(parse([], "compile", "", config["command"]) | {"run_dir": str(folder)}), config
-
-
-def _config_of(path):
-    config = read_sealed(path)
-    if config is None:
-        raise UserError(f"{path} is damaged: it is not what was written there. Restore it, or "
-                        "delete it and run compile.py again, which makes nothing again that is "
-                        "whole.")
-    return config
+    config = read_config(Path(folder) / "config.json")
+    return resolve(config["given"] | {"run_dir": str(folder)}), config
 
 
 def open_stage(argv, script, description):
     """For a stage run by hand: (its Run, what was given). What is not given comes from the run
-    folder's config.json. Nothing is written yet."""
+    folder's config.json."""
     given = parse(argv, script, description)
-    target = {"target": given["target"]} if "target" in given else {}
-    folder = given.get("run_dir", resolve(target).run_dir)
+    where = {name: given[name] for name in ("target", "run_dir") if name in given}
+    folder = resolve(where).run_dir
     config = Path(folder) / "config.json"
     if config.exists():
-        _config_of(config)
-        stored = stored_words(config, given, script)
-        given = parse(argv, script, description, stored) | {"run_dir": folder}
+        given = with_config(config, given, script) | {"run_dir": folder}
     approach = {"approaches": (given["approach"],)} if "approach" in given else {}
-    run = Run(resolve(given | approach), USES[script], MAKES[script])
+    run = Run(resolve(given | approach), USES[script])
     run.check()
     return run, given
 
@@ -269,14 +225,14 @@ def environment():
     import numpy
     import torch
     import torchvision
-    here = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True,
-        text=True, check=False).stdout.strip() if (
-        shutil.which("git") and (here / ".git").exists()) else None
+    here, commit = Path(__file__).resolve().parent.parent, None
+    if (here / ".git").exists() and shutil.which("git"):
+        asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here,
+                               capture_output=True, text=True, check=False)
+        commit = asked.stdout.strip() or None
     return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__, "numpy": numpy.__version__},
-            "commit": commit or None,
+            "commit": commit,
             "machine": {"system": platform.platform(), "cores": os.cpu_count(),
                         "threads": torch.get_num_threads(),
                         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}}

@@ -202,7 +202,7 @@ class Scoring:
 
     def __init__(self, run, device, data, **opened):
         self.run, self.device, self.data = run, device, data
-        self.figures = run.content_of("teacher.json", "python TeacherTrain.py")
+        self.figures = run.content_of("teacher.json")
         self.classes, self.digest = self.figures["classes"], self.figures["files"]["teacher.pt"]
         self.criteria = load_criteria(run.settings)
         if not self.figures["linear_head"] and not run.settings.mms_plain:

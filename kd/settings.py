@@ -11,15 +11,7 @@ from dataclasses import dataclass
 from kd import values
 from kd.files import UserError, listed
 from kd.recipes import FROM_RANDOM, FROM_TRAINED, RECIPES, SGD, Recipe
-from kd.values import (
-    AUGMENTATIONS,
-    has_imagenet_weights,
-    is_pretrained,
-    name_of,
-    name_of_approach,
-    name_of_arch,
-    plain,
-)
+from kd.values import has_imagenet_weights, is_pretrained, name_of, name_of_approach
 
 IMAGE_SIZE = 32
 MAX_BAD = 0.01              # share of unreadable images in a folder above which something is wrong
@@ -46,7 +38,7 @@ TRAINS_TEACHER = ("teacher_weights", "teacher_epochs", "teacher_lr", "teacher_ba
 # ---- The settings --------------------------------------------------------------------------------
 
 GROUPS = ("everyday", "data", "teacher", "selection", "students", "running")
-BY_RECIPE = None        # the default of what `resolve` takes from the recipe
+BY_RECIPE = "the recipe's"      # the default of what `resolve` takes from there
 
 
 def setting(group, stage, default, kind, *said):
@@ -56,6 +48,8 @@ def setting(group, stage, default, kind, *said):
     choices, bool for a switch, or None where it has no flag. said: [what stands for its value in
     --help,] its help."""
     metavar, text = (None, None, *said)[-2:]
+    if text and default and "(default" not in text:
+        text += f" (default: {default})"
     flag = {"help": text and text.replace("%", "%%")}
     if kind is bool:        # with a default of None, --no-NAME as well
         flag["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
@@ -80,48 +74,43 @@ class Settings:
     """Every setting of a run. None and "auto" are decided where they are used."""
 
     target: str = _everyday("teacher", "cifar10", values.data_set_spec, "NAME|NAME=PATH",
-        "data set whose classes the teacher knows: a known name, or a folder that holds "
+        "data set whose classes the teacher knows: a known name, a folder that holds "
         "train/<class>/* and test/<class>/*, or with --data-free any name (default: cifar10)")
     sources: tuple = _everyday("transfer", (), values.list_of(values.data_set_spec, "source"),
         "A,B=PATH,...",
         "unlabelled data sets for the students, in the order in which they fill the transfer set; "
         "B=PATH is a folder of images at any depth, B=SHARDS{000..099}.tar tar shards, "
-        "B=hf:REPOSITORY or B=FILES*.parquet a Hugging Face data set (default: "
-        f"{', '.join(PUBLISHED_ORDER)} without the target, cifar10 first for cifar100; for digits "
-        f"{', '.join(BUILT_IN_SOURCES)})")
+        "B=hf:REPOSITORY or B=FILES*.parquet a Hugging Face data set (default: the published "
+        f"ones; for digits {', '.join(BUILT_IN_SOURCES)})")
     approaches: tuple = _everyday(None, (), values.list_of(values.approach, "approach"), "A,B,...",
-        "what to compare, a row of the table each; README explains them. By default "
-        f"{listed(APPROACHES)}, without eats where neither {' nor '.join(EATS_SOURCES)} is a "
-        "source, without supervised in a data-free run, and with matched for digits. Further ones "
-        f"are {listed(MORE_APPROACHES)}, and FILE.py, a criterion of your own (KEEP, score and "
-        "threshold as in criteria/energy.py)")
+        f"what to compare, a row of the table each (README): {listed(APPROACHES)}, which are the "
+        f"default as far as sources and target allow; {listed(MORE_APPROACHES)}; and FILE.py, a "
+        "criterion of your own (docs/own.md)")
     recipe: str = _everyday(None, "reference", tuple(RECIPES),
         "how networks are trained and images selected: reference is the published protocol, best "
-        "the strongest known for sources that resemble the target, far for others, quick takes "
-        "minutes (default: reference; quick for digits)")
+        "the strongest for sources that resemble the target, far for others, quick takes minutes "
+        "(default: reference; quick for digits)")
     seeds: tuple = _everyday(None, (0,), values.list_of(values.seed, "seed"), "N[,N,...]",
-        "random seed; of several, the whole run is repeated for each, and the table has mean and "
-        "deviation (default: 0)")
+        "random seed; compile.py repeats the run for each of several (default: 0)")
     run_dir: str = _everyday(None, "", values.path, "DIR",
         "the run folder (default: runs/<target>)")
 
     data_dir: str = _data(None, "data", values.path, "DIR",
-        "where data sets are looked for, fetched to and packed (default: data)")
+        "where data sets are looked for, fetched to and packed")
     image_size: int = _data("teacher", IMAGE_SIZE, values.edge, "N",
-        "edge in pixels to which all images are resized (default: 32)")
+        "edge in pixels to which all images are resized")
     limit: int | None = _data("teacher", None, values.count, "N",
         "use at most N images of every data set and split, evenly spaced, for a trial run")
     max_bad: float = _data(None, MAX_BAD, values.share, "SHARE",
-        "share of a folder's images that may be unreadable (default: 0.01)")
+        "share of a folder's images that may be unreadable")
     pack: str = _data(None, "auto", ("auto", "always", "never"),
         "keep a source's images decoded on disk: auto does so below 8 GB and decodes larger "
-        "sources as they are read (default: auto)")
+        "sources as they are read")
 
     teacher_arch: str = _teacher("", values.arch, "ARCH",
-        "any torchvision classifier, a network for CIFAR (resnet34_cifar, resnet56, wrn_40_2, ...; "
-        "docs/own.md has all), timm:NAME, timm:hf-hub:OWNER/NAME, hub:OWNER/REPOSITORY:ENTRY of "
-        "torch.hub, or FILE.py:FACTORY, a function that makes it (default: resnet34; inception_v3 "
-        "for cifar100)")
+        "a torchvision classifier, a network for CIFAR as resnet34_cifar (docs/own.md), timm:NAME, "
+        "timm:hf-hub:OWNER/NAME, hub:OWNER/REPOSITORY:ENTRY of torch.hub, or FILE.py:FACTORY, a "
+        "function that makes it (default: resnet34; inception_v3 for cifar100)")
     teacher_checkpoint: str | None = _teacher(None, values.path, "FILE",
         "a teacher to use instead of training one: a teacher.pt, or weights for --teacher-arch")
     teacher_weights: str = _teacher("", values.weights, "imagenet|none|FILE",
@@ -129,24 +118,24 @@ class Settings:
         "that have no ImageNet weights)")
     teacher_size: int | None = _teacher(None, values.edge, "N",
         "edge in pixels to which the teacher resizes its input (default: --image-size, or what the "
-        "architecture needs: 299 for inception_v3)")
-    teacher_mean: tuple | None = _teacher(None, values.mean, "R,G,B",
-        "mean of the teacher's pixels, in [0, 1] (default: what its weights state, else what timm "
-        "or torchvision have for the architecture, else 0.5,0.5,0.5)")
-    teacher_std: tuple | None = _teacher(None, values.std, "R,G,B",
+        "architecture needs)")
+    teacher_mean: tuple | None = _teacher(None, values.colour, "R,G,B",
+        "mean of the teacher's pixels, in [0, 1] (default: what its weights or its library state, "
+        "else 0.5,0.5,0.5)")
+    teacher_std: tuple | None = _teacher(None, values.colour, "R,G,B",
         "standard deviation of the teacher's pixels (default: as for --teacher-mean)")
     teacher_epochs: int = _teacher(BY_RECIPE, values.count, "N",
         "epochs of the teacher's training")
     teacher_lr: float = _teacher(BY_RECIPE, values.positive, "RATE",
         "its peak learning rate (default: the recipe's, a tenth of it from trained weights)")
-    teacher_batch_size: int = _teacher(BY_RECIPE, values.batch, "N", "its batch size")
+    teacher_batch_size: int = _teacher(BY_RECIPE, values.count, "N", "its batch size")
     teacher_augment: str = _teacher(BY_RECIPE, None)
     classes: tuple | int | None = _teacher(None, values.classes, "N|FILE",
-        "a file with the names of the teacher's classes, one per line or as JSON, in the order of "
-        "its logits, or their number (default: the checkpoint's, or the target's folders by name)")
+        "a file with the names of the teacher's classes, one per line, in the order of its logits, "
+        "or their number (default: the checkpoint's, or the target's folders by name)")
     data_free: bool = _teacher(False, bool,
         "use no training image of the target, and the teacher of --teacher-checkpoint; thresholds "
-        "come from the sources; accuracy is measured where the target has a test split")
+        "come from the sources")
 
     threshold: float | str = _selection(BY_RECIPE, values.threshold, "published|R",
         "published: the criterion's own rule. R, a share: the score that the surest R of a class's "
@@ -155,8 +144,8 @@ class Settings:
         "if fewer than this share of a class's bucket pass, take the best below the threshold too "
         "(default: the recipe's; 0 with --calibrate sources)")
     calibrate: str = _selection("target", ("target", "sources"),
-        "compute thresholds on the target's confidence set, or on the sources (default: target; "
-        "sources with --data-free)")
+        "what thresholds are computed on: the target's confidence set, or the sources (default: "
+        "target; sources with --data-free)")
     fill: str = _selection(BY_RECIPE, ("first", "random", "best"),
         "how a class is filled: in the order of the sources, as published; at random; or with the "
         "best scores")
@@ -169,14 +158,14 @@ class Settings:
         "where no linear layer makes the teacher's logits, use the plain margin z_a - z_b for MMS")
 
     student_arch: str = _students("resnet18", values.arch, "ARCH",
-        "as --teacher-arch (default: resnet18)")
-    student_weights: str = _students(BY_RECIPE, values.weights, "imagenet|none|teacher|auto|FILE",
+        "as --teacher-arch")
+    student_weights: str = _students(
+        BY_RECIPE, values.student_weights, "imagenet|none|teacher|auto|FILE",
         "what students start from; teacher: those of its layers that have the same names and "
-        "shapes; auto: these, if they are at least half of the student and include its head (the "
-        "supervised student starts from imagenet where the teacher does)")
+        "shapes; auto: these, if they are at least half of the student and include its head")
     epochs: int = _students(BY_RECIPE, values.count, "N", "passes over the images")
     steps: int = _students(BY_RECIPE, values.count, "N", "batches, instead of --epochs")
-    batch_size: int = _students(BY_RECIPE, values.batch, "N", "images per batch")
+    batch_size: int = _students(BY_RECIPE, values.count, "N", "images per batch")
     lr: float | None = _students(BY_RECIPE, values.positive, "RATE",
         f"peak learning rate (default: the recipe's; best has {FROM_RANDOM} from random weights, "
         f"{FROM_TRAINED} from others)")
@@ -184,28 +173,26 @@ class Settings:
         "learning-rate schedule; multistep divides it by ten after 5, 6 and 7 eighths of the steps")
     momentum: float = _students(BY_RECIPE, values.below_one, "M", "Nesterov momentum")
     weight_decay: float = _students(BY_RECIPE, values.below_one, "W", "weight decay of SGD")
-    temperature: float = _students(BY_RECIPE, values.temperature, "T",
+    temperature: float = _students(BY_RECIPE, values.positive, "T",
         "temperature of the KD loss")
     augment: str = _students(BY_RECIPE, values.augment, "none|A,B,...",
-        f"augmentations, of {', '.join(AUGMENTATIONS)}; teacher and student see the same views")
+        f"some of {', '.join(values.AUGMENTATIONS)}; teacher and student see the same views")
     ema: float = _students(BY_RECIPE, values.below_one, "D",
         "end as an exponential moving average of the weights, with this decay")
 
     device: str = _running("auto", ("auto", "cpu", "cuda", "mps"),
-        "where to compute (default: auto)")
+        "where to compute")
     amp: bool | None = _running(None, bool,
         "train in bfloat16; scores are always float32 (default: on CUDA devices that have it)")
     compile: bool | None = _running(None, bool,
-        "train with torch.compile, which takes a minute to start (default: on CUDA, once five "
-        "minutes or more are left)")
+        "train with torch.compile (default: on CUDA, where five minutes or more are left)")
     tensorboard: bool = _running(False, bool,
         "write losses, accuracies and views into the run folder's tensorboard/")
     wandb: bool = _running(False, bool,
         "send what --tensorboard writes to Weights & Biases, which WANDB_ variables set up")
     restart: bool = _running(False, bool, "delete what the run folder holds and begin again")
     restart_from: str | None = _running(None, STAGES, "STAGE",
-        "delete what STAGE and those after it have made, and make it again: "
-        f"{', '.join(STAGES)} (a stage run by hand takes only what it makes itself)")
+        f"delete what STAGE and those after it have made, and make it again: {', '.join(STAGES)}")
 
     @property
     def seed(self):
@@ -266,7 +253,7 @@ class Settings:
             if name in ("target", "sources"):
                 value = name_of(value) if name == "target" else [name_of(each) for each in value]
             elif isinstance(value, str):
-                value = name_of_arch(value)
+                value = values.name_of_arch(value)
             found[name] = list(value) if isinstance(value, tuple) else value
         return found
 
@@ -326,15 +313,11 @@ def _require_consistent(settings):
     files = {file: name_of_approach(file) for file in settings.criteria}
     unknown = [each for each in settings.approaches if each not in known and each[-3:] != ".py"]
     contradictions = (
-        *((name in (*known, *OURS) or not plain(name),
+        *((name in (*known, *OURS),
            f"{file}: {name!r} can't be the name of an approach. Rename the file.")
           for file, name in files.items()),
         (unknown, f"There is no approach {listed(unknown)}. There are {', '.join(known)}, and "
                   "FILE.py for a criterion of your own."),
-        (len(set(names)) < len(names), "--approaches names an approach twice."),
-        (settings.teacher_weights in ("teacher", "auto"),
-         f"--teacher-weights {settings.teacher_weights}: a teacher starts from imagenet, none or a "
-         "file."),
         (settings.data_free and not settings.teacher_checkpoint,
          "--data-free needs a teacher: give yours as --teacher-checkpoint FILE."),
         *((settings.data_free and name in names,
@@ -348,9 +331,6 @@ def _require_consistent(settings):
         (name_of(settings.target) in sources,
          f"{name_of(settings.target)} is the target and can't be a source as well: take it out of "
          "--sources."),
-        ({"confidence", "matched", "held_out"} & set(sources),
-         "A source can't be called confidence, matched or held_out, which are other files in "
-         "scores/: rename it."),
     )
     for wrong, sentence in contradictions:
         if wrong:

@@ -1,12 +1,10 @@
 """Values of settings: parsers of their texts. Each raises Wrong, which argparse shows."""
-import json
 import os
 import re
 from argparse import ArgumentTypeError as Wrong
 from pathlib import Path
 
 HUB, HF = "hub:", "hf:"
-LARGEST = 4_096             # pixels of an edge
 CIFAR_NETWORKS = (          # kd/cifar.py makes them
     "resnet20", "resnet32", "resnet56", "resnet110", "resnet8x4", "resnet32x4", "wrn_16_2",
     "wrn_40_1", "wrn_40_2", "vgg8_bn", "vgg13_bn_cifar")
@@ -59,14 +57,15 @@ def _number(kind, right, what):
 
 
 positive = _number(float, lambda x: 0 < x < float("inf"), "a positive number")
-temperature = _number(float, lambda x: 1e-6 <= x <= 1e6, "a temperature from 1e-6 to 1e6")
 below_one = _number(float, lambda x: 0 <= x < 1, "a number from 0 up to, not including, 1")
 share = _number(lambda text: float(text[:-1]) / 100 if text.endswith("%") else float(text),
                 lambda x: 0 <= x <= 1, "a share from 0 to 1, as 0.05 or 5%")
 count = _number(int, lambda x: 1 <= x <= 10 ** 12, "a positive whole number")
-batch = _number(int, lambda x: 2 <= x <= 10 ** 12, "a batch size of 2 or more")
 seed = _number(int, lambda x: 0 <= x < 2 ** 32, "a whole number from 0 to 4294967295")
-edge = _number(int, lambda x: 1 <= x <= LARGEST, f"a number of pixels from 1 to {LARGEST:,}")
+edge = _number(int, lambda x: 1 <= x <= 4096, "a number of pixels from 1 to 4,096")
+colour = _number(lambda text: tuple(map(float, text.split(","))),
+                 lambda x: len(x) == 3 and all(0 <= each <= 1 for each in x),
+                 "three numbers from 0 to 1, one per colour")
 
 
 def threshold(text):
@@ -79,10 +78,7 @@ def path(text):
     """An absolute spelling; links stay as they are, so that people recognise their paths."""
     if not text:        # of a shell variable that is not set
         raise Wrong("no path is given")
-    try:
-        return str(Path(text).expanduser().absolute())
-    except RuntimeError:
-        raise Wrong(f"'{text}': there is no such home folder") from None
+    return str(Path(os.path.expanduser(text)).absolute())
 
 
 def data_set_spec(text):
@@ -100,7 +96,8 @@ def list_of(item, what):
     """A parser of values joined by commas, each once."""
     def parse(text):
         items = tuple(item(each.strip()) for each in text.split(",") if each.strip())
-        names = [name_of(each) if isinstance(each, str) else each for each in items]
+        names = [name_of_approach(name_of(each)) if isinstance(each, str) else each
+                 for each in items]
         if not items or len(set(names)) < len(names):
             raise Wrong(f"the same {what} is given twice" if items else f"no {what} is given")
         return items
@@ -127,7 +124,11 @@ def is_file(weights):
 
 
 def weights(text):
-    return path(text) if is_file(text) else text
+    return text if text == "none" or is_pretrained(text) else path(text)
+
+
+def student_weights(text):
+    return text if text in ("teacher", "auto") else weights(text)
 
 
 def augmentations(text):
@@ -149,41 +150,21 @@ def augment(text):
     return text
 
 
-def _three(least):
-    return _number(lambda text: tuple(map(float, text.split(","))),
-                   lambda found: len(found) == 3 and all(least <= value <= 1 for value in found),
-                   "three numbers up to 1, one per colour")
-
-
-mean, std = _three(0.0), _three(1e-6)
-
-
 def classes(text):
-    """Names of classes, the lines of a file, or JSON (in it, or as it is): a list, or a dict to or
-    from numbers; or how many."""
+    """Names of classes, the lines of a file; or how many."""
     if text.isdecimal():
         if not 2 <= int(text) <= 10 ** 6:
             raise Wrong(f"{text} is not a number of classes")
         return int(text)
-    given = text[:1] in ("[", "{")
-    if not given and not os.path.isfile(text):
-        raise Wrong(f"'{text}' is neither a number nor a file with one class per line")
     try:
-        content = text if given else Path(text).read_text("utf-8-sig")
-        names = json.loads(content) if content.lstrip()[:1] in ("[", "{") else content.splitlines()
-        if isinstance(names, dict):     # {"cat": 0}, {"0": "cat"} or {"0": ["n02123045", "cat"]}
-            pairs = (sorted((number, name) for name, number in names.items())
-                     if all(isinstance(each, int) for each in names.values()) else
-                     sorted((int(number), name) for number, name in names.items()))
-            if [number for number, _ in pairs] != list(range(len(pairs))):
-                raise Wrong(f"{text} does not number its classes from 0")
-            names = [name[-1] if isinstance(name, list) else name for _, name in pairs]
-    except (ValueError, TypeError):
-        raise Wrong(f"{text} is neither UTF-8 text with one class per line nor JSON") from None
-    except OSError:
-        raise Wrong(f"{text} can't be read") from None
+        content = Path(text).read_text("utf-8-sig")
+    except (OSError, ValueError):
+        raise Wrong(f"'{text}' is neither a number nor a UTF-8 file with one class per line"
+                    ) from None
+    if content.lstrip()[:1] in ("[", "{"):
+        raise Wrong(f"{text} is JSON: give a file with one class per line")
     seen, unique = {}, []       # ImageNet has two cranes: the second becomes "crane (2)"
-    for name in filter(None, (str(name).strip() for name in names)):
+    for name in filter(None, map(str.strip, content.splitlines())):
         seen[name] = seen.get(name, 0) + 1
         unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     if len(unique) < 2:

@@ -65,7 +65,7 @@ def weights(finished_run, tmp_path):
 def test_what_can_not_work_is_refused_before_the_teacher_is_trained(
         flags, networks, tmp_path, words, said):
     assert said in refused("compile.py", flags, *words.format(networks).split())
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run/split.npz").exists()
 
 
 def test_matched_weighs_the_images_of_sources_in_another_order(run, flags):
@@ -105,7 +105,7 @@ def test_without_a_linear_head_mms_is_refused_and_the_plain_margin_taken_when_as
     own = [*flags, "--teacher-arch", f"{networks}:squashed"]
     said = refused("compile.py", own)
     assert "No linear layer makes the logits of networks.py:squashed" in said
-    assert "Add --mms-plain" in said and not (tmp_path / "run").exists()
+    assert "Add --mms-plain" in said and not (tmp_path / "run/split.npz").exists()
     (tmp_path / "plain.py").write_text("from mms_threshold import KEEP, threshold\n\n"
                                        "def score(logits, weight):\n    assert weight is None\n"
                                        "    return -logits.topk(2).values.diff()[:, 0]\n")

@@ -38,23 +38,14 @@ def test_two_processes_select_to_the_row_what_one_selects(painted, finished_run,
             assert (run / name).read_bytes() == (finished_run / name).read_bytes(), name
     one, two = (read(each, "teacher.json") for each in (finished_run, run))
     assert all(one[key] == two[key] for key in ("accuracy", "confidence_accuracy"))
-    # One voice, one table, and students that have learnt.
-    lines = done.stdout.splitlines()
-    assert sum(line.startswith("student: mms, ") for line in lines) == 1
-    assert sum(line.startswith("| mms ") for line in lines) == 1
-    rows = read(run, "results.json")["rows"]
-    assert [row["approach"] for row in rows] == ["balanced", "random", "mms", "entropy", "matched"]
-    assert all(row["accuracy"] > 0.5 for row in rows if row["transfer_size"] > 20)
+    lines = done.stdout.splitlines()        # one voice, one table
+    assert sum(line.startswith(("student: mms, ", "| mms ")) for line in lines) == 2
+    assert not [line for line in lines if line.startswith("reused")]
     assert not list(run.rglob("*.part"))
-    for name in ("mms.json", "mms.pt", "mms.npz"):      # nor the last one, which a kill left out
-        (run / "students" / name).unlink()
-    done = torchrun("compile.py", *flags)
-    assert done.returncode == 0, done.stderr
     for approach in ("balanced", "random", "mms"):      # each was trained by a process alone
         one, two = (checkpoints.load(each / f"students/{approach}.pt", f"{painted}/net.py:make")
                     for each in (finished_run, run))
         assert same(one, two)
-    assert not [line for line in lines if line.startswith("reused")]
     done = torchrun("distill.py", *by_hand(painted, run), "--export", "state_dict")
     assert done.returncode == 0 and (run / "students/mms.pth").exists(), done.stderr
     ran("transfer.py", by_hand(painted, alone), "--approach", "matched")

@@ -51,8 +51,7 @@ def table_of(folder):
 def test_the_table_has_means_and_deviations_over_the_seeds(run, tmp_path):
     for seed in (0, 1):
         folder = shutil.copytree(run, tmp_path / f"both/seed-{seed}")
-        change(folder, "config.json", command=[*read(run, "config.json")["command"],
-                                               f"--seeds={seed}"])
+        change(folder, "config.json", given=read(run, "config.json")["given"] | {"seeds": [seed]})
         change(folder, "students/mms.json", transfer_size=1_032, per_class=[1_017, 15, 0],
                accuracy=0.7 + 0.1 * seed, retention=0.8 + 0.1 * seed, agreement=0.8,
                seconds=3 + 2 * seed, images_per_second=1500.0)
@@ -154,7 +153,7 @@ def test_the_page_tells_what_the_manifests_tell(finished):
         y, x = number // shown["across"] * 32, number % shown["across"] * 32
         apart = sheet[y:y + 32, x:x + 32].mean((0, 1)) - pixels[source, index].mean((0, 1))
         assert abs(apart).max() < 12
-    assert "<pre>python compile.py --target=colours=" in html
+    assert f"<pre>python compile.py --config {finished}/config.json --run-dir runs/again" in html
     assert figures_in(finished) == {"accuracy", "curves", "counts", "scores-mms", "scores-entropy",
                                     "strip-mms", "strip-entropy"}
     assert len(re.findall('<img alt="[A-Z]', html)) == html.count("How to read it:") == 7
