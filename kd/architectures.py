@@ -20,9 +20,8 @@ from kd.state_dicts import fit
 from kd.values import CIFAR_NETWORKS, HUB, has_imagenet_weights, is_own, is_pretrained
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
-INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
-               **dict.fromkeys(("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"), 224)}
-AT_LEAST = ("inception_v3", "alexnet")      # which take more as well
+LEAST = {"inception_v3": 299, "alexnet": 64}        # pixels of an edge; the others take 32
+AT_224 = ("maxvit_t", "vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
 TIMM = "timm:"
 
 
@@ -31,8 +30,7 @@ def input_size_of(arch, image_size=IMAGE_SIZE):
     if arch.startswith(TIMM):
         settings = timm_settings(arch)
         return settings["input_size"][-1] if settings.get("fixed_input_size") else image_size
-    size = INPUT_SIZES.get(arch, image_size)
-    return max(image_size, size) if arch in AT_LEAST else size
+    return 224 if arch in AT_224 else max(image_size, LEAST.get(arch, 0))
 
 
 def usual_pixels(arch):
@@ -92,7 +90,7 @@ def _of_torchvision(arch, count, weights, input_size):
         fetch(file, path)
         fit(network, torch.load(path, weights_only=True, map_location="cpu"), path, base)
         stated = tuple(preset.mean), tuple(preset.std)
-    if base == "inception_v3" and input_size < INPUT_SIZES[base]:
+    if base == "inception_v3" and input_size < LEAST[base]:
         network.aux_logits, network.AuxLogits = False, None     # it takes no fewer pixels
     if arch in CIFAR_STEMS:
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
