@@ -17,7 +17,6 @@ from kd.evaluation import LOOK_STEPS, evaluate, saved_split, test_of, watcher
 from kd.files import UserError, listed, require_none, say
 from kd.processes import first_alone, on_all_ranks
 from kd.run import open_stage
-from kd.settings import default_teacher
 from kd.training import Checkpoint, Watch, cross_entropy, say_if_few, train
 from kd.values import name_of_arch
 
@@ -87,8 +86,7 @@ def load_checkpoint(settings, target):
     """The teacher that was given, on the CPU, asked about a few images."""
     teacher = checkpoints.load_teacher(
         settings.teacher_checkpoint, settings.teacher_arch, target.classes, settings.teacher_size,
-        settings.teacher_mean, settings.teacher_std, settings.image_size,
-        default_teacher(settings.target))
+        settings.teacher_mean, settings.teacher_std, settings.image_size)
     known = target.train or target.test
     images = known.images if known else models.noise(teacher, settings.image_size).numpy()
     models.question_teacher(teacher, images)

@@ -8,7 +8,7 @@ from kd.export import Standalone
 dependencies = ["torch", "torchvision", "PIL", "filelock", "requests", "tqdm"]
 
 
-def student(path, arch=None):
+def student(path, arch=""):
     """The network of a checkpoint of this tool, student or teacher, in eval mode: (N, 3, H, W)
     float32 pixels in [0, 1] -> logits (N, C). Resize and normalisation are inside; `classes` has
     the names. Raises UserError where the file holds nothing of the kind.

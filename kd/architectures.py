@@ -1,8 +1,8 @@
 """Networks by name: torchvision's, those for CIFAR, timm's ("timm:NAME"), the user's own
 ("FILE.py:FACTORY"), a repository's ("hub:OWNER/REPOSITORY:ENTRY"). ImageNet weights."""
+import contextlib
 import functools
 import inspect
-import itertools
 import os
 from pathlib import Path
 
@@ -13,16 +13,15 @@ from torch import nn
 from kd import cifar
 from kd.classifier import CENTERED, IMAGENET
 from kd.download import RemoteFile, fetch
-from kd.files import UserError, first_line, say_once
-from kd.own import import_file, running_own
+from kd.files import UserError, first_line
+from kd.own import import_file
 from kd.settings import IMAGE_SIZE
 from kd.state_dicts import fit
-from kd.values import CIFAR_NETWORKS, HUB, has_imagenet_weights, is_own, is_pretrained, name_of_arch
+from kd.values import CIFAR_NETWORKS, HUB, has_imagenet_weights, is_own, is_pretrained
 
 CIFAR_STEMS = {"resnet18_cifar": "resnet18", "resnet34_cifar": "resnet34"}
-INPUT_SIZES = {"inception_v3": 299, "alexnet": 64, "maxvit_t": 224,     # the others take 32
-               **dict.fromkeys(("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"), 224)}
-AT_LEAST = ("inception_v3", "alexnet")      # which take more as well
+LEAST = {"inception_v3": 299, "alexnet": 64}        # pixels of an edge; the others take 32
+AT_224 = ("maxvit_t", "vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
 TIMM = "timm:"
 
 
@@ -31,8 +30,7 @@ def input_size_of(arch, image_size=IMAGE_SIZE):
     if arch.startswith(TIMM):
         settings = timm_settings(arch)
         return settings["input_size"][-1] if settings.get("fixed_input_size") else image_size
-    size = INPUT_SIZES.get(arch, image_size)
-    return max(image_size, size) if arch in AT_LEAST else size
+    return 224 if arch in AT_224 else max(image_size, LEAST.get(arch, 0))
 
 
 def usual_pixels(arch):
@@ -48,7 +46,7 @@ def usual_pixels(arch):
 def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
     """(network, its (mean, std) where the weights bring them, else None). With torchvision's
     ImageNet weights it has their 1,000 classes, otherwise `count`. Raises UserError."""
-    pretrained, stated = is_pretrained(weights), None
+    pretrained = is_pretrained(weights)
     if pretrained and not has_imagenet_weights(arch):
         raise UserError(f"There are no ImageNet weights for {arch}.")
     if arch in CIFAR_NETWORKS:
@@ -57,25 +55,34 @@ def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
         made = _of_hub(arch, count) if arch.startswith(HUB) else _of_file(arch, count)
         if not isinstance(made, nn.Module):
             raise UserError(f"{arch} gives a {type(made).__name__}, not a torch.nn.Module.")
-        if any(map(nn.parameter.is_lazy, itertools.chain(made.parameters(), made.buffers()))):
-            with torch.no_grad():       # layers that take their size from their first input
-                made.eval()(torch.zeros(2, 3, input_size, input_size))
-            made.train()
         return made, None
     if arch.startswith(TIMM):
-        network = _of_timm(arch, lambda timm, name: timm.create_model(
-            name, pretrained=pretrained, num_classes=count))
+        with _said_of(arch):
+            import timm
+            network = timm.create_model(
+                arch.removeprefix(TIMM), pretrained=pretrained, num_classes=count)
         stated = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
         return network, stated if pretrained else None
-    base = CIFAR_STEMS.get(arch, arch)
+    return _of_torchvision(arch, count, weights, input_size)
+
+
+@contextlib.contextmanager
+def _said_of(arch):
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{arch} can't be made ({first_line(error)}).") from None
+
+
+def _of_torchvision(arch, count, weights, input_size):
+    base, stated = CIFAR_STEMS.get(arch, arch), None
     if base not in torchvision.models.list_models(torchvision.models):
         raise UserError(f"There is no network {arch}. There are torchvision's classifiers, "
                         f"{', '.join((*CIFAR_STEMS, *CIFAR_NETWORKS))}, timm:NAME, "
                         "hub:OWNER/REPOSITORY:ENTRY, and FILE.py:FACTORY for your own.")
     # Torch's own start. Their special one, with deviations of 0.1, did not learn at any rate.
-    options = {"init_weights": False} if base in ("inception_v3", "googlenet") else (
-        {"image_size": input_size} if base.startswith("vit_") and not pretrained
-        and input_size % int(base[-2:]) == 0 else {})       # its patches
+    options = {"init_weights": False} if base in ("inception_v3", "googlenet") else {}
+    pretrained = is_pretrained(weights)
     network = torchvision.models.get_model(
         base, weights=None, num_classes=1000 if pretrained else count, **options)
     if pretrained:
@@ -83,7 +90,7 @@ def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
         fetch(file, path)
         fit(network, torch.load(path, weights_only=True, map_location="cpu"), path, base)
         stated = tuple(preset.mean), tuple(preset.std)
-    if base == "inception_v3" and input_size < INPUT_SIZES[base]:
+    if base == "inception_v3" and input_size < LEAST[base]:
         network.aux_logits, network.AuxLogits = False, None     # it takes no fewer pixels
     if arch in CIFAR_STEMS:
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -95,18 +102,10 @@ def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
 @functools.cache
 def timm_settings(arch):
     """{"mean", "std", "input_size", ...} that timm has for a network of its own or of a hub."""
-    settings = _of_timm(arch, lambda timm, name: timm.get_pretrained_cfg(name))
-    return vars(settings) if settings else make_network(arch, 2)[0].pretrained_cfg
-
-
-def _of_timm(arch, ask):
-    try:
+    with _said_of(arch):
         import timm
-        return ask(timm, arch.removeprefix(TIMM))
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        reason = ("timm is not installed: pip install timm" if isinstance(error, ImportError)
-                  else first_line(error))
-        raise UserError(f"{arch} can't be made ({reason}).") from None
+        settings = timm.get_pretrained_cfg(arch.removeprefix(TIMM))
+    return vars(settings) if settings else make_network(arch, 2)[0].pretrained_cfg
 
 
 def _of_file(arch, count):
@@ -116,31 +115,18 @@ def _of_file(arch, count):
     factory = getattr(import_file(path), name, None)
     if not callable(factory):
         raise UserError(f"{path} has no function {name}.")
-    parameters = inspect.signature(factory).parameters
-    required = [each for each in parameters.values() if each.default is each.empty
-                and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    named = "num_classes" in parameters or not required and any(
-        each.kind is each.VAR_KEYWORD for each in parameters.values())
-    if not named:
-        how = f"the number of classes as {required[0].name}" if required else "no number of classes"
-        say_once(f"{name_of_arch(arch)} is given {how}.")
-    with running_own(path):
-        return (factory(num_classes=count) if named else factory(count) if required else factory())
+    parameters = inspect.signature(factory).parameters.values()
+    if any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in parameters):
+        return factory(num_classes=count)
+    return factory(count) if any(each.default is each.empty for each in parameters) else factory()
 
 
 def _of_hub(arch, count):
     repository, _, entry = arch.removeprefix(HUB).rpartition(":")
-    load = functools.partial(torch.hub.load, repository, entry, trust_repo=True, verbose=False,
-                             source="local" if os.path.isdir(repository) else "github")
-    try:
-        try:
-            return load(num_classes=count)
-        except TypeError as error:
-            if "num_classes" not in str(error):
-                raise
-            return load()       # it takes no number of classes
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{arch} could not be loaded ({first_line(error)}).") from None
+    source = "local" if os.path.isdir(repository) else "github"
+    with _said_of(arch):
+        return torch.hub.load(repository, entry, trust_repo=True, verbose=False, source=source,
+                              num_classes=count)
 
 
 def _imagenet(arch, weights):

@@ -79,9 +79,8 @@ class Classifier(nn.Module):
     def takes(self):
         """What the network is given, in words."""
         mean, std = (", ".join(f"{value:.4g}" for value in each) for each in (self.mean, self.std))
-        size, inside = self.input_size, getattr(self.network, "transform_input", False)
-        return (f"{'grey ' * self.grey}images of {size}x{size} pixels, mean {mean}, std {std}"
-                f"{', transform_input' * inside}")
+        size = self.input_size
+        return f"{'grey ' * self.grey}images of {size}x{size} pixels, mean {mean}, std {std}"
 
 
 def as_torch_has_it(network):

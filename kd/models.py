@@ -1,14 +1,17 @@
 """Classifiers: building them, their heads, and what a stage asks of them."""
-import collections
 import copy
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from kd.architectures import TIMM, input_size_of, make_network, usual_pixels
 from kd.classifier import CENTERED, Classifier
-from kd.files import UserError, first_line, listed, say, say_once
+from kd.files import UserError, first_line, listed, say_once
 from kd.settings import IMAGE_SIZE
 from kd.small_conv import SmallInputConv2d
 from kd.state_dicts import fit, is_ours, read_file, tensors_of
@@ -42,29 +45,47 @@ def build(arch, classes, weights="none", input_size=None, mean=None, std=None):
     return classifier
 
 
+def described(path, arch, image_size=IMAGE_SIZE):
+    """What a checkpoint says of itself: {"arch", "classes", "input_size", "mean", "std",
+    "state_dict"}, and in "origin" who says so.
+
+    A bare state dict is taken for one of `arch` that is used to `usual_pixels` of `image_size`; its
+    classes are None. Raises UserError for a file that can't be read, or that names code which
+    `arch` does not name.
+    """
+    content = read_file(path)
+    if not is_ours(content):
+        mean, std, whose = usual_pixels(arch)
+        return {"arch": arch, "classes": None, "input_size": input_size_of(arch, image_size),
+                "mean": mean, "std": std, "state_dict": content,
+                "origin": f"{whose}, as the file does not say"}
+    if is_own(content["arch"]):
+        if not is_own(arch):
+            raise UserError(f"{path} was made by {content['arch']}, and code runs only where the "
+                            "command line names it. Add it as --teacher-arch or --student-arch "
+                            "(in Python arch=).")
+        content["arch"] = arch
+    return content | {"origin": "as it says"}
+
+
 def _from_file(path, arch, classes, given):
-    content, (*usual, origin) = read_file(path), usual_pixels(arch)
-    stated = None, *usual
-    if is_ours(content):
-        theirs, origin = content["arch"], "as it says"
-        _refuse(path, theirs != arch and not (is_own(arch) and is_own(theirs)) and
-                f"holds a {theirs}, not a {arch}")
-        stated = content["input_size"], content["mean"], content["std"]
-        content = content["state_dict"]
-    given = [each or said for each, said in zip(given, stated, strict=True)]
+    """The network with a file's weights, for other classes with a new head."""
+    saved = described(path, arch)
+    given = [each or saved[name] for name, each in
+             zip(("input_size", "mean", "std"), given, strict=True)]
     classifier = build(arch, classes, "none", *given)
-    known = outputs(classifier, content)
-    if known not in (None, len(classes)):
+    known = _outputs(classifier, saved["state_dict"]) or len(classes)
+    if known != len(classes):
         classifier = build(arch, range(known), "none", *given)
-    fit(classifier.network, content, path, arch)
-    say_once(f"{name_of_arch(arch)} starts from {path}, with {classifier.takes()} ({origin}).")
-    if len(classifier.classes) != len(classes):
+    fit(classifier.network, saved["state_dict"], path, arch)
+    say_once(f"{name_of_arch(arch)} starts from {path}, with {classifier.takes()} "
+             f"({saved['origin']}).")
+    if known != len(classes):
         replace_head(classifier, classes)
-    classifier.classes = list(classes)
     return classifier
 
 
-def outputs(classifier, content):
+def _outputs(classifier, content):
     """How many classes the weights in a file's content are for; None where that is not seen."""
     head = f".{_head(classifier)}.weight"
     rows = {name: len(value) for name, value in tensors_of(content) if f".{name}".endswith(head)}
@@ -76,15 +97,14 @@ def unavailable(choices, image_size=IMAGE_SIZE):
     ImageNet weights can't be had.
 
     Raises UserError for an architecture that does not exist or does not take the images, and for a
-    file that does not fit.
+    file that can't be read.
     """
     lines = []
     for role, arch, weights, size in dict.fromkeys(choices):
-        size = size or input_size_of(arch, image_size)
-        classifier = build(arch, ["a", "b"], "none", size)
+        classifier = build(arch, ["a", "b"], "none", size or input_size_of(arch, image_size))
         _watched(classifier, noise(classifier))
-        if is_file(weights):        # without a head only a network of its own classes can tell
-            build(arch, ["a", "b"], weights, size) if _head(classifier) else read_file(weights)
+        if is_file(weights):
+            read_file(weights)
         try:
             if is_pretrained(weights):
                 make_network(arch, 2, weights)      # which fetches them
@@ -106,31 +126,28 @@ def _gives(module, count):
 def _watched(classifier, images):
     """(logits, {name: output of each layer that may be the head}) of images, in eval mode. What a
     network of the user's raises is shown as it is; of others it is a UserError."""
-    training, seen, hooks = classifier.training, {}, []
-    for name, module in classifier.network.named_modules():
-        if _gives(module, len(classifier.classes)):
-            hooks.append(module.register_forward_hook(      # what follows may work in place
-                lambda _, inputs, output, name=name: seen.update({name: output.clone()})))
+    training, seen = classifier.training, {}
+    names = {module: name for name, module in classifier.network.named_modules()}
+
+    def after(module, inputs, output):
+        if module in names and _gives(module, len(classifier.classes)):
+            seen[names[module]] = output.clone()        # what follows may work in place
     try:
-        return classifier.eval()(images), seen
+        with register_module_forward_hook(after):
+            return classifier.eval()(images), seen
     except (RuntimeError, ValueError, TypeError, AssertionError, LookupError) as error:
         if is_own(classifier.arch):
-            error.add_note(f"{classifier.arch} was given {classifier.takes()}. Does it take images "
-                           "of another size (--image-size, or --teacher-size)?")
             raise
         raise UserError(f"{classifier.arch} can't process {classifier.takes()} "
                         f"({first_line(error)}). Use another network or size.") from None
     finally:
         classifier.train(training)
-        for hook in hooks:
-            hook.remove()
 
 
 def _same(some, others, tolerance=1e-4):
-    if some.shape != getattr(others, "shape", None):        # or it is no tensor
-        return False
-    scale = others.nan_to_num(0, 0, 0).abs().max().item() if len(others) else 0
-    return torch.allclose(some, others, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    scale = others.nan_to_num(0, 0, 0).abs().max().item()
+    return some.shape == others.shape and torch.allclose(
+        some, others, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def _head(classifier):
@@ -163,8 +180,9 @@ def replace_head(classifier, classes):
     """Makes it a classifier of `classes` (names): its head, and its auxiliary heads, are new and
     randomly initialised. Raises UserError where no linear layer makes the logits."""
     main, old, count = _head(classifier), len(classifier.classes), len(classes)
-    _refuse(classifier.arch, main is None and "has no linear layer that makes its logits, so its "
-            "head can't be replaced by one for other classes")
+    if main is None:
+        raise UserError(f"{classifier.arch} has no linear layer that makes its logits, so its head "
+                        "can't be replaced by one for other classes.")
     for name, layer in list(classifier.network.named_modules()):
         if name == main or "aux" in name.lower() and _gives(layer, old):
             bias = layer.bias is not None
@@ -189,10 +207,11 @@ def inherit(student, teacher, required=False):
     sizes = {name: parameter.numel() for name, parameter in student.network.named_parameters()}
     share, head = sum(sizes.get(name, 0) for name in shared) / sum(sizes.values()), _head(student)
     enough = share >= ENOUGH_SHARED and (head is None or f"{head}.weight" in shared)
-    _refuse(name_of_arch(student.arch), required and not enough and
-            f"can't start from its teacher's weights: {name_of_arch(teacher.arch)} has {share:.0%} "
-            "of them under the same names; half of them, and the head, are needed. Use "
-            "--student-weights none")
+    if required and not enough:
+        raise UserError(f"{name_of_arch(student.arch)} can't start from its teacher's weights: "
+                        f"{name_of_arch(teacher.arch)} has {share:.0%} of them under the same "
+                        "names; half of them, and the head, are needed. Use "
+                        "--student-weights none.")
     if enough:
         for name in shared:
             state[name].copy_(known[name])
@@ -204,30 +223,23 @@ def inherit(student, teacher, required=False):
 def folded(classifier):
     """A copy in eval mode, with its batch norms folded into the convolutions that are seen to come
     before them: the same logits up to rounding, on a CPU 8 % (ResNet-34) to 41 % (MobileNet)
-    faster. The classifier itself where they would differ, or where it can't be copied."""
-    try:
-        copied = copy.deepcopy(classifier.eval())
-    except (RuntimeError, TypeError, NotImplementedError):      # a network may refuse that
-        return classifier
-    images, made, calls, pairs = noise(classifier), {}, collections.Counter(), []
-    copied(images)      # which may run it twice, once in each layout
+    faster. The classifier itself where they would differ."""
+    images, made, pairs = noise(classifier), {}, []
+    expected = classifier.eval()(images)        # which settles the layout in memory
+    copied = copy.deepcopy(classifier)
 
-    def after_convolution(module, inputs, output):
-        made[id(output)] = (module, output)     # kept, so that no other tensor takes its id
-        calls[module] += 1
+    def after(module, inputs, output):
+        if type(module) in (nn.Conv2d, SmallInputConv2d):
+            made[id(output)] = module, output       # kept, so that no other tensor takes its id
 
-    def before_norm(module, inputs):
-        pairs.append((made.get(id(inputs[0]), (None,))[0], module))
-        calls[module] += 1
-    hooks = [module.register_forward_hook(after_convolution) if isinstance(module, nn.Conv2d)
-             else module.register_forward_pre_hook(before_norm) for module in copied.modules()
-             if isinstance(module, nn.BatchNorm2d) or type(module) in (nn.Conv2d, SmallInputConv2d)]
-    expected = copied(images)
-    for hook in hooks:
-        hook.remove()
+    def before(module, inputs):
+        if isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in made:
+            pairs.append((made[id(inputs[0])][0], module))
+    with register_module_forward_hook(after), register_module_forward_pre_hook(before):
+        copied(images)
     names = {module: name for name, module in copied.named_modules()}
     for convolution, norm in pairs:
-        if convolution and calls[convolution] == calls[norm] == 1 and norm.track_running_stats:
+        if norm.track_running_stats:
             fused = nn.utils.fuse_conv_bn_eval(convolution, norm)
             convolution.weight, convolution.bias = fused.weight, fused.bias
             copied.set_submodule(names[norm], nn.Identity())
@@ -241,71 +253,61 @@ def _refuse(what, wrong):
         raise UserError(f"{what} {wrong}.")
 
 
+def _shape(value):
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+
+
 def require_logits(classifier, image_size=IMAGE_SIZE):
     """The classifier, in the mode it was in. Raises UserError unless it gives a logit for each of
     its classes. image_size: edge in pixels of the images."""
     logits, seen = _watched(classifier, noise(classifier, image_size, 3))
-    found, wanted = _shape(logits), (3, len(classifier.classes))
+    found, wanted, wrong = _shape(logits), (3, len(classifier.classes)), None
     if found != wanted:
         wrong = f"gives {found} for three images of {wanted[1]} classes, not {wanted} logits"
-    elif not logits.isfinite().all():
-        wrong = "gives logits that are NaN or infinite for images of noise"
     elif logits.min() >= 0 and _same(logits.sum(1), torch.ones_like(logits[:, 0])):
         wrong = "gives probabilities, which add up to 1, not logits. Remove its softmax"
-    else:
-        wrong = any(_same(output.sigmoid(), logits) for output in seen.values()) and (
-            "gives the probabilities of a sigmoid, not logits. Leave its sigmoid out")
+    elif any(_same(output.sigmoid(), logits) for output in seen.values()):
+        wrong = "gives the probabilities of a sigmoid, not logits. Leave its sigmoid out"
     _refuse(classifier.arch, wrong)
     return classifier
 
 
 def untrained(arch, classes, weights, image_size, input_size=None, mean=None, std=None):
-    """The network before its training, as of `build`, checked on a few images of `image_size`."""
-    classifier = build(arch, classes, weights, input_size or input_size_of(arch, image_size),
-                       mean, std)
-    return require_trainable(require_logits(classifier, image_size), image_size)
-
-
-def _shape(value):
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-
-
-def require_trainable(classifier, image_size=IMAGE_SIZE):
-    """The classifier as it was. Raises UserError unless it gives logits while it trains as well."""
+    """The network before its training, as of `build`. Raises UserError unless it gives logits of a
+    few images of `image_size`, in eval mode and while it trains."""
+    input_size = input_size or input_size_of(arch, image_size)
+    classifier = build(arch, classes, weights, input_size, mean, std)
+    require_logits(classifier, image_size)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         answer = copy.deepcopy(classifier).train()(noise(classifier, image_size, 2))
-    _refuse(classifier.arch, any(not isinstance(value, torch.Tensor) for value in
-                                 classifier.network.state_dict().values()) and
-            "has other state than tensors (get_extra_state), which a checkpoint here can't hold")
     found = {_shape(each) for each in (answer if isinstance(answer, tuple) else [answer])
              if each is not None}
-    _refuse(classifier.arch, found != {(2, len(classifier.classes))} and
-            f"gives {listed(list(found))} for two images in train mode, not a row of logits each")
+    if found != {(2, len(classes))}:
+        _refuse(arch, f"gives {listed(list(found))} for two images in train mode, not a row of "
+                "logits each")
     return classifier
 
 
 @torch.no_grad()
 def question_teacher(classifier, images):
     """Raises UserError where a teacher's answer for an image is not one that scores can rest on: it
-    is another one when asked again, or beside other images. Says what else is odd about it.
+    is NaN, another one when asked again, or another one beside other images.
 
     images: (N, H, W, 3) uint8, real ones, of which it is shown up to 16.
     """
-    arch, half = f"The teacher {name_of_arch(classifier.arch)}", min(len(images), 16) // 2
     shown = np.array(images[:: max(1, len(images) // 16)][:16])
     shown = torch.from_numpy(shown).to(classifier.scale.device)
     flat = torch.zeros_like(shown)
     flat[::2] = 255
     classifier.eval()
-    once, again, beside = map(classifier, (shown, shown, torch.cat((flat, shown[:half]))))
-    blank, beside = beside.split((len(flat), half))
-    sure = once.isfinite().all(1)
-    _refuse(arch, not sure.any() and "gives NaN or infinity for every image")
-    _refuse(arch, not _same(again[sure], once[sure], 1e-3) and
-            "gives different answers when asked twice for the same images: something in it is "
-            "random in eval mode as well, such as dropout")
-    _refuse(arch, not _same(beside[sure[:half]], once[:half][sure[:half]], 1e-2) and
-            "gives an image another answer beside other images: its batch norm has no running "
-            "statistics, or is in train mode")
-    if not blank.isfinite().all():
-        say(f"{arch} gives NaN for images of one colour. Such images are left out.")
+    once, again, beside = map(classifier, (shown, shown, torch.cat((flat, shown))))
+    wrong = None
+    if not once.isfinite().all(1).any():
+        wrong = "gives NaN or infinity for every image"
+    elif not _same(again, once, 1e-3):
+        wrong = ("gives different answers when asked twice for the same images: something in it is "
+                 "random in eval mode as well, such as dropout")
+    elif not _same(beside[len(flat):], once, 1e-2):
+        wrong = ("gives an image another answer beside other images: its batch norm has no running "
+                 "statistics, or is in train mode")
+    _refuse(f"The teacher {name_of_arch(classifier.arch)}", wrong)

@@ -1,6 +1,5 @@
 """Python files of the user's: a network, a criterion."""
 import ast
-import contextlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -9,35 +8,37 @@ from kd.files import UserError, digest, file_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"kd", "criteria"}
-_theirs = {}        # {folder: the modules with names of ours that its files have imported}
 
 
-@contextlib.contextmanager
-def running_own(path):
-    """While code of the user's file `path` runs: its imports are looked for beside it first, and no
-    module of this project answers to a name that is there, or on a path that the file adds."""
-    folder = Path(path).resolve().parent
-    if folder == ROOT:
-        yield
-        return
-    ours, at_top = _taken_out(), [place for place in sys.path if Path(place).resolve() == ROOT]
-    sys.modules.update(_theirs.get(folder, {}))
-    sys.path[:] = [str(folder), *_without(str(folder), *at_top), *at_top]
-    try:
-        yield
-    finally:
-        sys.path[:] = [*at_top, *_without(str(folder), *at_top), str(folder)]
-        _theirs[folder] = _taken_out()
-        sys.modules.update(ours)
+def import_file(path):
+    """The module in a Python file of the user's, which may import what lies beside it, also under
+    names of this project. What the file raises is not caught. Raises UserError where there is no
+    such file."""
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.")
+    folder, version = path.parent, digest(f"{path} {file_digest(path)}".encode())
+    name = f"{path.stem}_{version}"     # one of the same name may lie elsewhere, or be changed
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        theirs = {each.stem for each in folder.iterdir()} & OURS if folder != ROOT else set()
+        ours = _taken_out(theirs)
+        sys.path.insert(0, str(folder))
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(folder))
+            sys.path.append(str(folder))        # for what its functions import
+            _taken_out(theirs)
+            sys.modules.update(ours)
+    return sys.modules[name]
 
 
-def _taken_out():
-    names = [name for name in sys.modules if name.partition(".")[0] in OURS]
-    return {name: sys.modules.pop(name) for name in names}
-
-
-def _without(*places):
-    return [place for place in sys.path if place not in places]
+def _taken_out(names):
+    """{name: module} of the modules of these names, which are imported anew from now on."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules)
+            if name.partition(".")[0] in names}
 
 
 def code_digest(path):
@@ -52,17 +53,13 @@ def code_digest(path):
 def _imported(path, folder, found):
     """Adds {path: digest} of a file and of the files below `folder` that it imports."""
     found[path] = file_digest(path)
-    try:
-        nodes = list(ast.walk(ast.parse(path.read_bytes())))
-    except (SyntaxError, ValueError):       # which importing it will show
-        return
-    for node in nodes:
-        names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
-        base = folder
-        if isinstance(node, ast.ImportFrom):
+    for node in ast.walk(ast.parse(path.read_bytes(), path)):
+        base, names = folder, []
+        if isinstance(node, ast.Import):
+            names = [each.name for each in node.names]
+        elif isinstance(node, ast.ImportFrom):
             base = path.parents[node.level - 1] if node.level else folder
-            names = [f"{node.module}.{each.name}" if node.module else each.name
-                     for each in node.names]
+            names = [f"{node.module or ''}.{each.name}".strip(".") for each in node.names]
         for name in names:
             parts = name.split(".")
             for count in range(1, len(parts) + 1):
@@ -70,23 +67,3 @@ def _imported(path, folder, found):
                 for file in (place.with_name(f"{place.name}.py"), place / "__init__.py"):
                     if file.is_file() and file not in found:
                         _imported(file, folder, found)
-
-
-def import_file(path):
-    """The module in a Python file of the user's, which may import what lies beside it. What the
-    file raises is not caught. Raises UserError where there is no such file."""
-    path = Path(path).resolve()
-    if not path.is_file():
-        raise UserError(f"{path}: no such file.")
-    version = digest(f"{path} {file_digest(path)}".encode())
-    name = f"{path.stem}_{version}"     # one of the same name may lie elsewhere, or be changed
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        try:
-            with running_own(path):
-                spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]

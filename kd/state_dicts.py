@@ -14,11 +14,8 @@ import torch
 
 from kd.files import UserError, listed, say_once
 
-IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")    # as the hubs name them
-OURS = {"arch": str, "classes": list, "input_size": int, "mean": list, "std": list,
-        "state_dict": dict}         # what a checkpoint of this project holds
-MOST_STAND_INS = 100
-REMEDY = "torch.save(network.state_dict(), FILE)"
+OURS = {"arch", "classes", "input_size", "mean", "std", "state_dict"}      # in our checkpoints
+REMEDY = "Where it was made, use torch.save(network.state_dict(), FILE)"
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Counters of profilers and of averages; the state of a loss or a metric.
 LEFT_OUT = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$|^\w*(criterion|loss|metric)")
@@ -36,16 +33,10 @@ class StandIn(list):
         pass
 
 
-class DictStandIn:
-    """The same for what a file fills as a dict."""
-
-    def __new__(cls, *args):
-        return collections.OrderedDict()
-
-
 def weights_file(path):
-    """The file of the weights: `path`, or in a folder the one that a hub puts there."""
-    return next((file for name in IN_A_FOLDER if (file := Path(path) / name).is_file()), Path(path))
+    """The file of the weights: `path`, or in a folder of a hub its model.safetensors."""
+    file = Path(path) / "model.safetensors"
+    return file if file.is_file() else Path(path)
 
 
 def read_file(path):
@@ -62,9 +53,9 @@ def read_file(path):
     except Exception as error:      # what a damaged file makes readers raise is of every kind
         said = str(error).rpartition("WeightsUnpickler error:")[2].strip() or repr(error)
         reason = ("no such file" if not file.exists() else
-                  f"a folder without {' or '.join(IN_A_FOLDER)}" if file.is_dir() else
+                  "a folder without model.safetensors" if file.is_dir() else
                   "pip install safetensors" if isinstance(error, ImportError) else
-                  f"{said.splitlines()[0][:120]}. Where it was made, use {REMEDY}")
+                  f"{said.splitlines()[0][:120]}. {REMEDY}")
         raise UserError(f"{path} can't be read as tensors and plain types: {reason}.") from None
 
 
@@ -72,38 +63,32 @@ def _unpickled(file):
     """torch.load, restricted to tensors and plain types. What else the file names gets a stand-in
     of that name, so that nothing is imported or called."""
     made = {}       # {name: its stand-in}
-    for _ in range(MOST_STAND_INS):
+    while True:
         try:
             with torch.serialization.safe_globals(list(made.values())):
                 return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-            filled = re.search(r"Can only SETITEM.* but got <class '(\S+)'>", str(error))
-            if not (unknown or filled):
+            if not unknown or unknown[1] in made:
                 raise
-            name, base = (unknown[1], StandIn) if unknown else (filled[1], DictStandIn)
-            module, _, qualified = name.rpartition(".")
-            made[name] = type(qualified, (base,), {"__module__": module or "builtins"})
-    raise pickle.UnpicklingError(f"objects of more than {MOST_STAND_INS} kinds")
+            module, _, name = unknown[1].rpartition(".")
+            made[unknown[1]] = type(name, (StandIn,), {"__module__": module or "builtins"})
 
 
 def is_ours(content):
-    return isinstance(content, dict) and all(
-        isinstance(content.get(key), kind) for key, kind in OURS.items())
+    """Whether a file's content is a checkpoint of this project."""
+    return isinstance(content, dict) and content.keys() >= OURS
 
 
 # ---- Fitting -------------------------------------------------------------------------------------
 
-def tensors_of(content, at="", depth=4):
-    """Yields (keys joined by dots, tensor) of the dense real tensors in dicts within dicts."""
-    for key, value in dict.items(content) if isinstance(content, dict) else ():
-        if isinstance(value, dict) and depth:
-            yield from tensors_of(value, f"{at}{key}.", depth - 1)
-        elif isinstance(value, torch.Tensor):
-            value = torch.Tensor.detach(value)
-            if value.layout is torch.strided and not (
-                    value.is_nested or value.is_meta or value.is_complex()):
-                yield _bare(f"{at}{key}"), value
+def tensors_of(content, at=""):
+    """Yields (keys joined by dots, tensor) of the tensors in dicts within dicts."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, torch.Tensor):
+            yield _bare(f"{at}{key}"), value
+        else:
+            yield from tensors_of(value, f"{at}{key}.")
 
 
 def _bare(key):
@@ -129,29 +114,22 @@ def _prefixes(theirs, ours):
                                             "teacher" not in prefix))
 
 
-def fit(network, content, path, arch, remedy=""):
-    """Loads a file's weights. Raises UserError that names the keys that do not fit or hold NaN."""
-    expected = {name: value for name, value in network.state_dict().items()
-                if isinstance(value, torch.Tensor)}
+def fit(network, content, path, arch):
+    """Loads a file's weights. Raises UserError that names the keys that do not fit."""
+    expected = network.state_dict()
     names = {_bare(name): name for name in expected}
-    theirs = {key: value for key, value in tensors_of(content) if not key.startswith("optim")}
+    theirs = dict(tensors_of(content))
     prefix, *others = _prefixes(theirs, {key: expected[names[key]].shape for key in names})
     state = collections.OrderedDict()
     for key, value in theirs.items():
         rest = key.removeprefix(prefix)
         if key.startswith(prefix) and (rest in names or not LEFT_OUT.search(rest)):
             state[names.get(rest, rest)] = value
-    versions, known = getattr(content, "_metadata", {}), network.state_dict()._metadata
-    state._metadata = versions if versions.keys() == known.keys() else known    # of its layers
-    broken = [name for name in state.keys() & expected.keys()
-              if state[name].shape == expected[name].shape and expected[name].isfinite().all()
-              and not state[name].float().isfinite().all()]
-    wrong = _misfits(network, state) or (
-        broken and f"it has NaN or infinity in {listed(sorted(broken), 3)}")
-    if not theirs:
-        wrong, remedy = "it holds no state dict", f"Where it was made, use {REMEDY}."
+    state._metadata = expected._metadata        # the versions of its layers
+    wrong = _misfits(network, state) if theirs else f"it holds no state dict. {REMEDY}"
     if wrong:
-        raise UserError(f"{path} does not fit {arch}: {wrong}. {remedy}".rstrip())
+        raise UserError(f"{path} does not fit {arch}: {wrong}. It needs the network and the "
+                        "classes that it was saved with.")
     if prefix:
         beside = f", not those under {listed([repr(other[:-1]) for other in others])}"
         say_once(f"{path}: the weights under '{prefix[:-1]}' are used{beside * bool(others)}.")
@@ -159,15 +137,11 @@ def fit(network, content, path, arch, remedy=""):
 
 def _misfits(network, state):
     """Loads what fits; what does not, in words."""
-    ours, has_auxiliary = network.state_dict(), hasattr(network, "aux_logits")
-    for name in [name for name, value in state.items() if has_auxiliary and "aux" in name.lower()
-                 and name in ours and value.shape != ours[name].shape]:
-        del state[name]     # of an auxiliary head for other classes, which is left out below
     try:        # the network may rename or reshape what it is given
         lacks, beyond = network.load_state_dict(state, strict=False)
     except RuntimeError as error:       # of other shapes; below a heading
         return "; ".join(line.strip(" \t.") for line in str(error).splitlines()[1:4])
-    if has_auxiliary:       # auxiliary heads have no part in an answer
+    if hasattr(network, "aux_logits"):      # auxiliary heads have no part in an answer
         for name in {name.partition(".")[0] for name in lacks if "aux" in name.lower()}:
             setattr(network, name, None)
             network.aux_logits = False

@@ -1,6 +1,5 @@
 """Checkpoints of strangers, of which nothing is run, and students for others, read by others."""
 import argparse
-import collections
 import copy
 import json
 import os
@@ -69,11 +68,9 @@ def test_a_checkpoint_gives_the_logits_of_torchvisions_own_network_and_is_plain(
 @pytest.mark.quick
 def test_a_student_is_a_teacher_whatever_the_default_architecture_is(net):
     checkpoints.save("mms.pt", models.build("resnet18_cifar", CLASSES, mean=(0.1, 0.2, 0.3)))
-    loaded = checkpoints.load_teacher("mms.pt", "resnet34", CLASSES, 40, default_arch="resnet34")
+    loaded = checkpoints.load_teacher("mms.pt", "resnet34", CLASSES, 40)
     assert (loaded.arch, loaded.input_size, loaded.mean) == ("resnet18_cifar", 40, [0.1, 0.2, 0.3])
     assert checkpoints.load_teacher("mms.pt", "resnet18_cifar", None).classes == CLASSES
-    refusal("holds a resnet18_cifar, not a resnet50. Leave --teacher-arch out",
-            checkpoints.load_teacher, "mms.pt", "resnet50", CLASSES, default_arch="resnet34")
     refusal(r"knows 3 classes \(ant, small, bee, cow é\), and the target has 2 \(a, b\)",
             checkpoints.load_teacher, "mms.pt", "resnet18_cifar", ["a", "b"])
 
@@ -88,11 +85,6 @@ def test_code_that_only_a_checkpoint_names_does_not_run(net):
         refusal("evil.py:make", call, "ours.pt")
     assert not Path("ran").exists()
     assert checkpoints.load("ours.pt", "net.py:make").arch == "net.py:make"
-
-
-class Attributes(dict):
-    """As EasyDict, CfgNode, ... are."""
-    __getattr__ = dict.__getitem__
 
 
 def under(prefix, state):
@@ -111,8 +103,7 @@ SAVED = {
         "teacher": net.state_dict()},
     "things beside": lambda net: {
         "state_dict": net.state_dict(), "best": np.float64(0.9), "array": np.zeros(3),
-        "opt": argparse.Namespace(lr=0.05, data=Path("/data")),
-        "cfg": Attributes(a=Attributes(b=1)), "last": collections.deque([1], 3)},
+        "opt": argparse.Namespace(lr=0.05, data=Path("/data"))},
 }
 
 
@@ -135,16 +126,6 @@ def test_what_timms_own_script_saves_is_read(net, capsys):
     assert same(checkpoints.load_teacher("last.pth.tar", "net.py:make", CLASSES), net)
     assert ("last.pth.tar: the weights under 'state_dict' are used, not those under "
             "'state_dict_ema'.") in capsys.readouterr().out
-
-
-def test_a_network_of_timms_says_for_how_many_pixels_timm_has_it(tmp_path, capsys):
-    timm = pytest.importorskip("timm", reason="timm is an optional extra")
-    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "w.pth")
-    for size, said in (176, ""), (32, "add --image-size 176"):
-        checkpoints.load_teacher(tmp_path / "w.pth", "timm:resnet10t", CLASSES, image_size=size)
-        text = capsys.readouterr().out
-        assert f"images of {size}x{size} pixels" in text and "(timm's for the architecture" in text
-        assert said in text and ("--image-size" in text) == bool(said)
 
 
 @pytest.mark.filterwarnings("ignore")       # of Lightning's, about a training of one step
@@ -187,22 +168,6 @@ def test_torchvisions_weights_are_read_with_older_keys_and_without_auxiliary_hea
     assert same(checkpoints.load_teacher(tmp_path / "w.pth.tar", arch, CLASSES, size), network)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_an_auxiliary_head_for_other_classes_is_left_out(tmp_path):
-    network = torchvision.models.googlenet(num_classes=3)
-    network.aux1.fc2 = nn.Linear(1024, 1000)        # only the main head was replaced
-    torch.save(network.state_dict(), tmp_path / "w.pth")
-    network.aux1 = None
-    assert same(checkpoints.load_teacher(tmp_path / "w.pth", "googlenet", CLASSES), network)
-
-
-def test_a_vit_takes_images_of_another_size(tmp_path):
-    network = torchvision.models.vit_b_32(num_classes=3, image_size=64)
-    torch.save(network.state_dict(), tmp_path / "w.pth")
-    loaded = checkpoints.load_teacher(tmp_path / "w.pth", "vit_b_32", CLASSES, 64)
-    assert same(loaded, network) and loaded.mean == [0.485, 0.456, 0.406]   # as torchvision's take
-
-
 def test_what_is_assumed_of_the_pixels_is_said(net, capsys):
     torch.save(net.state_dict(), "w.pth")
     checkpoints.load_teacher("w.pth", "net.py:make", CLASSES)
@@ -212,10 +177,10 @@ def test_what_is_assumed_of_the_pixels_is_said(net, capsys):
     checkpoints.load_teacher("w.pth", "net.py:make", CLASSES, 48, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     said = capsys.readouterr().out
     assert "48x48 pixels, mean 0.1, 0.2, 0.3, std 0.4, 0.5, 0.6 (as asked)" in said
-    refusal("does not say which classes it knows. Add --classes", checkpoints.load_teacher,
+    refusal("does not say which classes it knows, .* Add --classes", checkpoints.load_teacher,
             "w.pth", "net.py:make", None)
     models.build("net.py:make", CLASSES, "w.pth")
-    assert "mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5 (assumed)" in capsys.readouterr().out
+    assert "mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5 (assumed, as" in capsys.readouterr().out
     torch.save(models.build("resnet18", CLASSES).network.state_dict(), "r.pth")
     for load in (lambda: checkpoints.load_teacher("r.pth", "resnet18", CLASSES),
                  lambda: models.build("resnet18", CLASSES, "r.pth")):
@@ -240,10 +205,7 @@ def test_a_start_may_be_a_state_dict_or_a_checkpoint_that_knows_other_classes(ne
     (lambda state: state.update({"head2.weight": torch.zeros(1)}), "unexpected keys head2.weight"),
     (lambda state: state.update({"head.bias": torch.zeros(4)}),
      r"size mismatch for head.bias: .* torch.Size\(\[4\]\) .* torch.Size\(\[3\]\)"),
-    (lambda state: state.update({"head.bias": torch.zeros(1).expand(10 ** 12)}), "size mismatch"),
-    (lambda state: state["head.bias"].fill_(float("nan")), "it has NaN or infinity in head.bias"),
-    (lambda state: state.update({"head.weight": torch.zeros(4, 16), "head.bias": torch.zeros(4)}),
-     r"has 4 outputs, and there are 3 classes \(ant, small, .*\). Name its own with --classes")])
+    (lambda state: state.update({"head.bias": torch.zeros(1).expand(10 ** 12)}), "size mismatch")])
 def test_keys_that_do_not_fit_are_named_with_what_to_do(net, change, said):
     state = copy.deepcopy(net.state_dict())
     change(state)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import NET, ROOT, run_script
 from PIL import Image
-from script_files import given, manifest, pool, put, ran, read, refused
+from script_files import given, manifest, pool, ran, read, refused
 from test_selection import select_slowly
 
 from kd import checkpoints, engine, models
@@ -31,14 +31,6 @@ class Contrast(Net):
 
 def contrast(num_classes):
     return Contrast(num_classes)
-
-class Flat(Net):
-    def __init__(self, num_classes):
-        super().__init__(num_classes)
-        self.features, self.head = self.features[:6], nn.Linear(1024, num_classes)
-
-    def forward(self, pixels):
-        return self.head(self.features(pixels).view(len(pixels), -1))
 """
 
 
@@ -175,29 +167,6 @@ def test_what_a_criterion_raises_is_shown_with_its_traceback(flags, run, tmp_pat
     assert done.stderr.endswith(f"{said}\n")
 
 
-def test_approaches_whose_names_differ_behind_a_dot_keep_a_student_each(flags, run, tmp_path):
-    shutil.copy(ROOT / "criteria/energy.py", tmp_path / "mms.v2.py")
-    shutil.copy(ROOT / "criteria/energy.py", tmp_path / "teacher.py")      # as a file of the run
-    names = ["mms", "mms.v2", "teacher"]
-    files = ["--approaches", f"mms,{tmp_path / 'mms.v2.py'},{tmp_path / 'teacher.py'}"]
-    ran("compile.py", flags, "--restart-from", "students", *files)
-    assert "students/mms.json was made with --temperature 4" in refused(
-        "compile.py", flags, *files, "--temperature", "2")
-    assert [row["approach"] for row in read(run, "results.json")["rows"]] == names
-    assert "Not made yet" not in str(read(run, "results.json")["notes"])
-    for name in names:
-        assert (run / f"students/{name}.pt").exists()
-        assert len(np.load(run / f"students/{name}.npz")["predicted"]) == 30
-
-
-def test_a_teacher_that_flattens_its_maps_is_matched(flags, networks, tmp_path):
-    """PyTorch's .view asks for its own layout in memory, and gets it after a first try."""
-    ran("compile.py", flags, "--teacher-arch", f"{networks}:Flat", "--approaches", "matched",
-        "--transfer-size", "30")
-    [row] = read(tmp_path / "run", "results.json")["rows"]
-    assert abs(row["transfer_size"] - 30) <= 1
-
-
 def test_a_criterion_that_nothing_passes_leaves_no_student_and_the_table_says_so(
         flags, run, tmp_path):
     (tmp_path / "no.py").write_text(criterion("(logits @ weight)[:, 0]", "[1e9] * classes"))
@@ -272,14 +241,6 @@ def test_without_training_images_of_the_target_thresholds_come_from_the_sources(
     for label, value in enumerate(thresholds["mms"]):
         members = np.sort(scores["mms"][scores["predicted"] == label])[::-1]
         assert value == members[-(-len(members) // 4) - 1]
-    # With other sources the advice leads on, and costs no score.
-    other = ["--target", target, "--data-free", "--approach", "mms", "--sources",
-             f"pool={painted / 'pool'}"]
-    assert "--restart-from transfer" in refused("transfer.py", own, *other)
-    assert "scores: " not in ran("transfer.py", own, *other, "--restart-from", "transfer")
-    put(run / "scores/held_out.npz", b"cut")
-    assert "held_out.npz is damaged" in refused(
-        "distill.py", own, *other, "--restart-from", "students")
 
 
 def test_a_test_split_that_comes_later_is_measured_and_nothing_is_trained_again(
