@@ -123,10 +123,15 @@ def _of_file(arch, count):
 
 def _of_hub(arch, count):
     repository, _, entry = arch.removeprefix(HUB).rpartition(":")
-    source = "local" if os.path.isdir(repository) else "github"
+    load = functools.partial(torch.hub.load, repository, entry, trust_repo=True, verbose=False,
+                             source="local" if os.path.isdir(repository) else "github")
     with _said_of(arch):
-        return torch.hub.load(repository, entry, trust_repo=True, verbose=False, source=source,
-                              num_classes=count)
+        try:
+            return load(num_classes=count)
+        except TypeError as error:
+            if "num_classes" not in str(error):
+                raise
+            return load()       # it takes no number of classes
 
 
 def _imagenet(arch, weights):

@@ -5,6 +5,7 @@ settings and the digests of what it was made from, and the digests of its files.
 has the digests of what came before among its inputs, so nothing else needs to know which setting
 decides what."""
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -145,6 +146,9 @@ class Run:
     def check(self):
         """Holds the folder. Raises UserError, before any long work, where a setting differs from
         the one with which a product of this run was made, or another process holds it."""
+        for kind in self.board(""):
+            if importlib.util.find_spec(kind) is None:
+                raise UserError(f"--{kind} needs a package: pip install {kind}")
         below = sorted(self.path.glob("seed-*/config.json"))
         if below and not (self / "config.json").exists():
             raise UserError(f"{self.path} holds several seeds. Name one, as --run-dir "
@@ -195,7 +199,8 @@ def _changed(content, now):
 def _with(key, value):
     if value is None:
         return f"without {flag_of(key)}"
-    text = ",".join(map(str, value)) if isinstance(value, list) else value
+    text = ",".join(map(str, value)) if isinstance(value, list) else (
+        f"{value:.6g}" if isinstance(value, float) else value)
     return f"with {flag_of(key)} {text}"
 
 

@@ -137,11 +137,15 @@ def fit(network, content, path, arch):
 
 def _misfits(network, state):
     """Loads what fits; what does not, in words."""
+    ours, has_auxiliary = network.state_dict(), hasattr(network, "aux_logits")
+    for name in [name for name, value in state.items() if has_auxiliary and "aux" in name.lower()
+                 and name in ours and value.shape != ours[name].shape]:
+        del state[name]     # of an auxiliary head for other classes, which is left out below
     try:        # the network may rename or reshape what it is given
         lacks, beyond = network.load_state_dict(state, strict=False)
     except RuntimeError as error:       # of other shapes; below a heading
         return "; ".join(line.strip(" \t.") for line in str(error).splitlines()[1:4])
-    if hasattr(network, "aux_logits"):      # auxiliary heads have no part in an answer
+    if has_auxiliary:       # auxiliary heads have no part in an answer
         for name in {name.partition(".")[0] for name in lacks if "aux" in name.lower()}:
             setattr(network, name, None)
             network.aux_logits = False

@@ -318,3 +318,12 @@ def test_an_export_that_gives_other_answers_is_not_written(tmp_path):
     refusal("can't be exported as state_dict .it gives other logits", export, drawn, "state_dict",
             tmp_path / "drawn.pth", IMAGES)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_auxiliary_head_for_other_classes_is_left_out(tmp_path):
+    network = torchvision.models.googlenet(num_classes=3)
+    network.aux1.fc2 = nn.Linear(1024, 1000)        # only the main head was replaced
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    network.aux1 = None
+    assert same(checkpoints.load_teacher(tmp_path / "w.pth", "googlenet", CLASSES), network)

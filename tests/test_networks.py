@@ -297,9 +297,13 @@ from torch import nn
 
 def wide(num_classes=7):
     return nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Flatten(), nn.Linear(64, num_classes))
+
+def fixed():
+    return wide(2)
 """)
-    classifier = models.build(f"hub:{tmp_path}:wide", ["a", "b"])
-    assert models.head_weight(classifier).shape == (2, 64)
+    for entry in ("fixed", "wide"):
+        classifier = models.build(f"hub:{tmp_path}:{entry}", ["a", "b"])
+        assert models.head_weight(classifier).shape == (2, 64)
     checkpoints.save(tmp_path / "wide.pt", classifier)
     refusal("code runs only where the command line names it", checkpoints.load,
             tmp_path / "wide.pt")

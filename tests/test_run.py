@@ -116,8 +116,8 @@ def test_a_setting_that_this_version_has_not_any_more_makes_nothing_again(run, f
     ("--limit 50", "teacher.json", "teacher", "without --limit", "with --limit 50"),
     ("--fill best --threshold 0.5", "transfer/balanced/summary.json", "transfer",
      "with --threshold published, with --fill random", "with --threshold 0.5, with --fill best"),
-    ("--temperature 2", "students/balanced.json", "students", "with --temperature 4.0",
-     "with --temperature 2.0")])
+    ("--temperature 2", "students/balanced.json", "students", "with --temperature 4",
+     "with --temperature 2")])
 def test_a_setting_that_differs_is_named_with_both_values_and_what_helps(
         run, flags, more, product, stage, was, new):
     before = contents(run)
