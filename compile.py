@@ -152,11 +152,12 @@ def main(argv):
     check_networks(settings, target, runs)
     sources = open_sources(settings, runs)      # what is wrong with one shows before anything long
     for run in runs:
-        first_alone(lambda run=run: run.open(device, given, anew=True))
+        first_alone(lambda run=run: run.open(device, given))
     for run, theirs in zip(runs, sources, strict=True):
         if len(runs) > 1:
             say(f"seed {run.settings.seed}")
         prepare(run, device, target, theirs)
+        run.save_config(device, given)      # not before: what is refused is not what the run is
     train_students(runs, target, device)
     if is_first():
         say("")

@@ -120,8 +120,11 @@ def _read_layout(record, root, split, named=None):
 
 
 def _split_folder(root, split):
-    """val/ is taken for test/ where there is no test/."""
-    return root / ("val" if split == "test" and not (root / "test").is_dir() else split)
+    """val/ is taken for test/ where that is not there, or has no classes."""
+    train, test, val = ({each.name for each in (root / name).glob("*/")}
+                        for name in ("train", "test", "val"))
+    known = train or val
+    return root / ("val" if split == "test" and known & val and not known & test else split)
 
 
 def _lacking(root, splits):

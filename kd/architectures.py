@@ -55,6 +55,10 @@ def make_network(arch, count, weights="none", input_size=IMAGE_SIZE):
         made = _of_hub(arch, count) if arch.startswith(HUB) else _of_file(arch, count)
         if not isinstance(made, nn.Module):
             raise UserError(f"{arch} gives a {type(made).__name__}, not a torch.nn.Module.")
+        if any(map(nn.parameter.is_lazy, made.parameters())):
+            with torch.no_grad():       # layers that take their size from their first input
+                made.eval()(torch.zeros(2, 3, input_size, input_size))
+            made.train()
         return made, None
     if arch.startswith(TIMM):
         with _said_of(arch):
@@ -115,10 +119,13 @@ def _of_file(arch, count):
     factory = getattr(import_file(path), name, None)
     if not callable(factory):
         raise UserError(f"{path} has no function {name}.")
-    parameters = inspect.signature(factory).parameters.values()
-    if any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in parameters):
-        return factory(num_classes=count)
-    return factory(count) if any(each.default is each.empty for each in parameters) else factory()
+    parameters = inspect.signature(factory).parameters
+    required = [each for each in parameters.values() if each.default is each.empty
+                and each.kind is each.POSITIONAL_OR_KEYWORD]
+    if "num_classes" not in parameters and required:
+        return factory(count)
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return factory(num_classes=count) if "num_classes" in parameters or takes_any else factory()
 
 
 def _of_hub(arch, count):

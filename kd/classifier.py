@@ -79,8 +79,9 @@ class Classifier(nn.Module):
     def takes(self):
         """What the network is given, in words."""
         mean, std = (", ".join(f"{value:.4g}" for value in each) for each in (self.mean, self.std))
-        size = self.input_size
-        return f"{'grey ' * self.grey}images of {size}x{size} pixels, mean {mean}, std {std}"
+        size, inside = self.input_size, getattr(self.network, "transform_input", False)
+        return (f"{'grey ' * self.grey}images of {size}x{size} pixels, mean {mean}, std {std}"
+                f"{', transform_input' * inside}")
 
 
 def as_torch_has_it(network):

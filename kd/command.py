@@ -83,6 +83,10 @@ def command(main):
         _fail(f"{error.filename or 'the disk'}: {first_line(error)}. " + (
             f"The files written so far are complete. {_how_to_resume()}" if full else
             "Choose another folder, with --data-dir or --run-dir."))
+    except RuntimeError as error:
+        if not several or "by peer" not in str(error):
+            raise
+        _fail("another process has ended.", late=True)
     except KeyboardInterrupt as error:
         if is_first():
             print(f"\nInterrupted. {_how_to_resume()}", file=sys.stderr, flush=True)
@@ -91,10 +95,11 @@ def command(main):
         let_go()
 
 
-def _fail(message):
-    """Ends with status 2. What every process runs into, the first one says."""
+def _fail(message, late=False):
+    """Ends with status 2. What every process runs into, the first one says; late: what another one
+    has said already, if it could."""
     program = Path(sys.argv[0]).name
-    if not is_first():
+    if late or not is_first():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(OTHERS_WAIT)         # torchrun ends this process meanwhile
         program = f"{program}, process {os.environ['RANK']}"

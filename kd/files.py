@@ -169,24 +169,24 @@ def holding(path, what):
         lock.release()
 
 
-_held = []      # the locks of run folders
+_held = {}      # {run folder: its lock}
 
 
 def hold(folder):
     """Keeps every other process from writing in a run folder until `let_go` or the end of this one.
     Raises UserError that says who holds it."""
-    if not is_first():
+    if not is_first() or folder in _held:
         return
     folder.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(folder / ".lock"), folder / ".holder"
     if _acquire(lock, folder, 0) is False:
         who = holder.read_text() if holder.exists() else "another process"
         raise UserError(f"{folder} is in use by {who}. Wait for it, or choose another --run-dir.")
-    _held.append(lock)
+    _held[folder] = lock
     holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since "
                       f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
 
 
 def let_go():
     while _held:
-        _held.pop().release()
+        _held.popitem()[1].release()

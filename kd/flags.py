@@ -117,10 +117,18 @@ def read_config(path):
     not what was written there."""
     config = read_sealed(path) or {}
     if "given" not in config:
-        raise UserError(f"{path} is missing or damaged, so {path.parent} is not a run folder. "
-                        "compile.py writes it.")
+        raise UserError(f"{path} is missing, damaged or of another version, so {path.parent} is "
+                        "not a run folder. Running compile.py again writes it.")
     return config | {"given": {name: tuple(value) if isinstance(value, list) else value
                                for name, value in config["given"].items()}}
+
+
+def code_in(given):
+    """The flags, as words, of those given that name code."""
+    texts = {name: ",".join(value) if isinstance(value, tuple) else value
+             for name, value in given.items() if name in NAME_CODE}
+    return [f"{flag_of(name)}={text}" for name, text in texts.items()
+            if is_own(text) or any(each.endswith(".py") for each in text.split(","))]
 
 
 def with_config(path, given, script):
@@ -131,11 +139,7 @@ def with_config(path, given, script):
         without |= {"steps", "epochs"}
     stored = {name: value for name, value in read_config(path)["given"].items()
               if name in flags_of(script) and name not in without}
-    texts = {name: ",".join(value) if isinstance(value, tuple) else value
-             for name, value in stored.items() if name in NAME_CODE}
-    code = [f"{flag_of(name)}={text}" for name, text in texts.items()
-            if is_own(text) or any(each.endswith(".py") for each in text.split(","))]
-    if code:
+    if code := code_in(stored):
         raise UserError(f"{path} names code, and code runs only where the command line names it: "
                         f"add {listed(code)}.")
     return stored | given

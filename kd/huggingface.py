@@ -34,12 +34,13 @@ def open_rows(name, where):
             rows = datasets.load_dataset("parquet", data_files=files, split="train")
         named = [each for each, kind in rows.features.items() if isinstance(kind, datasets.Image)]
         named = named or [each for each in USUAL if each in rows.features]
+        named.sort(key=lambda each: each not in USUAL)
         if len(named) > 1:
             say_once(f"{where}: of the columns of images {listed(named)} the first is read.")
         if not named:
             raise ValueError(f"it has no column of images, but {listed(list(rows.features))}")
         column = named[0]
         rows = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{where} could not be loaded ({first_line(error)}).") from None
     return Images(len(rows), functools.partial(_read_row, rows, column), rows._fingerprint)

@@ -103,8 +103,8 @@ def unavailable(choices, image_size=IMAGE_SIZE):
     for role, arch, weights, size in dict.fromkeys(choices):
         classifier = build(arch, ["a", "b"], "none", size or input_size_of(arch, image_size))
         _watched(classifier, noise(classifier))
-        if is_file(weights):
-            read_file(weights)
+        if is_file(weights):        # without a head only a network of its own classes can tell
+            build(arch, ["a", "b"], weights, size) if _head(classifier) else read_file(weights)
         try:
             if is_pretrained(weights):
                 make_network(arch, 2, weights)      # which fetches them
@@ -264,6 +264,8 @@ def require_logits(classifier, image_size=IMAGE_SIZE):
     found, wanted, wrong = _shape(logits), (3, len(classifier.classes)), None
     if found != wanted:
         wrong = f"gives {found} for three images of {wanted[1]} classes, not {wanted} logits"
+    elif not logits.isfinite().any():
+        wrong = "gives NaN or infinity for every image"
     elif logits.min() >= 0 and _same(logits.sum(1), torch.ones_like(logits[:, 0])):
         wrong = "gives probabilities, which add up to 1, not logits. Remove its softmax"
     elif any(_same(output.sigmoid(), logits) for output in seen.values()):
@@ -291,7 +293,7 @@ def untrained(arch, classes, weights, image_size, input_size=None, mean=None, st
 @torch.no_grad()
 def question_teacher(classifier, images):
     """Raises UserError where a teacher's answer for an image is not one that scores can rest on: it
-    is NaN, another one when asked again, or another one beside other images.
+    is always NaN, another one when asked again, or another one beside other images.
 
     images: (N, H, W, 3) uint8, real ones, of which it is shown up to 16.
     """

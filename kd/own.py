@@ -11,9 +11,9 @@ OURS = {path.stem for path in ROOT.glob("*.py")} | {"kd", "criteria"}
 
 
 def import_file(path):
-    """The module in a Python file of the user's, which may import what lies beside it, also under
-    names of this project. What the file raises is not caught. Raises UserError where there is no
-    such file."""
+    """The module in a Python file of the user's, which may import what lies beside it; at its
+    top also under names of this project. What the file raises is not caught. Raises UserError where
+    there is no such file."""
     path = Path(path).resolve()
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
@@ -27,6 +27,9 @@ def import_file(path):
         sys.path.insert(0, str(folder))
         try:
             spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
         finally:
             sys.path.remove(str(folder))
             sys.path.append(str(folder))        # for what its functions import

@@ -96,6 +96,9 @@ class Source:
         numbers, where = self.numbers, range(len(self)) if rows is None else rows
         if rows is not None and numbers is not None:
             where = np.searchsorted(numbers, rows)
+            if not np.array_equal(numbers[np.minimum(where, len(numbers) - 1)], rows):
+                raise UserError(f"{self.name} has changed since it was scored: images are missing. "
+                                "Add --restart-from scores.")
         wanted = [where[k:k + batch_size] for k in range(0, len(where), batch_size)]
         for pixels, at in self._pixels(wanted[share(len(wanted))], rows is None):
             yield pixels, at if numbers is None else numbers[at], (

@@ -113,6 +113,8 @@ def decode(image, size):
     tags = getattr(image, "tag_v2", {})     # of a TIFF
     if "exif" in image.info:
         with contextlib.suppress(Exception):    # of one that can't be read, which turns nothing
+            image.getexif()
+            del image.info["exif"]      # it is read; written anew, it may fail at anything odd
             image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = _of_eight_bits(image, tags)

@@ -139,7 +139,9 @@ class Experiment:
 
     def __init__(self, folder, folders=None):
         self.folder, self.name = Path(folder), shown(folder)
-        below = [config.parent for config in self.folder.glob("seed-*/config.json")]
+        below = [] if (self.folder / "config.json").exists() else [
+            config.parent for config in self.folder.glob("seed-*/config.json")
+            if config.parent.name[5:].isdecimal()]
         records = map(Record, folders or below or [folder])
         self.records = sorted(records, key=lambda record: record.settings.seed)
         self.first = self.records[0]

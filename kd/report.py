@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from kd.files import listed, say, write_json, write_text
+from kd.flags import code_in
 from kd.record import Experiment, accuracy_text, mean, shown
 from kd.values import name_of, name_of_arch
 
@@ -62,6 +63,10 @@ def notes(experiment):
         yield (f"Agreement: on {held['images']:,} images of the sources that no student learned "
                "from; always answering the most frequent class would reach "
                f"{held['largest_class']:.2%}.")
+    test = record.teacher.get("test")
+    others = [name for name, each in record.students.items() if each.get("test", test) != test]
+    if others:
+        yield f"Measured on another test split than the teacher: {listed(others)}."
     if settings.mms_plain and not record.teacher.get("linear_head", True):
         yield "MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits."
     by_threshold = [each for each in record.summaries.values() if each["calibrated_on"]]
@@ -116,10 +121,12 @@ def cells(row):
     """The text of a row, as in HEADS."""
     def number(name, form, scale=1):
         return "-" if row[name] is None else format(row[name] * scale, form)
-    agreement = "source_agreement" if row["agreement"] is None else "agreement"
+    agreement = number("agreement", ".2f", 100)
+    if row["agreement"] is None and row["source_agreement"] is not None:
+        agreement = number("source_agreement", ".2f", 100) + " (sources)"
     return [row["approach"], row["student"], ", ".join(row["sources"]), f"{row['transfer_size']:,}",
             extent(row["per_class"]), accuracy_text(row), number("retention", ".3f"),
-            number(agreement, ".2f", 100), number("seconds", ",.0f"),
+            agreement, number("seconds", ",.0f"),
             number("images_per_second", ",.0f")]
 
 
@@ -152,7 +159,8 @@ def write(experiment):
     say(as_markdown(results))
     drawn = figures.save(folder / "figures", figures.of_run(record, results))
     command = ["python", "compile.py", "--config", str(record.folder / "config.json"), "--run-dir",
-               "runs/again", "--seeds", ",".join(map(str, results["seeds"]))]
+               "runs/again", "--seeds", ",".join(map(str, results["seeds"])),
+               *code_in(record.config["given"])]
     text = page.render(record, drawn, name=experiment.name, results=results, heads=HEADS,
                        rows=map(cells, results["rows"]), heading=heading(results),
                        command=shlex.join(command), now=time.strftime("%Y-%m-%d %H:%M"))

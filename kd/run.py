@@ -48,8 +48,8 @@ class Product:
         if self.content is not None and not remake:
             run.require_same(name, self.content, self.made_from)
         self.done = self.content is not None and not _changed(self.content, self.made_from)
-        label = name.removesuffix(".json").removesuffix("/summary")     # as people say it
-        run.found.setdefault(label, self.done)
+        self.label = name.removesuffix(".json").removesuffix("/summary")    # as people say it
+        run.found.setdefault(self.label, self.done)
 
     def write(self, content, files=()):
         """Writes the JSON, after its files (paths), and returns its content."""
@@ -57,6 +57,7 @@ class Product:
                    for path in files} if is_first() else {}
         self.content = content | {"made_from": self.made_from, "files": digests}
         write_sealed(self.run / self.name, self.content)
+        self.run.found[self.label] = False
         if is_first():      # what an interrupted training would have resumed from
             (self.run / self.name).with_suffix(".part").unlink(missing_ok=True)
         return self.content
@@ -115,7 +116,7 @@ class Run:
     def refuse(self, name, wrong):
         """Raises UserError: what is wrong with a product, and the stage that makes it right."""
         raise UserError(f"{wrong}. Make it with `python {MAKER[stage_of(name)]}` and the flags "
-                        "given here.")
+                        "of this run.")
 
     @property
     def restarted(self):
@@ -139,9 +140,9 @@ class Run:
                 if key not in flags]
         new = ", ".join(_with(key, now[key]) for key in flags)
         raise UserError(
-            f"{self / name} was made {', '.join(was)}{f', not {new}' if new else ''}. To make it "
-            f"again, run {MAKER[stage]} or compile.py with --restart-from {stage}, or choose "
-            "another --run-dir.")
+            f"{self / name} was made {', '.join(was)}{f', not {new}' if new else ''}. Give what "
+            f"it was made with to keep it. To make it again, run {MAKER[stage]} or compile.py with "
+            f"--restart-from {stage}, or choose another --run-dir.")
 
     def check(self):
         """Holds the folder. Raises UserError, before any long work, where a setting differs from
@@ -160,15 +161,17 @@ class Run:
                     self.require_same(name, content, self.settings.of_stage(stage_of(name)))
         hold(self.path)
 
-    def open(self, device, given, anew=False):
-        """Deletes what is to be made again, and writes config.json where there is none, or `anew`.
-        device: the torch.device that computes."""
+    def open(self, device, given):
+        """Deletes what is to be made again, and writes config.json where there is none. device: the
+        torch.device that computes."""
         if is_first():
             self._clear()
             for path in self.path.rglob(".*.part"):     # of a killed process
                 path.unlink()
-        if not anew and (self / "config.json").exists():
-            return
+        if not (self / "config.json").exists():
+            self.save_config(device, given)
+
+    def save_config(self, device, given):
         settings = dataclasses.asdict(self.settings) | {"restart": False, "restart_from": None}
         write_sealed(self / "config.json", settings | {
             "seed": self.settings.seed, "device": device.type,

@@ -33,6 +33,13 @@ class StandIn(list):
         pass
 
 
+class DictStandIn:
+    """The same for what a file fills as a dict."""
+
+    def __new__(cls, *args):
+        return collections.OrderedDict()
+
+
 def weights_file(path):
     """The file of the weights: `path`, or in a folder of a hub its model.safetensors."""
     file = Path(path) / "model.safetensors"
@@ -69,15 +76,20 @@ def _unpickled(file):
                 return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-            if not unknown or unknown[1] in made:
+            filled = re.search(r"Can only SETITEM.* but got <class '(\S+)'>", str(error))
+            if not (unknown or filled):
                 raise
-            module, _, name = unknown[1].rpartition(".")
-            made[unknown[1]] = type(name, (StandIn,), {"__module__": module or "builtins"})
+            name, base = (unknown[1], StandIn) if unknown else (filled[1], DictStandIn)
+            if isinstance(made.get(name), base):
+                raise
+            module, _, qualified = name.rpartition(".")
+            made[name] = type(qualified, (base,), {"__module__": module or "builtins"})
 
 
 def is_ours(content):
     """Whether a file's content is a checkpoint of this project."""
-    return isinstance(content, dict) and content.keys() >= OURS
+    return isinstance(content, dict) and content.keys() >= OURS and (
+        isinstance(content["input_size"], int))
 
 
 # ---- Fitting -------------------------------------------------------------------------------------
@@ -118,7 +130,7 @@ def fit(network, content, path, arch):
     """Loads a file's weights. Raises UserError that names the keys that do not fit."""
     expected = network.state_dict()
     names = {_bare(name): name for name in expected}
-    theirs = dict(tensors_of(content))
+    theirs = {key: value for key, value in tensors_of(content) if not key.startswith("optim")}
     prefix, *others = _prefixes(theirs, {key: expected[names[key]].shape for key in names})
     state = collections.OrderedDict()
     for key, value in theirs.items():

@@ -1,5 +1,6 @@
 """Checkpoints of strangers, of which nothing is run, and students for others, read by others."""
 import argparse
+import collections
 import copy
 import json
 import os
@@ -87,6 +88,11 @@ def test_code_that_only_a_checkpoint_names_does_not_run(net):
     assert checkpoints.load("ours.pt", "net.py:make").arch == "net.py:make"
 
 
+class Attributes(dict):
+    """As EasyDict, CfgNode, ... are."""
+    __getattr__ = dict.__getitem__
+
+
 def under(prefix, state):
     return {prefix + key: value for key, value in state.items()}
 
@@ -103,7 +109,10 @@ SAVED = {
         "teacher": net.state_dict()},
     "things beside": lambda net: {
         "state_dict": net.state_dict(), "best": np.float64(0.9), "array": np.zeros(3),
-        "opt": argparse.Namespace(lr=0.05, data=Path("/data"))},
+        "opt": argparse.Namespace(lr=0.05, data=Path("/data")),
+        "cfg": Attributes(a=Attributes(b=1)), "history": collections.defaultdict(list, a=[1])},
+    "an optimizer beside": lambda net: net.state_dict() | {
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}},
 }
 
 

@@ -255,3 +255,13 @@ def test_folders_are_packed_by_their_path(tmp_path):
                       cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.endswith("mine: 19 images packed, 1 left out\n")
     assert len(made.names_in(tmp_path / "d" / "packed")) == 2
+
+
+def test_a_test_folder_without_classes_gives_way_to_val(tmp_path):
+    """As in ImageNet's and TinyImageNet's own layouts."""
+    spec = pets(tmp_path / "pets", test="val")
+    save(tmp_path / "pets" / "test", "images/1.png", "2.png")
+    assert target(tmp_path / "d", spec).classes == ["ant", "bee"]
+    spec = pets(tmp_path / "cats")
+    save(tmp_path / "cats" / "val", "images/1.png")     # somebody's other split
+    assert target(tmp_path / "d", spec).classes == ["ant", "bee"]

@@ -30,7 +30,8 @@ class Net(nn.Module):
         return self.end(self.fc(self.conv1(x).relu().mean((2, 3))))
 
 def make(num_classes): return Net(num_classes)
-def positional(count, width=3): return Net(count)
+def positional(count, width=3, **options): return Net(count)
+def lazy(num_classes): return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
 def three(): return Net(3)
 def words(**options): return Net(options['num_classes'])
 def four(): return Net(4)
@@ -159,8 +160,8 @@ def test_networks_of_distillation_papers_have_their_sizes_and_names(arch, parame
 
 
 @pytest.mark.parametrize("factory, found", [
-    ("make", True), ("positional", True), ("words", True), ("three", True), ("log_softmax", True),
-    ("scaled", False)])
+    ("make", True), ("positional", True), ("lazy", True), ("words", True), ("three", True),
+    ("log_softmax", True), ("scaled", False)])
 def test_only_a_layer_that_makes_the_logits_is_taken_for_the_head(nets, factory, found):
     classifier = models.build(f"{nets}:{factory}", CLASSES)
     assert (models.head_weight(classifier) is not None) == found

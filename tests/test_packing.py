@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -51,8 +52,9 @@ def of(*colour):
     return np.tile(np.array(colour, np.uint8), (32, 32, 1))
 
 
-TURNED = Image.Exif()
-TURNED[0x112] = 6
+# By a right angle, beside a resolution that is a text: Pillow reads that, and can't write it.
+TURNED = b"Exif\0\0II*\0" + struct.pack("<IHHHIIHHI4sI", 8, 2, 0x112, 3, 1, 6, 0x11A, 2, 4,
+                                        b"72\0\0", 0)
 GREY = np.random.default_rng(1).integers(0, 65536, (32, 32)).astype(np.uint16)
 NOISE = made.random_pixels(32, 32, 3)
 # what it is: (its content, the pixels that become of it, how far they may be off)

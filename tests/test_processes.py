@@ -119,7 +119,7 @@ from kd.files import UserError
 from kd.processes import rank, wait
 
 def main(argv):
-    if argv[0] == "all" or rank() == 1:
+    if argv[0] == "all" or rank() == int(argv[0]):
         raise UserError("the disk is full.")
     wait()
 
@@ -127,12 +127,14 @@ command(main)
 """
 
 
-@pytest.mark.parametrize("which, who", [("all", "fail.py"), ("one", "fail.py, process 1")])
+@pytest.mark.parametrize("which, who", [
+    ("all", "fail.py"), ("0", "fail.py"), ("1", "fail.py, process 1")])
 def test_what_goes_wrong_ends_all_processes_and_is_said_once(tmp_path, which, who):
     (tmp_path / "fail.py").write_text(FAIL)
     done = torchrun(tmp_path / "fail.py", which)
     said = [line for line in done.stderr.splitlines() if line.startswith("fail.py")]
     assert done.returncode != 0 and said == [f"{who}: the disk is full."]
+    assert "by peer" not in done.stderr
 
 
 @pytest.mark.parametrize("cards, here, rank, found", [(8, 8, 7, 7), (1, 8, 3, None)])

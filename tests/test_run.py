@@ -77,7 +77,7 @@ def test_a_teacher_that_is_damaged_is_refused_and_left_as_it_is(
 def test_a_config_that_is_damaged_is_refused_by_a_stage_and_written_again_by_compile(
         run, painted, flags, way):
     damage(run, "config.json", way)
-    assert "config.json is missing or damaged" in refused("distill.py", by_hand(painted, run))
+    assert "config.json is missing, damaged or of another version" in refused("distill.py", by_hand(painted, run))
     ran("compile.py", flags)
     ran("distill.py", by_hand(painted, run))
 
@@ -123,8 +123,9 @@ def test_a_setting_that_differs_is_named_with_both_values_and_what_helps(
     before = contents(run)
     said = refused("compile.py", flags, *more.split())
     assert contents(run) == before and said == (
-        f"compile.py: {run / product} was made {was}, not {new}. To make it again, run "
-        f"{MAKER[stage]} or compile.py with --restart-from {stage}, or choose another --run-dir.\n")
+        f"compile.py: {run / product} was made {was}, not {new}. Give what it "
+        f"was made with to keep it. To make it again, run {MAKER[stage]} or compile.py with "
+        f"--restart-from {stage}, or choose another --run-dir.\n")
 
 
 def test_a_stage_makes_nothing_again_that_another_one_makes(run, painted):
@@ -142,8 +143,8 @@ def test_another_version_of_a_criterion_is_noticed(run, painted, tmp_path):
         with open(path, "a") as file:
             file.write(text)
         said = refused("transfer.py", by_hand(painted, run), "--approach", mine)
-        assert ("mine/summary.json was made with another version of its criterion. To make it "
-                "again, run transfer.py or compile.py with --restart-from transfer") in said
+        assert "mine/summary.json was made with another version of its criterion. " in said
+        assert "run transfer.py or compile.py with --restart-from transfer" in said
         ran("transfer.py", by_hand(painted, run), "--approach", mine, "--restart-from", "transfer")
 
 
@@ -232,8 +233,8 @@ def test_a_missing_predecessor_is_named_with_the_command_that_makes_it(
         flags, run, script, absent, command):
     (run / absent).unlink()
     assert refused(script, flags, "--approach", "mms") == (
-        f"{script}: {run / absent} is missing. Make it with `{command}` and the flags given "
-        "here.\n")
+        f"{script}: {run / absent} is missing. Make it with `{command}` and the flags of "
+        "this run.\n")
 
 
 def test_a_student_is_exported(flags, run):
