@@ -77,7 +77,8 @@ def test_a_teacher_that_is_damaged_is_refused_and_left_as_it_is(
 def test_a_config_that_is_damaged_is_refused_by_a_stage_and_written_again_by_compile(
         run, painted, flags, way):
     damage(run, "config.json", way)
-    assert "config.json is missing, damaged or of another version" in refused("distill.py", by_hand(painted, run))
+    assert "config.json is missing, damaged or of another version" in refused(
+        "distill.py", by_hand(painted, run))
     ran("compile.py", flags)
     ran("distill.py", by_hand(painted, run))
 
