@@ -247,18 +247,15 @@ def write_transfer_set(folder, scoring, candidates, chosen, shown, size):
         np.lib.format.write_array_header_2_0(file, header)
         text = io.TextIOWrapper(listing, "utf-8", "surrogateescape", newline="")
         writer = csv.writer(text, lineterminator="\n")
-        quoting = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerow(MANIFEST)
         for number, name in enumerate(candidates.names):
             rows = chosen[candidates.source[chosen] == number]
             for pixels, index, files in scoring.sources[name].batches(candidates.index[rows]):
                 file.write(np.ascontiguousarray(pixels).data)
-                files = list(files)     # a shard is opened for each
                 of, rows = np.split(rows, [len(pixels)])
-                use = quoting if any("\r" in each for each in files) else writer
-                use.writerows(zip([name] * len(of), index.tolist(), files,
-                                  candidates.predicted[of].tolist(), scores[of].tolist(),
-                                  strict=True))
+                writer.writerows(zip([name] * len(of), index.tolist(), files,
+                                     candidates.predicted[of].tolist(), scores[of].tolist(),
+                                     strict=True))
         text.detach()
     write_atomically(folder / "manifest.csv", lambda listing: write_atomically(
         folder / "images.npy", lambda file: write_images(file, listing)))

@@ -82,9 +82,8 @@ class Training:
         """Moves the average towards the weights and statistics of now. The decay warms up, so that
         a short training does not end as its beginning: min(decay, (1 + n) / (10 + n)) after n
         steps."""
-        pairs = {value.data_ptr(): (kept, value) for kept, value in zip(
-            self.average.state_dict().values(), self.classifier.state_dict().values(),
-            strict=True)}.values()      # of a layer with two names once
+        pairs = list(zip(*([*each.parameters(), *each.buffers()]
+                           for each in (self.average, self.classifier)), strict=True))
         means = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_(*map(list, zip(*means, strict=True)),
                              1 - min(decay, (1 + self.done) / (10 + self.done)))
@@ -155,6 +154,9 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
     with orderly(), enough_memory(watch.label, device, remedy):
         classifier.to(device)
         state = Training(classifier, len(rows), recipe, device)
+        if state.steps < FEW_STEPS and not recipe.steps:
+            say(f"{watch.label}: {recipe.epochs} epochs of {len(rows):,} images are {state.steps} "
+                "steps, which may be too few: more epochs or smaller batches make more.")
         keeper = _Keeper(state, watch, min(recipe.batch_size, len(rows)), device)
         tensor, rows = resident(images, device), torch.as_tensor(rows)
         weights = None if weights is None else torch.as_tensor(weights)
@@ -225,14 +227,6 @@ def cross_entropy(labels, device):
     def objective(logits, views, rows):
         return torch.nn.functional.cross_entropy(logits.float(), labels[rows.to(device)])
     return objective
-
-
-def say_if_few(label, recipe, count, remedy):
-    """Says where the epochs of a recipe are hardly any steps, of so many images."""
-    steps = recipe.all_steps(count)
-    if not recipe.steps and steps < FEW_STEPS:
-        say(f"{label}: {recipe.epochs} epochs of {count:,} images are {steps} steps, too few to "
-            f"learn much. {remedy}")
 
 
 # ---- What hangs on a training: progress, boards, checkpoints, signals ----------------------------

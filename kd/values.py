@@ -9,8 +9,8 @@ CIFAR_NETWORKS = (          # kd/cifar.py makes them
     "resnet20", "resnet32", "resnet56", "resnet110", "resnet8x4", "resnet32x4", "wrn_16_2",
     "wrn_40_1", "wrn_40_2", "vgg8_bn", "vgg13_bn_cifar")
 # Steps of a recipe of views (kd/augment.py) and their usual strengths.
-AUGMENTATIONS = {"crop": 1 / 8, "flip": 0.5, "rrc": 0.25, "rotate": 15.0, "colour": 0.5, "mixup": 1.0,
-                 "cutmix": 1.0}
+AUGMENTATIONS = {"crop": 1 / 8, "flip": 0.5, "rrc": 0.25, "rotate": 15.0, "colour": 0.5,
+                 "mixup": 1.0, "cutmix": 1.0}
 FIXED = ("crop", "flip", "mixup", "cutmix")     # those whose strength can't be given
 
 

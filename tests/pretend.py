@@ -131,7 +131,7 @@ class Card(TorchDispatchMode):
             kwargs["device"] = "cpu"
         if not here and not goes:
             return function(*args, **(kwargs if to is None else kwargs | {"device": to}))
-        self._check(packet, flat, here, goes or here, args, kwargs)
+        self._check(packet, flat, here, kwargs)
         if packet in COPIES:
             self._copy(packet, args, kwargs, goes)
         elif packet in WAITING or packet is aten.index and any(
@@ -142,13 +142,11 @@ class Card(TorchDispatchMode):
             result_here = isinstance(args[0], OnDevice)
         return self._compute(function, packet, args, kwargs, result_here)
 
-    def _check(self, packet, flat, here, result_here, args, kwargs):
+    def _check(self, packet, flat, here, kwargs):
         beside = [each for each in flat if not isinstance(each, OnDevice) and each.dim()]
         if here and beside and packet not in COPIES:
             raise Misplaced(f"{packet}: a CPU tensor beside tensors on the device")
-        generator = kwargs.pop("generator", None)
-        generators = [generator, *(each for each in args if isinstance(each, torch.Generator))]
-        if result_here and any(each is not None for each in generators):
+        if kwargs.pop("generator", None) is not None:
             raise Misplaced(f"{packet}: a CPU generator draws on the device")
 
     def _copy(self, packet, args, kwargs, goes):
