@@ -204,7 +204,8 @@ def predict(classifier, images, rows=None, device=CPU, label="evaluating",
 
 def answers(classifier, images, rows=None, device=CPU):
     """The class with the largest logit of each image, (n,) int64."""
-    return predict(classifier, images, rows, device, then=lambda logits: (logits.argmax(1),)).numpy()
+    found = predict(classifier, images, rows, device, then=lambda logits: (logits.argmax(1),))
+    return found.numpy()
 
 
 def accuracy(classifier, images, labels, rows=None, device=CPU):

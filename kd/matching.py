@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kd import checkpoints, engine, models
-from kd.files import UserError, file_digest, say, write_atomically
+from kd.files import UserError, say, write_atomically
 from kd.processes import alone, gathered, rank, wait
 from kd.progress import Progress
 
@@ -86,8 +86,7 @@ def statistics(scoring):
     run, path = scoring.run, scoring.run / "scores" / "matched.npy"
     images = [[name, source.fingerprint] for name, source in scoring.sources.items()]   # in order
     product = run.product("scores/matched.json", remake=True, teacher=scoring.digest,
-                          images=images, code=file_digest(__file__),
-                          calibrate=run.settings.calibrate)
+                          images=images, calibrate=run.settings.calibrate)
     if not product.done:
         write_atomically(path, lambda file: _write_statistics(scoring, file))
         product.write({"images": len(scoring.candidates)}, [path])
