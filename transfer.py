@@ -114,12 +114,10 @@ def select(approach, candidates, thresholds, rules):
         if not rules.balance:       # thresholds are those of classes: what passes comes first
             badness = np.argsort(np.lexsort((badness, ~eligible)))
         eligible[fill_buckets(group, short[group] & scored, least, badness)] = True
-    elif approach == "balanced":
-        eligible = np.ones(count, bool)
     elif approach == "eats":
         eligible = np.isin(np.array(candidates.names), EATS_SOURCES)[candidates.source]
-    else:
-        raise ValueError(f"{approach} selects nothing")
+    else:       # balanced
+        eligible = np.ones(count, bool)
     preference = badness if rules.fill == "best" else None
     if rules.fill == "random":
         preference = np.random.default_rng(engine.seed_for(rules.seed, "fill")).permutation(count)
@@ -148,9 +146,8 @@ def bucket_size(settings, target, classes):
     """Images per class: an equal share of --transfer-size, or of the target's training split."""
     size = settings.transfer_size or len(target.train)
     if size < len(classes):
-        flag = "--limit" if settings.limit and not settings.transfer_size else "--transfer-size"
         raise UserError(f"{size} images are fewer than one for each of {len(classes)} classes. "
-                        f"Use a larger {flag}.")
+                        "Use a larger --transfer-size.")
     return size // len(classes)
 
 

@@ -17,7 +17,7 @@ from kd.augment import shuffled_batches, step_generator
 from kd.classifier import Classifier
 from kd.command import Interrupted
 from kd.settings import Recipe
-from kd.training import Checkpoint, Watch, cross_entropy, train
+from kd.training import Watch, cross_entropy, train
 
 pytestmark = pytest.mark.quick
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def learn(path, recipe, objective=None, classifier=None, made_from="this trainin
           **watch):
     """(The classifier after its training, the Training)."""
     classifier = classifier or small()
-    watch = Watch(Checkpoint(path, made_from), "student mms", **watch)
+    watch = Watch(path, made_from, "student mms", **{"every": 1} | watch)
     state = train(classifier, IMAGES, np.arange(COUNT), objective or cross_entropy(LABELS, CPU),
                   recipe, seed=5, device=device, watch=watch)
     return classifier, state
