@@ -46,10 +46,8 @@ class OnDevice(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        card = next(each.card for each in tree_flatten((args, kwargs))[0]
-                    if isinstance(each, OnDevice))
-        return card.call(function, args, kwargs or {})
+    def __torch_dispatch__(cls, function, *_):
+        raise Misplaced(f"{function} of a tensor on the device, outside of its Card")
 
     device = property(lambda self: self.card.device)
     is_cuda = property(lambda self: self.card.device.type == "cuda")
@@ -109,10 +107,7 @@ class Card(TorchDispatchMode):
         return self
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return self.call(function, args, kwargs or {})
-
-    def call(self, function, args, kwargs):
-        packet, kwargs = function.overloadpacket, dict(kwargs)
+        packet, kwargs = function.overloadpacket, dict(kwargs or {})
         flat = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
         here = any(isinstance(each, OnDevice) for each in flat)
         if packet is aten.is_pinned:
@@ -187,8 +182,6 @@ class Card(TorchDispatchMode):
 
 def rounded(tensor):
     """As TF32 has it: a mantissa of 10 bits."""
-    if tensor.dtype != torch.float32:
-        return tensor
     return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
