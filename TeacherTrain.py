@@ -13,11 +13,11 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
 import data
 from kd import checkpoints, engine, models
 from kd.command import command
-from kd.evaluation import LOOK_STEPS, evaluate, saved_split, test_of, watcher
-from kd.files import UserError, listed, require_none, say
+from kd.evaluation import evaluate, saved_split, test_of, watcher
+from kd.files import require_none, say
 from kd.processes import first_alone, on_all_ranks
 from kd.run import open_stage
-from kd.training import Checkpoint, Watch, cross_entropy, say_if_few, train
+from kd.training import Watch, cross_entropy, train
 from kd.values import name_of_arch
 
 LEARNED = 0.03      # in accuracy: a confidence set so far above the test was learned from
@@ -39,27 +39,20 @@ def train_teacher(run, target, device):
     if product.done and product.content.get("test", test) == test:
         return product.content
     train_rows, confidence = saved_split(run, len(target.train)) if target.train else (None, None)
-    checkpoint = Checkpoint(run / "teacher.part", product.made_from)
     figures = {"seconds": 0.0, "images_per_second": 0.0, "history": []}
     if product.done:        # with another test split, or none
-        teacher = checkpoints.load(path, settings.teacher_arch).to(device)
-        if target.classes not in (None, teacher.classes) and not isinstance(settings.classes, int):
-            raise UserError(f"{path} knows {listed(teacher.classes, 3)}, and the target has "
-                            f"{listed(target.classes, 3)}, in another order or with other names. "
-                            "Name the teacher's with --classes, and choose another --run-dir.")
         figures = {name: product.content[name] for name in figures}
-    elif settings.teacher_checkpoint:
+    if settings.teacher_checkpoint:
         teacher = load_checkpoint(settings, target).to(device)
+    elif product.done:
+        teacher = checkpoints.load(path, settings.teacher_arch).to(device)
     else:
         seed = engine.seed_for(settings.seed, "teacher")
         engine.seed_all(seed)
         teacher = new_teacher(settings, target.classes)
-        if not settings.limit and settings.teacher_weights == "none":
-            say_if_few("teacher", settings.teacher_recipe, len(train_rows),
-                       "--teacher-epochs and a smaller --teacher-batch-size make more.")
-        watch = Watch(checkpoint, "teacher", watcher(target, confidence, device),
-                      run.board("teacher"), "a smaller --teacher-lr, with --restart-from teacher",
-                      LOOK_STEPS)
+        watch = Watch(run / "teacher.part", product.made_from, "teacher",
+                      watcher(target, confidence, device), run.board("teacher"),
+                      "a smaller --teacher-lr, with --restart-from teacher")
         training = train(teacher, target.train.images, train_rows,
                          cross_entropy(target.train.labels, device), settings.teacher_recipe,
                          seed=seed, device=device, watch=watch)

@@ -30,13 +30,13 @@ import data
 from kd import checkpoints, engine, models
 from kd.augment import MIXING
 from kd.command import command
-from kd.evaluation import LOOK_STEPS, evaluate, saved_split, source_agreement, test_of, watcher
+from kd.evaluation import evaluate, saved_split, source_agreement, test_of, watcher
 from kd.export import export, require_packages
 from kd.files import UserError, is_first, require_none, say
 from kd.processes import alone, first_alone, on_all_ranks
 from kd.run import open_stage, read_product
 from kd.settings import DRAWN_BY_WEIGHT, ON_TARGET
-from kd.training import Checkpoint, Watch, cross_entropy, say_if_few, train
+from kd.training import Watch, cross_entropy, train
 from kd.values import name_of, name_of_approach, name_of_arch
 
 FORMS = {"onnx": ".onnx", "state_dict": ".pth", "safetensors": ".safetensors"}
@@ -116,13 +116,9 @@ def train_student(run, approach, target, device):
     recipe = settings.student_recipe(figures["weights"])
     objective, recipe = objective_of(run, images, supervised, recipe, target, device)
     figures["bfloat16"] = engine.in_bfloat16(device, recipe.amp)
-    if not settings.limit:
-        say_if_few(f"student {approach}", recipe, len(rows),
-                   "--steps N sets their number, however few the images are.")
-    part = Checkpoint(run / f"students/{approach}.part", product.made_from)
-    watch = Watch(part, f"student {approach}",
+    watch = Watch(run / f"students/{approach}.part", product.made_from, f"student {approach}",
                   watcher(target, confidence, device) if target.train else None,
-                  run.board(f"student-{approach}"), every=LOOK_STEPS)
+                  run.board(f"student-{approach}"))
     training = train(student, images, rows, objective, recipe, seed=seed, device=device,
                      watch=watch, weights=frequencies)
     figures |= measured(run, approach, student, teacher, target, confidence, device) | {

@@ -114,12 +114,10 @@ def select(approach, candidates, thresholds, rules):
         if not rules.balance:       # thresholds are those of classes: what passes comes first
             badness = np.argsort(np.lexsort((badness, ~eligible)))
         eligible[fill_buckets(group, short[group] & scored, least, badness)] = True
-    elif approach == "balanced":
-        eligible = np.ones(count, bool)
     elif approach == "eats":
         eligible = np.isin(np.array(candidates.names), EATS_SOURCES)[candidates.source]
-    else:
-        raise ValueError(f"{approach} selects nothing")
+    else:       # balanced
+        eligible = np.ones(count, bool)
     preference = badness if rules.fill == "best" else None
     if rules.fill == "random":
         preference = np.random.default_rng(engine.seed_for(rules.seed, "fill")).permutation(count)
@@ -148,9 +146,8 @@ def bucket_size(settings, target, classes):
     """Images per class: an equal share of --transfer-size, or of the target's training split."""
     size = settings.transfer_size or len(target.train)
     if size < len(classes):
-        flag = "--limit" if settings.limit and not settings.transfer_size else "--transfer-size"
         raise UserError(f"{size} images are fewer than one for each of {len(classes)} classes. "
-                        f"Use a larger {flag}.")
+                        "Use a larger --transfer-size.")
     return size // len(classes)
 
 
@@ -247,18 +244,15 @@ def write_transfer_set(folder, scoring, candidates, chosen, shown, size):
         np.lib.format.write_array_header_2_0(file, header)
         text = io.TextIOWrapper(listing, "utf-8", "surrogateescape", newline="")
         writer = csv.writer(text, lineterminator="\n")
-        quoting = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerow(MANIFEST)
         for number, name in enumerate(candidates.names):
             rows = chosen[candidates.source[chosen] == number]
             for pixels, index, files in scoring.sources[name].batches(candidates.index[rows]):
                 file.write(np.ascontiguousarray(pixels).data)
-                files = list(files)     # a shard is opened for each
                 of, rows = np.split(rows, [len(pixels)])
-                use = quoting if any("\r" in each for each in files) else writer
-                use.writerows(zip([name] * len(of), index.tolist(), files,
-                                  candidates.predicted[of].tolist(), scores[of].tolist(),
-                                  strict=True))
+                writer.writerows(zip([name] * len(of), index.tolist(), files,
+                                     candidates.predicted[of].tolist(), scores[of].tolist(),
+                                     strict=True))
         text.detach()
     write_atomically(folder / "manifest.csv", lambda listing: write_atomically(
         folder / "images.npy", lambda file: write_images(file, listing)))

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from kd.packing import Packed
-from kd.training import Checkpoint, Watch, train
+from kd.training import Watch, train
 
 
 def arguments(doc, **defaults):
@@ -77,7 +77,7 @@ def as_source(images):
 def trained(classifier, images, objective, recipe, device, after_epoch=None):
     """Trains on all images, and returns the classifier."""
     with tempfile.TemporaryDirectory() as folder:
-        watch = Watch(Checkpoint(Path(folder) / "part", ""), "benchmark", after_epoch)
+        watch = Watch(Path(folder) / "part", "", "benchmark", after_epoch, every=1)
         train(classifier, images, np.arange(len(images)), objective, recipe, seed=0, device=device,
               watch=watch)
     return classifier

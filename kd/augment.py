@@ -42,7 +42,7 @@ def augment(images, steps, generator, batch=None, part=slice(None)):
     reflected at its edge. batch, part: where `images` are a part of a batch of that many, the views
     are those that the whole batch would be given; mixing partners are found in the part."""
     steps, (count, height, width, _) = augmentations(steps), images.shape
-    if steps.keys() & {*views.GEOMETRY, *views.COLOURS}:
+    if steps.keys() & set(views.STEPS):
         drawn = torch.rand((views.DRAWS, batch or count), generator=generator)[:, part]
         images = views.changed(images, steps, to_device(drawn, images.device))
     y = torch.arange(height, device=images.device).expand(count, height)

@@ -47,12 +47,10 @@ def pick_device(name):
 def keep_memory():
     """Has glibc keep what is freed. Otherwise each step may give the memory of its gradients back
     to the system and pay for the pages again, which costs up to a tenth of a step."""
-    try:
+    with contextlib.suppress(AttributeError, TypeError):        # another C library
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):        # another C library
-        return
-    mallopt(-3, 1 << 25)            # M_MMAP_THRESHOLD, at its highest
-    mallopt(-1, (1 << 31) - 1)      # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 25)            # M_MMAP_THRESHOLD, at its highest
+        mallopt(-1, (1 << 31) - 1)      # M_TRIM_THRESHOLD
 
 
 def in_bfloat16(device, amp=None):
@@ -204,10 +202,10 @@ def predict(classifier, images, rows=None, device=CPU, label="evaluating",
     return torch.from_numpy(column)
 
 
-def answers(classifier, images, rows=None, device=CPU, label="evaluating"):
+def answers(classifier, images, rows=None, device=CPU):
     """The class with the largest logit of each image, (n,) int64."""
-    return predict(classifier, images, rows, device, label,
-                   lambda logits: (logits.argmax(1),)).numpy()
+    found = predict(classifier, images, rows, device, then=lambda logits: (logits.argmax(1),))
+    return found.numpy()
 
 
 def accuracy(classifier, images, labels, rows=None, device=CPU):

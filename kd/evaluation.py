@@ -7,7 +7,6 @@ from kd.processes import on_all_ranks
 
 TRAIN_SHARE = 0.8       # of the target's training split; the rest is the confidence set
 WATCHED = 2000          # images of the confidence set on which accuracy is noted after an epoch
-LOOK_STEPS = 50         # between two such looks at least: few images make short epochs
 
 
 @on_all_ranks

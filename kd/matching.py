@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kd import checkpoints, engine, models
-from kd.files import UserError, file_digest, say, write_atomically
+from kd.files import UserError, say, write_atomically
 from kd.processes import alone, gathered, rank, wait
 from kd.progress import Progress
 
@@ -28,7 +28,6 @@ DIRECTIONS = 200        # in which the pool varies most: v is reduced to them as
 SAMPLE = 4_096          # images that tell which those are
 RIDGE = 0.01            # on t, in units of the pool's variance
 SOLVED = 1 << 19        # images that tell the parameters of the weights, of more than twice as many
-LITTLE = 0.9            # of the gap is left: matched has nothing to offer
 CHUNK = 1 << 16         # rows that lie in memory at a time
 
 
@@ -47,20 +46,13 @@ def norms_of(classifier):
 def watched(classifier):
     """Within it, a function gives what the last batch showed in every batch norm, (n, D)
     float32."""
-    seen, count = [], 0
-
-    def begin(module, given):
-        nonlocal count
-        count = len(given[0])
+    seen = []
 
     def look(module, given):
-        pixels = given[0].float()
-        shape = (1, -1, *[1] * (pixels.dim() - 2))
+        pixels = given[0].float().reshape(*given[0].shape[:2], -1)
         scale = (module.running_var + module.eps).rsqrt()
-        pixels = (pixels - module.running_mean.view(shape)) * scale.view(shape)
-        pixels = pixels.unflatten(0, (count, -1))       # an image may have several rows, its tokens
-        rest = (1, *range(3, pixels.dim()))
-        found = pixels.mean(rest), pixels.square().mean(rest) - 1
+        pixels = (pixels - module.running_mean[:, None]) * scale[:, None]
+        found = pixels.mean(2), pixels.square().mean(2) - 1
         seen.extend(each.clamp(-LIMIT, LIMIT) for each in found)
 
     def shown():
@@ -68,7 +60,6 @@ def watched(classifier):
         seen.clear()
         return found
     with contextlib.ExitStack() as hooks:
-        hooks.enter_context(classifier.register_forward_pre_hook(begin))
         for norm in norms_of(classifier):
             hooks.enter_context(norm.register_forward_pre_hook(look))
         yield shown
@@ -95,8 +86,7 @@ def statistics(scoring):
     run, path = scoring.run, scoring.run / "scores" / "matched.npy"
     images = [[name, source.fingerprint] for name, source in scoring.sources.items()]   # in order
     product = run.product("scores/matched.json", remake=True, teacher=scoring.digest,
-                          images=images, code=file_digest(__file__),
-                          calibrate=run.settings.calibrate)
+                          images=images, calibrate=run.settings.calibrate)
     if not product.done:
         write_atomically(path, lambda file: _write_statistics(scoring, file))
         product.write({"images": len(scoring.candidates)}, [path])
@@ -205,7 +195,4 @@ def matched_weights(scoring, size):
     if size == len(weights):
         say("  --transfer-size is not below the pool's size, so that all weights are 1: matched "
             "takes every image, and weighted is all.")
-    elif after > LITTLE * before:
-        say("  No weights bring them much nearer: expect matched to gain little over random "
-            "images.")
     return weights.astype(np.float32)

@@ -8,6 +8,7 @@ import math
 import time
 import zipfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.optim import lr_scheduler
@@ -25,6 +26,7 @@ COMPILING_PAYS = 300.0      # seconds left on CUDA from which torch.compile pays
 ROUND = 1_000               # steps after which a training is saved within an epoch
 SAVE_INTERVAL = 20.0        # seconds of work between two checkpoints, at least
 SMALLEST_PART = 8           # images of a batch for each of several processes
+LOOK_STEPS = 50             # between two looks at the accuracy: few images make short epochs
 FEW_STEPS = 200             # in which a network from random weights hardly learns
 CHECK_STEPS = 50            # on a device: steps between two looks at whether the loss is finite
 AGREE_STEPS = 10            # steps after which several processes agree whether to stop
@@ -82,9 +84,8 @@ class Training:
         """Moves the average towards the weights and statistics of now. The decay warms up, so that
         a short training does not end as its beginning: min(decay, (1 + n) / (10 + n)) after n
         steps."""
-        pairs = {value.data_ptr(): (kept, value) for kept, value in zip(
-            self.average.state_dict().values(), self.classifier.state_dict().values(),
-            strict=True)}.values()      # of a layer with two names once
+        pairs = list(zip(*([*each.parameters(), *each.buffers()]
+                           for each in (self.average, self.classifier)), strict=True))
         means = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_(*map(list, zip(*means, strict=True)),
                              1 - min(decay, (1 + self.done) / (10 + self.done)))
@@ -126,16 +127,39 @@ class Training:
 class Watch:
     """What hangs on a training and is not learning.
 
-    checkpoint: a Checkpoint; label: of its progress; evaluate(network): an accuracy to note after
-    an epoch, or None; every: after how many steps at least, but for the last; board: {kind: folder}
-    of kd.board; remedy: for a loss that is not finite."""
+    path: of the checkpoint from which it resumes; made_from: what the training depends on, as a
+    checkpoint of another one is not used; label: of its progress; evaluate(network): an accuracy to
+    note after an epoch, or None; every: after how many steps at least, but for the last; board:
+    {kind: folder} of kd.board; remedy: for a loss that is not finite."""
 
-    checkpoint: object
+    path: Path
+    made_from: object
     label: str
     evaluate: object = None
     board: dict = field(default_factory=dict)
     remedy: str = "a smaller --lr, with --restart-from students"
-    every: int = 1
+    every: int = LOOK_STEPS
+
+    def load(self, device):
+        """What was saved; None where there is nothing, or it is damaged or of another training."""
+        try:
+            with zipfile.ZipFile(self.path) as parts:       # torch.load checks no checksum
+                whole = parts.testzip() is None
+            saved = torch.load(self.path, weights_only=True, map_location=device) if whole else {}
+        except FileNotFoundError:
+            return None
+        except (OSError, RuntimeError, zipfile.BadZipFile, ValueError, EOFError):
+            saved = {}
+        if saved.pop("made_from", None) == str(self.made_from):
+            return saved
+        say(f"{self.path} is {'of another training' if saved else 'damaged'}, so it is not used.")
+        return None
+
+    def save(self, state):
+        buffer = io.BytesIO()       # to a full disk torch.save raises no OSError
+        if is_first():
+            torch.save(state | {"made_from": str(self.made_from)}, buffer)
+        write_atomically(self.path, lambda file: file.write(buffer.getbuffer()))
 
 
 def train(classifier, images, rows, objective, recipe, *, seed, device, watch, weights=None):
@@ -155,6 +179,9 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
     with orderly(), enough_memory(watch.label, device, remedy):
         classifier.to(device)
         state = Training(classifier, len(rows), recipe, device)
+        if state.steps < FEW_STEPS and not recipe.steps:
+            say(f"{watch.label}: {recipe.epochs} epochs of {len(rows):,} images are {state.steps} "
+                "steps, which may be too few: more epochs or smaller batches make more.")
         keeper = _Keeper(state, watch, min(recipe.batch_size, len(rows)), device)
         tensor, rows = resident(images, device), torch.as_tensor(rows)
         weights = None if weights is None else torch.as_tensor(weights)
@@ -227,51 +254,14 @@ def cross_entropy(labels, device):
     return objective
 
 
-def say_if_few(label, recipe, count, remedy):
-    """Says where the epochs of a recipe are hardly any steps, of so many images."""
-    steps = recipe.all_steps(count)
-    if not recipe.steps and steps < FEW_STEPS:
-        say(f"{label}: {recipe.epochs} epochs of {count:,} images are {steps} steps, too few to "
-            f"learn much. {remedy}")
-
-
 # ---- What hangs on a training: progress, boards, checkpoints, signals ----------------------------
-
-class Checkpoint:
-    """The file from which an interrupted training is resumed. made_from: what the training
-    depends on; a checkpoint with another one is not used."""
-
-    def __init__(self, path, made_from):
-        self.path, self.made_from = path, str(made_from)
-
-    def load(self, device):
-        """What was saved; None where there is nothing, or it is damaged or of another training."""
-        try:
-            with zipfile.ZipFile(self.path) as parts:       # torch.load checks no checksum
-                whole = parts.testzip() is None
-            saved = torch.load(self.path, weights_only=True, map_location=device) if whole else {}
-        except FileNotFoundError:
-            return None
-        except (OSError, RuntimeError, zipfile.BadZipFile, ValueError, EOFError):
-            saved = {}
-        if saved.pop("made_from", None) == self.made_from:
-            return saved
-        say(f"{self.path} is {'of another training' if saved else 'damaged'}, so it is not used.")
-        return None
-
-    def save(self, state):
-        buffer = io.BytesIO()
-        if is_first():
-            torch.save(state | {"made_from": self.made_from}, buffer)   # to a full disk no OSError
-        write_atomically(self.path, lambda file: file.write(buffer.getbuffer()))
-
 
 class _Keeper:
     """Called after each step and each epoch of a Training."""
 
     def __init__(self, state, watch, batch_size, device):
         self.state, self.watch, self.device = state, watch, device
-        saved = watch.checkpoint.load(device)
+        saved = watch.load(device)
         if saved is not None:
             state.restore(saved)
         self.epochs = -(-state.steps // state.per_epoch)
@@ -336,7 +326,7 @@ class _Keeper:
         if not any(gathered(due)):
             return
         self._tick()
-        self.watch.checkpoint.save(self.state.state())
+        self.watch.save(self.state.state())
         self.saved = self.began = time.monotonic()
 
     def _require_finite(self, weights):

@@ -10,7 +10,7 @@ CIFAR_NETWORKS = (          # kd/cifar.py makes them
     "wrn_40_1", "wrn_40_2", "vgg8_bn", "vgg13_bn_cifar")
 # Steps of a recipe of views (kd/augment.py) and their usual strengths.
 AUGMENTATIONS = {"crop": 1 / 8, "flip": 0.5, "rrc": 0.25, "rotate": 15.0, "colour": 0.5,
-                 "grey": 0.2, "tint": 0.3, "invert": 0.5, "mixup": 1.0, "cutmix": 1.0}
+                 "mixup": 1.0, "cutmix": 1.0}
 FIXED = ("crop", "flip", "mixup", "cutmix")     # those whose strength can't be given
 
 
@@ -138,7 +138,7 @@ def augmentations(text):
         name, colon, strength = part.partition(":")
         if name in found or name not in AUGMENTATIONS:
             raise Wrong(f"'{text}' is neither none nor some of {','.join(AUGMENTATIONS)}")
-        most = {"rotate": 180, "colour": 5, "tint": 5}.get(name, 1)
+        most = {"rotate": 180, "colour": 5}.get(name, 1)
         if colon and (name in FIXED or positive(strength) > most):
             raise Wrong(f"'{name}:{strength}' is not a strength of {name}")
         found[name] = float(strength) if colon else AUGMENTATIONS[name]

@@ -1,5 +1,5 @@
-"""Views that widen what a pool shows: random resized crops, turns, colours and negatives of whole
-batches, as one affine grid and one matrix of colours per image.
+"""Views that widen what a pool shows: random resized crops, turns and colours of whole batches, as
+one affine grid and one matrix of colours per image.
 
 A teacher that answers every view teaches a function and not a list of images (Beyer et al., arXiv
 2106.05237); views stand in for images that nobody has (Asano & Saeed, arXiv 2112.00725).
@@ -7,9 +7,6 @@ A teacher that answers every view teaches a function and not a list of images (B
     rrc:0.25    a random resized crop of 0.25 to 1 of the area, sides 3:4 to 4:3 (Szegedy et al.)
     rotate:15   turned by up to 15 degrees either way; what comes in from outside is a reflection
     colour:0.5  brightness, contrast, saturation times e^-0.5 to e^0.5, hue by up to 18 degrees
-    grey:0.2    a fifth without colour
-    tint:0.3    red, green, blue each times e^-0.3 to e^0.3, plus up to 0.3 * 128 either way
-    invert:0.5  every other one as its negative
 """
 import functools
 import math
@@ -17,8 +14,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-GEOMETRY, COLOURS = ("rrc", "rotate"), ("colour", "grey", "tint", "invert")
-DRAWS = 17      # numbers per image, whichever steps there are: one more step moves no other
+STEPS = ("rrc", "rotate", "colour")
+DRAWS = 9       # numbers per image, whichever steps there are: one more step moves no other
 
 
 def changed(images, steps, drawn):
@@ -26,12 +23,12 @@ def changed(images, steps, drawn):
     drawn: (DRAWS, N) in [0, 1), on the images' device."""
     count, height, width, _ = images.shape
     pixels = images.permute(0, 3, 1, 2).float()         # moves nothing: channels_last
-    if any(name in steps for name in GEOMETRY):
+    if "rrc" in steps or "rotate" in steps:
         grid = F.affine_grid(_places(steps, drawn[:5]), (count, 3, height, width),
                              align_corners=False)
         pixels = F.grid_sample(pixels, grid, "bilinear", "reflection", align_corners=False)
-    if any(name in steps for name in COLOURS):
-        matrix, offset = _colours(steps, drawn[5:], pixels)
+    if "colour" in steps:
+        matrix, offset = _colours(steps["colour"], drawn[5:], pixels)
         pixels = torch.baddbmm(offset[:, :, None], matrix, pixels.flatten(2))
         pixels = pixels.view(count, 3, height, width)
     pixels = pixels.round_().clamp_(0, 255).to(torch.uint8)
@@ -59,22 +56,15 @@ def _constants(device):
     return torch.tensor([0.299, 0.587, 0.114], device=device), axis, torch.eye(3, device=device)
 
 
-def _colours(steps, drawn, pixels):
+def _colours(strength, drawn, pixels):
     """(N, 3, 3), (N, 3): what the colours of an image become. Contrast is about its mean grey; the
     hue is a turn about the grey axis (Rodrigues)."""
-    hue, grey, negative = drawn[3:6]
-    tint, strength = 2 * drawn[6:].T - 1, steps.get("colour", 0.0)
     bright, contrast, saturation = ((2 * drawn[:3] - 1) * strength).exp()
-    saturation = torch.where(grey < steps.get("grey", 0.0), 0.0, saturation)[:, None, None]
+    angle = ((2 * drawn[3] - 1) * math.radians(36 * strength))[:, None, None]
+    saturation = saturation[:, None, None]
     luma, axis, one = _constants(pixels.device)
     mean = pixels.mean((2, 3)) @ luma
-    angle = ((2 * hue - 1) * math.radians(36 * strength))[:, None, None]
     turned = one + angle.sin() * axis + (1 - angle.cos()) * (axis @ axis)
     matrix = (saturation * one + (1 - saturation) * luma.expand(3, 3)) @ turned
-    matrix = (bright * contrast)[:, None, None] * matrix
     offset = (bright * (1 - contrast) * mean)[:, None].expand(-1, 3)
-    if "tint" in steps:
-        gain, more = (steps["tint"] * tint).split(3, dim=1)
-        matrix, offset = gain.exp()[:, :, None] * matrix, gain.exp() * offset + 128 * more
-    sign = torch.where(negative < steps.get("invert", 0.0), -1.0, 1.0)[:, None]
-    return sign[:, :, None] * matrix, sign * offset + (1 - sign) / 2 * 255
+    return (bright * contrast)[:, None, None] * matrix, offset

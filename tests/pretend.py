@@ -46,10 +46,8 @@ class OnDevice(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        card = next(each.card for each in tree_flatten((args, kwargs))[0]
-                    if isinstance(each, OnDevice))
-        return card.call(function, args, kwargs or {})
+    def __torch_dispatch__(cls, function, *_):
+        raise Misplaced(f"{function} of a tensor on the device, outside of its Card")
 
     device = property(lambda self: self.card.device)
     is_cuda = property(lambda self: self.card.device.type == "cuda")
@@ -109,10 +107,7 @@ class Card(TorchDispatchMode):
         return self
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return self.call(function, args, kwargs or {})
-
-    def call(self, function, args, kwargs):
-        packet, kwargs = function.overloadpacket, dict(kwargs)
+        packet, kwargs = function.overloadpacket, dict(kwargs or {})
         flat = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
         here = any(isinstance(each, OnDevice) for each in flat)
         if packet is aten.is_pinned:
@@ -131,7 +126,7 @@ class Card(TorchDispatchMode):
             kwargs["device"] = "cpu"
         if not here and not goes:
             return function(*args, **(kwargs if to is None else kwargs | {"device": to}))
-        self._check(packet, flat, here, goes or here, args, kwargs)
+        self._check(packet, flat, here, kwargs)
         if packet in COPIES:
             self._copy(packet, args, kwargs, goes)
         elif packet in WAITING or packet is aten.index and any(
@@ -142,13 +137,11 @@ class Card(TorchDispatchMode):
             result_here = isinstance(args[0], OnDevice)
         return self._compute(function, packet, args, kwargs, result_here)
 
-    def _check(self, packet, flat, here, result_here, args, kwargs):
+    def _check(self, packet, flat, here, kwargs):
         beside = [each for each in flat if not isinstance(each, OnDevice) and each.dim()]
         if here and beside and packet not in COPIES:
             raise Misplaced(f"{packet}: a CPU tensor beside tensors on the device")
-        generator = kwargs.pop("generator", None)
-        generators = [generator, *(each for each in args if isinstance(each, torch.Generator))]
-        if result_here and any(each is not None for each in generators):
+        if kwargs.pop("generator", None) is not None:
             raise Misplaced(f"{packet}: a CPU generator draws on the device")
 
     def _copy(self, packet, args, kwargs, goes):
@@ -189,8 +182,6 @@ class Card(TorchDispatchMode):
 
 def rounded(tensor):
     """As TF32 has it: a mantissa of 10 bits."""
-    if tensor.dtype != torch.float32:
-        return tensor
     return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 

@@ -145,8 +145,6 @@ FAULTS = {
     "a CPU tensor beside one on the device": lambda device: (
         torch.ones(3, device=device) + torch.ones(3)),
     "a CPU generator": lambda device: torch.rand(3, device=device, generator=torch.Generator()),
-    "a CPU generator, in place": lambda device: (
-        torch.empty(3, device=device).uniform_(generator=torch.Generator())),
     "numpy": lambda device: np.asarray(torch.ones(3, device=device)),
     "memory that is not pinned": lambda device: torch.ones(3).to(device, non_blocking=True),
     "a copy to the host": lambda device: torch.ones(3, device=device).to("cpu", non_blocking=True),

@@ -17,7 +17,7 @@ from kd.augment import shuffled_batches, step_generator
 from kd.classifier import Classifier
 from kd.command import Interrupted
 from kd.settings import Recipe
-from kd.training import Checkpoint, Watch, cross_entropy, train
+from kd.training import Watch, cross_entropy, train
 
 pytestmark = pytest.mark.quick
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def learn(path, recipe, objective=None, classifier=None, made_from="this trainin
           **watch):
     """(The classifier after its training, the Training)."""
     classifier = classifier or small()
-    watch = Watch(Checkpoint(path, made_from), "student mms", **watch)
+    watch = Watch(path, made_from, "student mms", **{"every": 1} | watch)
     state = train(classifier, IMAGES, np.arange(COUNT), objective or cross_entropy(LABELS, CPU),
                   recipe, seed=5, device=device, watch=watch)
     return classifier, state
@@ -272,13 +272,3 @@ def test_few_images_are_looked_at_after_some_steps_and_at_the_end(tmp_path):
     _, state = learn(tmp_path / "a.part", RECIPES["one batch per epoch"], every=4, **WATCHED)
     looked = [each["confidence_accuracy"] is not None for each in state.history]
     assert looked == [False, False, False, True, False, False, False, True, True]
-
-
-def test_a_live_teacher_answers_once_for_all_heads_of_a_student(tmp_path):
-    asked, teacher = [], small(seed=1)
-    teacher.register_forward_hook(lambda *_: asked.append(1))
-    objective = live_objective(teacher, 4.0, CPU)
-    for views in torch.from_numpy(IMAGES).split(29):
-        for _ in range(3):
-            objective(torch.zeros(29, 3), views, None)
-    assert len(asked) == 2
