@@ -28,6 +28,7 @@ DIRECTIONS = 200        # in which the pool varies most: v is reduced to them as
 SAMPLE = 4_096          # images that tell which those are
 RIDGE = 0.01            # on t, in units of the pool's variance
 SOLVED = 1 << 19        # images that tell the parameters of the weights, of more than twice as many
+LITTLE = 0.9            # of the gap is left: matched has nothing to offer
 CHUNK = 1 << 16         # rows that lie in memory at a time
 
 
@@ -195,4 +196,7 @@ def matched_weights(scoring, size):
     if size == len(weights):
         say("  --transfer-size is not below the pool's size, so that all weights are 1: matched "
             "takes every image, and weighted is all.")
+    elif after > LITTLE * before:
+        say("  No weights bring them much nearer: expect matched to gain little over random "
+            "images.")
     return weights.astype(np.float32)
