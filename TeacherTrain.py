@@ -14,7 +14,7 @@ import data
 from kd import checkpoints, engine, models
 from kd.command import command
 from kd.evaluation import evaluate, saved_split, test_of, watcher
-from kd.files import require_none, say
+from kd.files import UserError, listed, require_none, say
 from kd.processes import first_alone, on_all_ranks
 from kd.run import open_stage
 from kd.training import Watch, cross_entropy, train
@@ -41,11 +41,14 @@ def train_teacher(run, target, device):
     train_rows, confidence = saved_split(run, len(target.train)) if target.train else (None, None)
     figures = {"seconds": 0.0, "images_per_second": 0.0, "history": []}
     if product.done:        # with another test split, or none
-        figures = {name: product.content[name] for name in figures}
-    if settings.teacher_checkpoint:
-        teacher = load_checkpoint(settings, target).to(device)
-    elif product.done:
         teacher = checkpoints.load(path, settings.teacher_arch).to(device)
+        if target.classes not in (None, teacher.classes) and not isinstance(settings.classes, int):
+            raise UserError(f"{path} knows {listed(teacher.classes, 3)}, and the target has "
+                            f"{listed(target.classes, 3)}, in another order or with other names. "
+                            "Name the teacher's with --classes, and choose another --run-dir.")
+        figures = {name: product.content[name] for name in figures}
+    elif settings.teacher_checkpoint:
+        teacher = load_checkpoint(settings, target).to(device)
     else:
         seed = engine.seed_for(settings.seed, "teacher")
         engine.seed_all(seed)

@@ -120,11 +120,11 @@ def _read_layout(record, root, split, named=None):
 
 
 def _split_folder(root, split):
-    """val/ is taken for test/ where that is not there, or has no classes."""
+    """val/ is taken for test/ where it has more of the classes."""
     train, test, val = ({each.name for each in (root / name).glob("*/")}
                         for name in ("train", "test", "val"))
-    known = train or val
-    return root / ("val" if split == "test" and known & val and not known & test else split)
+    known = train or test | val
+    return root / ("val" if split == "test" and len(known & val) > len(known & test) else split)
 
 
 def _lacking(root, splits):

@@ -47,13 +47,20 @@ def norms_of(classifier):
 def watched(classifier):
     """Within it, a function gives what the last batch showed in every batch norm, (n, D)
     float32."""
-    seen = []
+    seen, count = [], 0
+
+    def begin(module, given):
+        nonlocal count
+        count = len(given[0])
 
     def look(module, given):
-        pixels = given[0].float().reshape(*given[0].shape[:2], -1)
+        pixels = given[0].float()
+        shape = (1, -1, *[1] * (pixels.dim() - 2))
         scale = (module.running_var + module.eps).rsqrt()
-        pixels = (pixels - module.running_mean[:, None]) * scale[:, None]
-        found = pixels.mean(2), pixels.square().mean(2) - 1
+        pixels = (pixels - module.running_mean.view(shape)) * scale.view(shape)
+        pixels = pixels.unflatten(0, (count, -1))       # an image may have several rows, its tokens
+        rest = (1, *range(3, pixels.dim()))
+        found = pixels.mean(rest), pixels.square().mean(rest) - 1
         seen.extend(each.clamp(-LIMIT, LIMIT) for each in found)
 
     def shown():
@@ -61,6 +68,7 @@ def watched(classifier):
         seen.clear()
         return found
     with contextlib.ExitStack() as hooks:
+        hooks.enter_context(classifier.register_forward_pre_hook(begin))
         for norm in norms_of(classifier):
             hooks.enter_context(norm.register_forward_pre_hook(look))
         yield shown

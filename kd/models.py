@@ -104,6 +104,7 @@ def unavailable(choices, image_size=IMAGE_SIZE):
         classifier = build(arch, ["a", "b"], "none", size or input_size_of(arch, image_size))
         _watched(classifier, noise(classifier))
         if is_file(weights):        # without a head only a network of its own classes can tell
+            size = classifier.input_size
             build(arch, ["a", "b"], weights, size) if _head(classifier) else read_file(weights)
         try:
             if is_pretrained(weights):

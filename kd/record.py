@@ -139,10 +139,12 @@ class Experiment:
 
     def __init__(self, folder, folders=None):
         self.folder, self.name = Path(folder), shown(folder)
-        below = [] if (self.folder / "config.json").exists() else [
-            config.parent for config in self.folder.glob("seed-*/config.json")
-            if config.parent.name[5:].isdecimal()]
-        records = map(Record, folders or below or [folder])
+        own, below = self.folder / "config.json", [
+            path for path in self.folder.glob("seed-*/config.json")
+            if path.parent.name[5:].isdecimal()]
+        if own.exists() and all(path.stat().st_mtime < own.stat().st_mtime for path in below):
+            below = []      # what began last
+        records = map(Record, folders or [path.parent for path in below] or [folder])
         self.records = sorted(records, key=lambda record: record.settings.seed)
         self.first = self.records[0]
         self.approaches = list(dict.fromkeys(

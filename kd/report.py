@@ -63,10 +63,11 @@ def notes(experiment):
         yield (f"Agreement: on {held['images']:,} images of the sources that no student learned "
                "from; always answering the most frequent class would reach "
                f"{held['largest_class']:.2%}.")
-    test = record.teacher.get("test")
-    others = [name for name, each in record.students.items() if each.get("test", test) != test]
+    others = dict.fromkeys(
+        name for each in records if each.teacher for name, student in each.students.items()
+        if student.get("test", each.teacher["test"]) != each.teacher["test"])
     if others:
-        yield f"Measured on another test split than the teacher: {listed(others)}."
+        yield f"Measured on another test split than the teacher: {listed(list(others))}."
     if settings.mms_plain and not record.teacher.get("linear_head", True):
         yield "MMS is the plain margin z_a - z_b: no linear layer makes the teacher's logits."
     by_threshold = [each for each in record.summaries.values() if each["calibrated_on"]]

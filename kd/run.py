@@ -162,13 +162,13 @@ class Run:
         hold(self.path)
 
     def open(self, device, given):
-        """Deletes what is to be made again, and writes config.json where there is none. device: the
-        torch.device that computes."""
+        """Deletes what is to be made again, and writes config.json after that, or where there is
+        none. device: the torch.device that computes."""
         if is_first():
             self._clear()
             for path in self.path.rglob(".*.part"):     # of a killed process
                 path.unlink()
-        if not (self / "config.json").exists():
+        if self.restarted or not (self / "config.json").exists():
             self.save_config(device, given)
 
     def save_config(self, device, given):

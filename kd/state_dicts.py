@@ -80,7 +80,7 @@ def _unpickled(file):
             if not (unknown or filled):
                 raise
             name, base = (unknown[1], StandIn) if unknown else (filled[1], DictStandIn)
-            if isinstance(made.get(name), base):
+            if name in made and issubclass(made[name], base):
                 raise
             module, _, qualified = name.rpartition(".")
             made[name] = type(qualified, (base,), {"__module__": module or "builtins"})

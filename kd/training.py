@@ -179,10 +179,11 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
     with orderly(), enough_memory(watch.label, device, remedy):
         classifier.to(device)
         state = Training(classifier, len(rows), recipe, device)
-        if state.steps < FEW_STEPS and not recipe.steps:
-            say(f"{watch.label}: {recipe.epochs} epochs of {len(rows):,} images are {state.steps} "
-                "steps, which may be too few: more epochs or smaller batches make more.")
         keeper = _Keeper(state, watch, min(recipe.batch_size, len(rows)), device)
+        if state.steps < FEW_STEPS and not recipe.steps and not state.done:
+            say(f"{watch.label}: {recipe.epochs} epochs of {len(rows):,} images are {state.steps} "
+                "steps, which may be too few. More epochs or smaller batches make more, and for "
+                "students --steps N.")
         tensor, rows = resident(images, device), torch.as_tensor(rows)
         weights = None if weights is None else torch.as_tensor(weights)
         while state.epoch * state.per_epoch < state.steps:

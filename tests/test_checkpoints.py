@@ -265,6 +265,8 @@ def test_no_code_from_a_file_runs(net, bomb, zipped):
      r"it holds no state dict. Where it was made, use torch.save\(network.state_dict\(\), FILE\)"),
     (lambda net: torch.jit.save(torch.jit.script(nn.Linear(3, 3)), "given.pth"), "TorchScript"),
     (lambda net: Path("given.pth").write_bytes(b"junk"), "can't be read as tensors and plain"),
+    (lambda net: Path("given.pth").write_bytes(b"\x80\x02]K\x01K\x02s."),     # list[1] = 2
+     "can't be read as tensors and plain"),
     (lambda net: torch.save({"epoch": 3}, "given.pth"), "it holds no state dict"),
     (lambda net: None, "no such file"),
 ])

@@ -210,6 +210,12 @@ def test_a_network_that_can_not_be_had_is_one_sentence(nets, arch, size, said):
     refusal(said, models.unavailable, [("teacher", arch.format(nets=nets), "none", size)])
 
 
+def test_weights_in_a_file_are_for_images_of_the_size_given(nets, tmp_path):
+    student = models.untrained(f"{nets}:lazy", CLASSES, "none", 48)
+    torch.save(student.network.state_dict(), tmp_path / "w.pth")
+    assert not models.unavailable([("student", f"{nets}:lazy", str(tmp_path / "w.pth"), None)], 48)
+
+
 def test_weights_that_do_not_exist_are_a_line_each(nets):
     assert models.unavailable([("student", "resnet18", "IMAGENET1K_V9", None),
                                ("teacher", f"{nets}:make", "imagenet", None)]) == [

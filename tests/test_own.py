@@ -270,7 +270,7 @@ def test_a_test_split_that_comes_later_is_measured_and_nothing_is_trained_again(
     ran("TeacherTrain.py", own, *bare, tmp_path / "a")
     bare = [*own[:-2], "--teacher-checkpoint", tmp_path / "a/teacher.pt"], *bare, tmp_path / "b"
     ran("TeacherTrain.py", *bare)
-    assert "(red, green, blue), and the target has 3 (blue, green, red)" in refused(
+    assert "knows red, green, blue, and the target has blue, green, red, in another" in refused(
         "TeacherTrain.py", *bare, "--target", folder)
 
 

@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 from kd import matching
+from kd.classifier import Classifier
 from kd.matching import directions, draw, gap, match, watched
 from kd.scoring import join
 from transfer import Rules, even_weights, evenness, report_pool, select
@@ -209,3 +210,19 @@ def test_a_pool_of_another_domain_is_said(capsys, spread, right, recipe, said):
     first, *more = capsys.readouterr().out.splitlines()
     assert f"spreads over {spread}.0 of 10 classes" in first
     assert len(more) == bool(said) and said in "".join(more)
+
+
+@pytest.mark.quick
+def test_a_batch_norm_that_sees_the_tokens_of_an_image_shows_their_mean():
+    class Tokens(nn.Sequential):
+        def forward(self, pixels):
+            tokens = self[0](pixels.flatten(2).transpose(1, 2).flatten(0, 1))
+            return self[1](tokens.unflatten(0, (len(pixels), -1)).mean(1))
+    classifier = Classifier(Tokens(nn.BatchNorm1d(3), nn.Linear(3, 2)), "tokens", "ab").eval()
+    images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    with watched(classifier) as shown, torch.inference_mode():
+        classifier(images)
+        found = shown()
+    mean = (images.float() / 127.5 - 1).mean((1, 2))
+    assert found.shape == (5, 6)
+    torch.testing.assert_close(found[:, :3], mean, rtol=1e-3, atol=1e-3)
