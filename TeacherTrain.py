@@ -55,7 +55,8 @@ def train_teacher(run, target, device):
         teacher = new_teacher(settings, target.classes)
         watch = Watch(run / "teacher.part", product.made_from, "teacher",
                       watcher(target, confidence, device), run.board("teacher"),
-                      "a smaller --teacher-lr, with --restart-from teacher")
+                      "a smaller --teacher-lr, with --restart-from teacher",
+                      real=not settings.limit)
         training = train(teacher, target.train.images, train_rows,
                          cross_entropy(target.train.labels, device), settings.teacher_recipe,
                          seed=seed, device=device, watch=watch)

@@ -118,7 +118,7 @@ def train_student(run, approach, target, device):
     figures["bfloat16"] = engine.in_bfloat16(device, recipe.amp)
     watch = Watch(run / f"students/{approach}.part", product.made_from, f"student {approach}",
                   watcher(target, confidence, device) if target.train else None,
-                  run.board(f"student-{approach}"))
+                  run.board(f"student-{approach}"), real=not settings.limit)
     training = train(student, images, rows, objective, recipe, seed=seed, device=device,
                      watch=watch, weights=frequencies)
     figures |= measured(run, approach, student, teacher, target, confidence, device) | {

@@ -130,7 +130,8 @@ class Watch:
     path: of the checkpoint from which it resumes; made_from: what the training depends on, as a
     checkpoint of another one is not used; label: of its progress; evaluate(network): an accuracy to
     note after an epoch, or None; every: after how many steps at least, but for the last; board:
-    {kind: folder} of kd.board; remedy: for a loss that is not finite."""
+    {kind: folder} of kd.board; remedy: for a loss that is not finite; real: not a trial run, in
+    which few steps are what was asked for."""
 
     path: Path
     made_from: object
@@ -139,6 +140,7 @@ class Watch:
     board: dict = field(default_factory=dict)
     remedy: str = "a smaller --lr, with --restart-from students"
     every: int = LOOK_STEPS
+    real: bool = True
 
     def load(self, device):
         """What was saved; None where there is nothing, or it is damaged or of another training."""
@@ -180,7 +182,7 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
         classifier.to(device)
         state = Training(classifier, len(rows), recipe, device)
         keeper = _Keeper(state, watch, min(recipe.batch_size, len(rows)), device)
-        if state.steps < FEW_STEPS and not recipe.steps and not state.done:
+        if watch.real and state.steps < FEW_STEPS and not recipe.steps and not state.done:
             say(f"{watch.label}: {recipe.epochs} epochs of {len(rows):,} images are {state.steps} "
                 "steps, which may be too few. More epochs or smaller batches make more, and for "
                 "students --steps N.")
