@@ -84,8 +84,8 @@ class Settings:
         f"ones; for digits {', '.join(BUILT_IN_SOURCES)})")
     approaches: tuple = _everyday(None, (), values.list_of(values.approach, "approach"), "A,B,...",
         f"what to compare, a row of the table each (README): {listed(APPROACHES)}, which are the "
-        f"default as far as sources and target allow; {listed(MORE_APPROACHES)}; and FILE.py, a "
-        "criterion of your own (docs/own.md)")
+        "default as far as sources and target allow, for digits with matched; "
+        f"{listed(MORE_APPROACHES)}; and FILE.py, a criterion of your own (docs/own.md)")
     recipe: str = _everyday(None, "reference", tuple(RECIPES),
         "how networks are trained and images selected: reference is the published protocol, best "
         "the strongest for sources that resemble the target, far for others, quick takes minutes "
