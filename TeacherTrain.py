@@ -123,7 +123,7 @@ def weights_of(settings):
 
 def main(argv):
     run, given = open_stage(argv, "TeacherTrain", __doc__)
-    settings, device = run.settings, engine.pick_device(run.settings.device)
+    settings, device = run.settings, engine.pick_device(run.settings.device, run.settings.amp)
     first_alone(lambda: data.obtain(settings, sources=False))
     first_alone(lambda: require_none(models.unavailable(weights_of(settings),
                                                         settings.image_size)))

@@ -145,7 +145,7 @@ def main(argv):
     began = time.monotonic()
     given = parse(argv, "compile", __doc__)
     settings = resolve(given)
-    device, runs = engine.pick_device(settings.device), runs_of(settings)
+    device, runs = engine.pick_device(settings.device, settings.amp), runs_of(settings)
     first_alone(lambda: is_first() and check_everything_is_there(settings, runs))
     target = first_alone(lambda: data.load_target(settings))
     say(f"target: {name_of(settings.target)}, {describe(target)}")

@@ -216,7 +216,7 @@ def main(argv):
     settings, approach = run.settings, name_of_approach(given["approach"])
     if "export" in given:
         require_packages(given["export"])
-    device = engine.pick_device(settings.device)
+    device = engine.pick_device(settings.device, settings.amp)
     if not run.has(f"students/{approach}.json"):
         needed = [settings.start_of(approach)]
         first_alone(lambda: require_none(models.unavailable(needed, settings.image_size)))

@@ -27,8 +27,9 @@ BLOCK = 32                  # batches whose answers wait on the device to be cop
 PREFETCHED = 2              # batches that wait on the device, where the images stay on the CPU
 
 
-def pick_device(name):
-    """torch.device for "auto", "cpu", "cuda" or "mps". Raises UserError where it isn't there."""
+def pick_device(name, amp=None):
+    """torch.device for "auto", "cpu", "cuda" or "mps". Raises UserError where it isn't there.
+    amp: whether bfloat16 was asked for, of which a CPU without instructions for it is warned."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(),
                  # gloo carries none of its tensors
                  "mps": torch.backends.mps.is_available() and world_size() == 1}
@@ -39,6 +40,9 @@ def pick_device(name):
                         f"without {name.upper()}.")
     if name == "cpu":
         keep_memory()
+        if amp and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+            say("--amp: this CPU has no instructions for bfloat16, which takes many times as long "
+                "as float32. Leave --amp out, or use --no-amp.")
     device = own_card() if name == "cuda" else torch.device(name)
     say(f"device: {device}")
     return device

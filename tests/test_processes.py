@@ -154,6 +154,15 @@ def test_each_process_has_a_card_of_its_own_or_says_so(monkeypatch, cards, here,
         assert engine.pick_device("cuda") == torch.device("cuda", found) and chosen == [found]
 
 
+@pytest.mark.parametrize("capability, amp, warned", [
+    ("AVX2", True, True), ("AVX2", None, False), ("AVX512", True, False)])
+def test_bfloat16_on_a_cpu_that_has_no_instructions_for_it_is_warned_of(
+        monkeypatch, capsys, capability, amp, warned):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    engine.pick_device("cpu", amp)
+    assert ("this CPU has no instructions for bfloat16" in capsys.readouterr().out) == warned
+
+
 def test_a_process_is_not_left_with_a_few_images_of_a_batch(monkeypatch):
     monkeypatch.setattr(training, "world_size", lambda: 4)
     refusal("^--batch-size: a batch needs 32 images or more, 8 for each process, and there are "
