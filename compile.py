@@ -2,7 +2,7 @@
 
 Each step is a stage that also runs by hand; what a run folder holds already is reused.
 
-    python compile.py                       # CIFAR10, the published protocol, all approaches
+    python compile.py                       # CIFAR10, the published protocol
     python compile.py --target digits       # built-in data, no download, minutes on a CPU
     python compile.py --target pets=/data/pets --sources web=/data/crawl,places365
 """

@@ -1,6 +1,7 @@
 """Fetch, extract and pack data sets, into their one form inside this project.
 
-In:  official archives, official layouts, folders of images, tar shards (see `--list`).
+In:  official archives, official layouts (`--list`), folders of images, tar shards, rows of Hugging
+     Face.
 Out: Packed or Streamed (kd/packing.py), which answer with batches of uint8 pixels.
 
     python data.py --list

@@ -8,8 +8,8 @@ is the distance to the boundary between a and b in the space of the last feature
 small margins, to find what is worth labelling; here large ones are kept, where the teacher is
 sure.
 
-In:  the run folder's teacher and confidence set.
-Out: thresholds.json, scores/confidence.npz.
+In:  the run folder's teacher and confidence set (--calibrate sources: the sources).
+Out: thresholds.json, scores/confidence.npz (scores/<source>.npz).
 
     python mms_threshold.py
 """

@@ -2,7 +2,8 @@
 
 In:  teacher.pt, split.npz and the sources.
 Out: scores/<source>.npz and scores/confidence.npz (data-free: held_out.npz), thresholds.json,
-     transfer/<approach>/{images.npy, manifest.csv, summary.json}.
+     transfer/<approach>/{images.npy, manifest.csv, summary.json}; for matched and weighted
+     scores/matched.npy, for weighted and even transfer/<approach>/weights.npy.
 
 The teacher looks at every source once (kd/scoring.py); an approach only sorts numbers. With t the
 threshold of a class,

@@ -44,7 +44,7 @@ WRITERS = {"tensorboard": _tensorboard, "wandb": _WandbWriter}
 
 class Board:
     """Of {kind: folder}; without any it writes nothing. step: where the training resumes; what an
-    interrupted one wrote from there on is not shown."""
+    interrupted one wrote from there on TensorBoard does not show."""
 
     def __init__(self, folders, step=0):
         self.writers = [WRITERS[kind](folder, step) for kind, folder in folders.items()

@@ -105,7 +105,7 @@ read_caltech101 = read_caltech256 = read_caltech
 
 
 def read_digits(seed, split):
-    """scikit-learn's 1,797 handwritten digits, 8x8 with 16 grey levels. A fixed fifth is the test
+    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 grey levels. A fixed fifth is the test
     split, whatever the seed."""
     from sklearn.datasets import load_digits
     digits = load_digits()

@@ -28,9 +28,10 @@ PUBLISHED_ORDER = ("cifar100", "stl10", "places365", "tinyimagenet", "svhn", "ca
                    "caltech256")
 BUILT_IN_SOURCES = ("noise", "photos", "glyphs")
 STAGES = ("teacher", "scores", "transfer", "students")
-# What is beside the criteria in scores/, thresholds.json and numpy's arguments.
-OURS = ("predicted", "index", "source", "file", "classes", "calibrated_on", "keeps_high",
-        "made_from", "files", "digest")
+# What is beside the criteria in scores/, thresholds.json, numpy's arguments and the report's pool.
+OURS = ("predicted", "index", "file", "allow_pickle", "key", "classes", "calibrated_on",
+        "keeps_high", "made_from", "files", "digest")
+BESIDE_SOURCES = {"confidence", "held_out", "matched"}      # in scores/
 TRAINS_TEACHER = ("teacher_weights", "teacher_epochs", "teacher_lr", "teacher_batch_size",
                   "teacher_augment")
 
@@ -120,8 +121,8 @@ class Settings:
         "edge in pixels to which the teacher resizes its input (default: --image-size, or what the "
         "architecture needs)")
     teacher_mean: tuple | None = _teacher(None, values.colour, "R,G,B",
-        "mean of the teacher's pixels, in [0, 1] (default: what its weights or its library state, "
-        "else 0.5,0.5,0.5)")
+        "mean of the teacher's pixels, in [0, 1] (default: what its weights state, of a file also "
+        "what its library does, else 0.5,0.5,0.5)")
     teacher_std: tuple | None = _teacher(None, values.colour, "R,G,B",
         "standard deviation of the teacher's pixels (default: as for --teacher-mean)")
     teacher_epochs: int = _teacher(BY_RECIPE, values.count, "N",
@@ -162,7 +163,9 @@ class Settings:
     student_weights: str = _students(
         BY_RECIPE, values.student_weights, "imagenet|none|teacher|auto|FILE",
         "what students start from; teacher: those of its layers that have the same names and "
-        "shapes; auto: these, if they are at least half of the student and include its head")
+        "shapes, which must be at least half of the student and include its head; auto: these, or "
+        "random weights. supervised does not start from its teacher, but, unless a FILE is given, "
+        "from ImageNet weights where the teacher's training does, else from random ones")
     epochs: int = _students(BY_RECIPE, values.count, "N", "passes over the images")
     steps: int = _students(BY_RECIPE, values.count, "N", "batches, instead of --epochs")
     batch_size: int = _students(BY_RECIPE, values.count, "N", "images per batch")
@@ -190,7 +193,8 @@ class Settings:
         "write losses, accuracies and views into the run folder's tensorboard/")
     wandb: bool = _running(False, bool,
         "send what --tensorboard writes to Weights & Biases, which WANDB_ variables set up")
-    restart: bool = _running(False, bool, "delete what the run folder holds and begin again")
+    restart: bool = _running(False, bool,
+        "delete what the stages have made in the run folder and begin again")
     restart_from: str | None = _running(None, STAGES, "STAGE",
         f"delete what STAGE and those after it have made, and make it again: {', '.join(STAGES)}")
 
@@ -331,6 +335,9 @@ def _require_consistent(settings):
         (name_of(settings.target) in sources,
          f"{name_of(settings.target)} is the target and can't be a source as well: take it out of "
          "--sources."),
+        *((name in BESIDE_SOURCES,
+           f"{name!r} can't be the name of a source. Choose another NAME in NAME=PATH.")
+          for name in sources),
     )
     for wrong, sentence in contradictions:
         if wrong:
