@@ -47,6 +47,7 @@ def train_teacher(run, target, device):
                             f"{listed(target.classes, 3)}, in another order or with other names. "
                             "Name the teacher's with --classes, and choose another --run-dir.")
         figures = {name: product.content[name] for name in figures}
+        product.write(product.content | {"test": ""}, [path])   # its answers are written over
     elif settings.teacher_checkpoint:
         teacher = load_checkpoint(settings, target).to(device)
     else:
@@ -81,10 +82,11 @@ def new_teacher(settings, classes):
 
 def load_checkpoint(settings, target):
     """The teacher that was given, on the CPU, asked about a few images."""
+    known, count = target.train or target.test, settings.classes
     teacher = checkpoints.load_teacher(
-        settings.teacher_checkpoint, settings.teacher_arch, target.classes, settings.teacher_size,
+        settings.teacher_checkpoint, settings.teacher_arch,
+        target.classes if known or not isinstance(count, int) else count, settings.teacher_size,
         settings.teacher_mean, settings.teacher_std, settings.image_size)
-    known = target.train or target.test
     images = known.images if known else models.noise(teacher, settings.image_size).numpy()
     models.question_teacher(teacher, images)
     return teacher
@@ -127,8 +129,10 @@ def main(argv):
     first_alone(lambda: data.obtain(settings, sources=False))
     first_alone(lambda: require_none(models.unavailable(weights_of(settings),
                                                         settings.image_size)))
-    first_alone(lambda: run.open(device, given))
     target = first_alone(lambda: data.load_target(settings))
+    if run.restarted and settings.teacher_checkpoint:       # before anything is deleted
+        load_checkpoint(settings, target)
+    first_alone(lambda: run.open(device, given))
     report_teacher(train_teacher(run, target, device))
     say(f"saved in {run / 'teacher.pt'}")
 

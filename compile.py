@@ -17,7 +17,7 @@ from pathlib import Path
 
 import data
 from distill import report_student, train_student
-from kd import engine, models, report
+from kd import checkpoints, engine, models, report
 from kd.command import command
 from kd.files import UserError, is_first, listed, require_none, say
 from kd.flags import parse
@@ -60,15 +60,19 @@ def check_everything_is_there(settings, runs):
 
 
 def check_networks(settings, target, runs):
-    """Raises UserError where the teacher that is given does not fit or can't give an approach, or
-    where the student can't be trained."""
-    if all(run.has("teacher.json") for run in runs):
+    """Raises UserError where the teacher does not fit or can't give an approach, or where the
+    student can't be trained: before anything long, and before anything is deleted."""
+    approaches, have_teacher = set(settings.approaches), all(
+        run.has("teacher.json") for run in runs)
+    if have_teacher and not runs[0].restarted:
         return
-    if not settings.teacher_checkpoint:
+    if have_teacher:
+        teacher = checkpoints.load(runs[0] / "teacher.pt", settings.teacher_arch)
+    elif settings.teacher_checkpoint:
+        teacher = load_checkpoint(settings, target)
+    else:
         require_batch("--teacher-batch-size", settings.teacher_batch_size)
-    approaches = set(settings.approaches)
-    teacher = (load_checkpoint(settings, target) if settings.teacher_checkpoint else
-               new_teacher(settings, target.classes))
+        teacher = new_teacher(settings, target.classes)
     if settings.read_sources:
         bucket_size(settings, target, teacher.classes)
     weights = settings.student_weights if is_file(settings.student_weights) else "none"

@@ -101,6 +101,7 @@ def train_student(run, approach, target, device):
         return product.content
     made = [path, run / f"students/{approach}.npz"] if target.test else [path]
     if product.done:        # with another test split, or none
+        product.write(product.content | {"test": ""}, [path])   # its answers are written over
         student = checkpoints.load(path, settings.student_arch).to(device)
         return product.write(product.content | measured(
             run, approach, student, teacher, target, confidence, device), made)
@@ -220,8 +221,10 @@ def main(argv):
     if not run.has(f"students/{approach}.json"):
         needed = [settings.start_of(approach)]
         first_alone(lambda: require_none(models.unavailable(needed, settings.image_size)))
-    run.content_of("teacher.json")
+    classes = run.content_of("teacher.json")["classes"]
     first_alone(lambda: data.obtain(settings, sources=False))
+    if run.restarted:       # what can't start is refused before anything is deleted
+        new_student(run, settings.start_of(approach)[2], classes)
     first_alone(lambda: run.open(device, given))
     target = first_alone(lambda: data.load_target(settings))
     # An export needs nothing but a student that is whole.

@@ -244,13 +244,16 @@ def write_transfer_set(folder, scoring, candidates, chosen, shown, size):
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_2_0(file, header)
         text = io.TextIOWrapper(listing, "utf-8", "surrogateescape", newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(MANIFEST)
+        as_needed, quoted = (csv.writer(text, lineterminator="\n", quoting=each)
+                             for each in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+        as_needed.writerow(MANIFEST)
         for number, name in enumerate(candidates.names):
             rows = chosen[candidates.source[chosen] == number]
             for pixels, index, files in scoring.sources[name].batches(candidates.index[rows]):
                 file.write(np.ascontiguousarray(pixels).data)
                 of, rows = np.split(rows, [len(pixels)])
+                # Python 3.11 and 3.12 do not see that a carriage return needs quotes.
+                writer = quoted if any("\r" in file for file in files) else as_needed
                 writer.writerows(zip([name] * len(of), index.tolist(), files,
                                      candidates.predicted[of].tolist(), scores[of].tolist(),
                                      strict=True))
@@ -290,9 +293,9 @@ def main(argv):
     device = engine.pick_device(settings.device)
     scoring = Scoring(run, device, data)
     first_alone(lambda: data.obtain(settings))
-    first_alone(lambda: run.open(device, given))
     scoring.require(approach)
     bucket_size(settings, scoring.target, scoring.classes)
+    first_alone(lambda: run.open(device, given))        # which deletes: not what is refused above
     report_pool(scoring)
     report_transfer_set(approach, make_transfer_set(run, approach, scoring))
     say(f"saved in {run / 'transfer' / approach}")

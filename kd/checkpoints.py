@@ -50,10 +50,13 @@ def load_teacher(path, arch, classes, input_size=None, mean=None, std=None, imag
     it is, or a state dict for `arch`, whatever lies around it. Raises UserError where it does not
     fit.
 
-    classes: names; None takes them from the checkpoint. input_size, mean, std: where given, they
-    hold instead of what `described` finds.
+    classes: names, or how many; None takes them from the checkpoint. input_size, mean, std: where
+    given, they hold instead of what `described` finds.
     """
     saved = described(path, arch, image_size)
+    if isinstance(classes, int):        # the names are the checkpoint's, or numbers
+        named = len(saved["classes"] or ()) == classes
+        classes = saved["classes"] if named else [str(number) for number in range(classes)]
     known = saved["classes"] or classes
     if classes is not None and list(known) != list(classes):
         raise UserError(f"{path} knows {len(known)} classes ({listed(known, 3)}), and the target "

@@ -131,14 +131,20 @@ def code_in(given):
             if is_own(text) or any(each.endswith(".py") for each in text.split(","))]
 
 
-def with_config(path, given, script):
-    """What is given, and what a config.json says of the script's flags where nothing is. Raises
-    UserError where that names code."""
+def stored_in(path, given):
+    """{name: value} that a config.json has for flags that are not given."""
     without = set(given)
     if without & {"steps", "epochs"}:       # of which a run has one
         without |= {"steps", "epochs"}
-    stored = {name: value for name, value in read_config(path)["given"].items()
-              if name in flags_of(script) and name not in without}
+    return {name: value for name, value in read_config(path)["given"].items()
+            if name not in without}
+
+
+def with_config(path, given, script):
+    """What is given, and what a config.json says of the script's flags where nothing is. Raises
+    UserError where that names code."""
+    stored = {name: value for name, value in stored_in(path, given).items()
+              if name in flags_of(script)}
     if code := code_in(stored):
         raise UserError(f"{path} names code, and code runs only where the command line names it: "
                         f"add {listed(code)}.")

@@ -26,6 +26,7 @@ from kd.progress import Progress
 LIMIT = 5.0             # of a statistic, in deviations: channels that hardly ever fire say no more
 DIRECTIONS = 200        # in which the pool varies most: v is reduced to them as it is made
 SAMPLE = 4_096          # images that tell which those are
+LEAST_SPREAD = 0.01     # of a pool along its first direction: one image has none
 RIDGE = 0.01            # on t, in units of the pool's variance
 SOLVED = 1 << 19        # images that tell the parameters of the weights, of more than twice as many
 LITTLE = 0.9            # of the gap is left: matched has nothing to offer
@@ -137,7 +138,8 @@ def directions(sample):
     most = min(DIRECTIONS, *sample.shape)
     _, values, axes = torch.svd_lowrank(sample - sample.mean(0), min(most + 20, *sample.shape),
                                         niter=4)
-    return axes[:, :most] * (len(sample) ** 0.5 / values[0])
+    spread = max(values[0].item() / len(sample) ** 0.5, LEAST_SPREAD)
+    return axes[:, :most] / spread
 
 
 def match(values, size):

@@ -143,16 +143,16 @@ class Streamed(Source):
     def _pixels(self, wanted, everything):
         """What can't be read is missing in its batch. Raises UserError at the end where that is too
         much, at once where it was asked for by its number."""
-        bad, count = [], 0
+        bad = []
         for pixels, good, failed in decoded(self.source, self.size, wanted):
             bad += failed
-            count += len(good) + len(failed)
             if bad and not everything:
                 raise UserError(f"{self.name} has changed since it was scored: {_first(bad)} can't "
                                 "be read. Add --restart-from scores.")
             if good:
                 yield pixels, np.array(good, np.int64)
-        _require_few(self.name, bad, count, self.max_bad)
+        # Of several processes each saw a part, in which they may lie closer together.
+        _require_few(self.name, bad, len(self), self.max_bad)
 
 
 def release_pages(images):

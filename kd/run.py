@@ -14,8 +14,9 @@ import subprocess
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from kd import flags
 from kd.files import UserError, file_digest, hold, is_first, listed, read_sealed, say, write_sealed
-from kd.flags import MAKER, USES, flag_of, parse, read_config, repeatable, with_config
+from kd.flags import MAKER, USES, flag_of
 from kd.settings import FIELDS, STAGES, resolve
 
 # What each stage makes, as patterns below the run folder; nothing else there is ever deleted.
@@ -134,11 +135,11 @@ class Run:
         before, stage, changed = content["made_from"], stage_of(name), _changed(content, now)
         if not changed:
             return
-        flags = [key for key in changed if key in FIELDS or key == "seed"]
-        was = [_with(key, before.get(key)) for key in flags]
+        stated = [key for key in changed if key in FIELDS or key == "seed"]
+        was = [_with(key, before.get(key)) for key in stated]
         was += [f"with another version of its {key.replace('_', ' ')}" for key in changed
-                if key not in flags]
-        new = ", ".join(_with(key, now[key]) for key in flags)
+                if key not in stated]
+        new = ", ".join(_with(key, now[key]) for key in stated)
         raise UserError(
             f"{self / name} was made {', '.join(was)}{f', not {new}' if new else ''}. Give what "
             f"it was made with to keep it. To make it again, run {MAKER[stage]} or compile.py with "
@@ -164,18 +165,22 @@ class Run:
     def open(self, device, given):
         """Deletes what is to be made again, and writes config.json after that, or where there is
         none. device: the torch.device that computes."""
+        config = self._config(device, given)        # which may refuse what is given
         if is_first():
             self._clear()
             for path in self.path.rglob(".*.part"):     # of a killed process
                 path.unlink()
         if self.restarted or not (self / "config.json").exists():
-            self.save_config(device, given)
+            write_sealed(self / "config.json", config)
 
     def save_config(self, device, given):
-        settings = dataclasses.asdict(self.settings) | {"restart": False, "restart_from": None}
-        write_sealed(self / "config.json", settings | {
-            "seed": self.settings.seed, "device": device.type,
-            "given": repeatable(self.settings, given)} | environment())
+        write_sealed(self / "config.json", self._config(device, given))
+
+    def _config(self, device, given):
+        given = flags.repeatable(self.settings, given)
+        settings = resolve(given | {"run_dir": str(self.path)})     # of a stage by hand: of all
+        return dataclasses.asdict(settings) | {
+            "seed": settings.seed, "device": device.type, "given": given} | environment()
 
     def _clear(self):
         patterns = [pattern for stage in self.restarted for pattern in MADE_BY[stage]]
@@ -209,23 +214,24 @@ def _with(key, value):
 
 def read_settings(folder):
     """(Settings, the content of config.json) of a run folder. Code that it names is not run."""
-    config = read_config(Path(folder) / "config.json")
+    config = flags.read_config(Path(folder) / "config.json")
     return resolve(config["given"] | {"run_dir": str(folder)}), config
 
 
 def open_stage(argv, script, description):
-    """For a stage run by hand: (its Run, what was given). What is not given comes from the run
-    folder's config.json."""
-    given = parse(argv, script, description)
+    """For a stage run by hand: (its Run, what was given and what the run folder's config.json has
+    beside it, of other stages too). What is not given comes from there."""
+    given = flags.parse(argv, script, description)
     where = {name: given[name] for name in ("target", "run_dir") if name in given}
     folder = resolve(where).run_dir
-    config = Path(folder) / "config.json"
+    config, stored = Path(folder) / "config.json", {}
     if config.exists():
-        given = with_config(config, given, script) | {"run_dir": folder}
+        stored = flags.stored_in(config, given)
+        given = flags.with_config(config, given, script) | {"run_dir": folder}
     approach = {"approaches": (given["approach"],)} if "approach" in given else {}
     run = Run(resolve(given | approach), USES[script])
     run.check()
-    return run, given
+    return run, stored | given
 
 
 def environment():

@@ -135,6 +135,10 @@ def saved_scores(scoring, name, source, rows=None):
         raise UserError(f"{name}: the teacher gives finite logits for none of its images.")
     write_atomically(path, lambda file: np.savez(file, **columns))
     asked = len(source if rows is None else rows)       # by all processes
+    unreadable = asked - count - unanswered     # of which each process judges its own
+    if unreadable > run.settings.max_bad * asked:
+        raise UserError(f"{name}: {unreadable:,} of {asked:,} images can't be read, more than "
+                        f"--max-bad {run.settings.max_bad:.4g} allows.")
     product.write({"images": count, "bad": source.bad + asked - count, "seconds": seconds,
                    "criteria": wanted}, [path])
     return columns
@@ -291,7 +295,7 @@ def threshold_command(name, script, description, data, argv):
     run, given = open_stage(argv, script, description)
     device = engine.pick_device(run.settings.device)
     scoring = Scoring(run, device, data)
-    first_alone(lambda: run.open(device, given))
     scoring.require(name)
+    first_alone(lambda: run.open(device, given))
     report_thresholds(name, scoring)
     say(f"saved in {run / 'thresholds.json'}")

@@ -123,7 +123,7 @@ class Settings:
     teacher_mean: tuple | None = _teacher(None, values.colour, "R,G,B",
         "mean of the teacher's pixels, in [0, 1] (default: what its weights state, of a file also "
         "what its library does, else 0.5,0.5,0.5)")
-    teacher_std: tuple | None = _teacher(None, values.colour, "R,G,B",
+    teacher_std: tuple | None = _teacher(None, values.deviation, "R,G,B",
         "standard deviation of the teacher's pixels (default: as for --teacher-mean)")
     teacher_epochs: int = _teacher(BY_RECIPE, values.count, "N",
         "epochs of the teacher's training")

@@ -68,6 +68,13 @@ colour = _number(lambda text: tuple(map(float, text.split(","))),
                  "three numbers from 0 to 1, one per colour")
 
 
+def deviation(text):
+    found = colour(text)
+    if not all(found):
+        raise Wrong(f"'{text}' has a deviation of 0")
+    return found
+
+
 def threshold(text):
     if text != "published" and not share(text):
         raise Wrong("a threshold of 0 lets nothing pass")

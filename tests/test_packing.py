@@ -252,6 +252,9 @@ def test_more_unreadable_images_than_the_share_are_one_line(tmp_path, how):
     refusal("^pool: 2 of 100 images can't be read, more than --max-bad 0.01 allows; the first is "
             r"003.png \(UnidentifiedImageError", count, spec)
     assert count(spec, max_bad=0.03) == 98
+    # Of several processes each judges its part by the share of the whole.
+    lenient = source(tmp_path / "d", spec, pack=how, max_bad=0.02)
+    assert sum(len(index) for _, index, _ in lenient.batches(None, 10, lambda n: slice(1))) >= 9
     refusal("^pool: 3 of 3 images can't be read", count,
             pool(tmp_path / "none" / "pool", 3, bad=[0, 1, 2]), max_bad=1.0)
 

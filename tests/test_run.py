@@ -1,4 +1,5 @@
 """A finished run: what is whole is reused, what is not is named and made again; by hand or not."""
+import itertools
 import shutil
 import subprocess
 import sys
@@ -8,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, small_run
 from PIL import Image
-from script_files import by_hand, contents, manifest, outcome, put, ran, read, refused
+from script_files import by_hand, contents, manifest, outcome, put, ran, read, refused, run_here
 
-from kd import checkpoints
+from kd import checkpoints, engine
 from kd.files import write_sealed
 from kd.flags import MAKER
 from kd.readers import decode
@@ -95,12 +96,24 @@ def test_a_second_run_says_what_it_reuses_and_makes_nothing_again(run, flags):
 
 
 def test_another_test_split_is_measured_and_nothing_is_trained_again(
-        run, flags, painted, tmp_path):
+        run, flags, painted, tmp_path, monkeypatch):
     shutil.copytree(painted / "colours", tmp_path / "colours")
     (tmp_path / "colours/test/red/000.png").unlink()
     before = {path: path.read_bytes() for path in run.rglob("*.pt")}
-    said = ran("compile.py", flags, "--target", f"colours={tmp_path / 'colours'}")
+    flags, accuracy = [*flags, "--target", f"colours={tmp_path / 'colours'}"], engine.accuracy
+    for stop in (1, 2):     # once the teacher's answers to the test split are written; a student's
+        calls = itertools.count(1)
+
+        def interrupted(*arguments, stop=stop, calls=calls, **options):
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            return accuracy(*arguments, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "accuracy", interrupted)
+            assert run_here("compile.py", *flags).returncode
+    said = ran("compile.py", flags)
     assert "split, scores/confidence" in said and "student mms: " not in said
+    assert "damaged" not in said
     assert before == {path: path.read_bytes() for path in run.rglob("*.pt")}
     assert len(np.load(run / "students/mms.npz")["predicted"]) == 29
 
@@ -182,6 +195,37 @@ def test_restart_keeps_what_comes_before_and_what_is_not_the_runs(run, flags, re
     assert not [name for name in now if name.endswith(".part") or name == "students/entropy.pt"]
     assert "Deleting" not in ran("compile.py", flags)
     assert "--lr 0.02, not with --lr 0.1." in refused("compile.py", flags[:-2])
+
+
+@pytest.mark.parametrize("script, words, said", [
+    ("compile.py", "--restart-from transfer --transfer-size 1", "1 images are fewer than one"),
+    ("transfer.py", "--restart-from transfer --transfer-size 1", "1 images are fewer than one"),
+    ("TeacherTrain.py", "--restart-from teacher --teacher-checkpoint typo.pth", "typo.pth can't"),
+    *((script, "--restart-from students --student-weights teacher --student-arch alexnet",
+       "alexnet can't start from its teacher's weights")
+      for script in ("compile.py", "distill.py"))])
+def test_what_is_refused_has_deleted_nothing(run, flags, script, words, said):
+    before = contents(run)
+    assert said in refused(script, flags, *words.split())
+    assert contents(run) == before
+
+
+def test_a_stage_that_starts_again_by_hand_keeps_the_flags_of_the_others(run, painted):
+    before = read(run, "config.json")
+    ran("transfer.py", by_hand(painted, run), "--approach", "mms", "--restart-from", "transfer",
+        "--fill", "best")
+    now = read(run, "config.json")
+    assert now["given"] == before["given"] | {"fill": "best"} and now["given"]["batch_size"] == 16
+    assert (now["epochs"], now["approaches"]) == (before["epochs"], before["approaches"])
+
+
+def test_a_name_with_a_carriage_return_is_one_row_of_the_manifest(run, flags, painted, tmp_path):
+    shutil.copytree(painted / "more", tmp_path / "web")
+    (tmp_path / "web/0/000.png").rename(tmp_path / "web/0/a\rb, c.png")
+    ran("compile.py", flags, "--sources", f"web={tmp_path / 'web'}", "--approaches", "all",
+        "--restart-from", "scores")
+    rows = manifest(run, "all")
+    assert len(rows) == 60 and sum(row["file"] == "0/a\rb, c.png" for row in rows) == 1
 
 
 def test_restart_does_not_delete_what_is_given(run, flags):

@@ -196,6 +196,7 @@ def test_directions_keep_the_distance_of_the_pool_from_the_target_in_one_unit():
     reduced = (sample @ directions(sample)).numpy()
     assert reduced.std(0).max() == pytest.approx(1, abs=0.05)
     assert gap(reduced) == pytest.approx((5 ** 2 + 4 ** 2) ** 0.5 / 3, rel=0.05)
+    assert directions(torch.ones(1, 20)).isfinite().all()       # of one image
 
 
 @pytest.mark.parametrize("spread, right, recipe, said", [
