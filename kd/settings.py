@@ -196,7 +196,8 @@ class Settings:
     restart: bool = _running(False, bool,
         "delete what the stages have made in the run folder and begin again")
     restart_from: str | None = _running(None, STAGES, "STAGE",
-        f"delete what STAGE and those after it have made, and make it again: {', '.join(STAGES)}")
+        "delete what STAGE and those after it have made, for all approaches, and make it again (a "
+        f"stage by hand: its own part): {', '.join(STAGES)}")
 
     @property
     def seed(self):
