@@ -64,7 +64,9 @@ def steps(device, count, compiled, batch_size=None):
             ("resnet18, labels", "resnet18", None, replace(speed.LIVE, augment="crop,flip")),
             ("resnet34_cifar, labels", "resnet34_cifar", None, BEST.teacher_recipe),
             ("resnet34_cifar to resnet18_cifar, live", "resnet18_cifar", "resnet34_cifar",
-             speed.LIVE)):
+             speed.LIVE),
+            ("the same, orthogonal steps here", "resnet18_cifar", "resnet34_cifar",
+             replace(speed.LIVE, optimizer="muon"))):
         recipe = replace(recipe, batch_size=batch_size or recipe.batch_size)
         big = teacher and models.folded(models.build(teacher, range(10)))
         big = big and big.to(device)
@@ -83,7 +85,7 @@ def steps(device, count, compiled, batch_size=None):
     table("Training, images per second", ["", *found, "best of ours / captured", "ms per step"],
           rows)
     took = (BEST.teacher_epochs * TARGET / speeds[1],
-            BEST.steps * BEST.batch_size / speeds[2])
+            BEST.steps * BEST.batch_size / speeds[3])
     table("A full run of the pair for CIFAR, recipe best, extrapolated, minutes",
           ["teacher", "one student"], [[each / 60 for each in took]])
 

@@ -26,7 +26,8 @@ from kd.settings import resolve
 from kd.training import cross_entropy
 
 REFERENCE, BATCH = resolve({}), engine.EVALUATION_BATCH
-LIVE = replace(resolve({"recipe": "best"}).student_recipe(), augment="crop,flip", ema=0.0)
+LIVE = replace(resolve({"recipe": "best"}).student_recipe(), augment="crop,flip", ema=0.0,
+               optimizer="sgd")     # as the bare loops have it
 
 
 def random_images(count):

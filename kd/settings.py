@@ -170,8 +170,12 @@ class Settings:
     steps: int = _students(BY_RECIPE, values.count, "N", "batches, instead of --epochs")
     batch_size: int = _students(BY_RECIPE, values.count, "N", "images per batch")
     lr: float | None = _students(BY_RECIPE, values.positive, "RATE",
-        f"peak learning rate (default: the recipe's; best has {FROM_RANDOM} from random weights, "
-        f"{FROM_TRAINED} from others)")
+        f"peak learning rate (default: the recipe's; best has {FROM_RANDOM['lr']} from random "
+        f"weights, {FROM_TRAINED['lr']} from others)")
+    optimizer: str | None = _students(BY_RECIPE, ("sgd", "muon"),
+        "muon: orthogonal steps for the convolutions of networks with batch norms, which learn "
+        "much more in a step, of which one takes longer (default: the recipe's; best has muon from "
+        "random weights, sgd from others)")
     schedule: str = _students(BY_RECIPE, ("constant", "onecycle", "cosine", "multistep"),
         "learning-rate schedule; multistep divides it by ten after 5, 6 and 7 eighths of the steps")
     momentum: float = _students(BY_RECIPE, values.below_one, "M", "Nesterov momentum")
@@ -242,8 +246,9 @@ class Settings:
     def student_recipe(self, weights="none"):
         """The Recipe of a student that starts from `weights`, as distill.new_student gives them."""
         names = [field.name for field in dataclasses.fields(Recipe)]
-        lr = self.lr or (FROM_RANDOM if weights == "none" else FROM_TRAINED)
-        return Recipe(**{name: getattr(self, name) for name in names} | {"lr": lr})
+        given = {name: getattr(self, name) for name in names}
+        start = FROM_RANDOM if weights == "none" else FROM_TRAINED
+        return Recipe(**given | {name: given[name] or start[name] for name in start})
 
     def of_stage(self, stage):
         """{name: value as JSON has it} of the settings that a stage's files depend on first."""

@@ -3,6 +3,7 @@
 `train` over `train_one_epoch` is what learns. Everything else is in `_Keeper`, which is called
 after each step and each epoch."""
 import copy
+import functools
 import io
 import math
 import time
@@ -18,6 +19,7 @@ from kd.board import Board
 from kd.command import Interrupted, interrupted, orderly
 from kd.engine import allow_tf32, autocast, enough_memory, prefetched, resident, seed_all, seed_for
 from kd.files import UserError, is_first, say, write_atomically
+from kd.muon import Muon, convolutions_of
 from kd.processes import gathered, rank, share_buffers, share_of, shared, summed, world_size
 from kd.progress import Progress
 
@@ -30,7 +32,7 @@ LOOK_STEPS = 50             # between two looks at the accuracy: few images make
 FEW_STEPS = 200             # in which a network from random weights hardly learns
 CHECK_STEPS = 50            # on a device: steps between two looks at whether the loss is finite
 AGREE_STEPS = 10            # steps after which several processes agree whether to stop
-SCHEDULES = {       # functions of an optimizer, its peak rate and the number of steps
+SCHEDULES = {       # functions of an optimizer, the peak rates of its groups, the number of steps
     "constant": lambda optimizer, lr, steps: lr_scheduler.ConstantLR(optimizer, 1.0),
     # a single step would be the last of a cycle, at a rate of 0
     "onecycle": lambda optimizer, lr, steps: lr_scheduler.OneCycleLR(
@@ -52,10 +54,13 @@ class Training:
     def __init__(self, classifier, count, recipe, device):
         """The state before the first step on `count` images."""
         self.per_epoch, self.steps = recipe.steps_of_epoch(count), recipe.all_steps(count)
-        self.optimizer = torch.optim.SGD(
-            classifier.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
-            nesterov=recipe.momentum > 0, fused=True)
-        self.scheduler = SCHEDULES[recipe.schedule](self.optimizer, recipe.lr, self.steps)
+        make = torch.optim.SGD if recipe.optimizer == "sgd" else functools.partial(
+            Muon, convolutions=convolutions_of(classifier))
+        self.optimizer = make(
+            classifier.parameters(), lr=recipe.lr, momentum=recipe.momentum, fused=True,
+            weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
+        peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.scheduler = SCHEDULES[recipe.schedule](self.optimizer, peaks, self.steps)
         self.average = copy.deepcopy(classifier) if recipe.ema else None
         self.classifier, self.network = classifier, shared(classifier, device)     # or compiled
         self.total = torch.zeros((), device=device)

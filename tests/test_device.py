@@ -20,7 +20,8 @@ from kd.settings import Recipe
 from kd.training import cross_entropy
 
 stopping = test_training.stopping
-LIVE = Recipe(3, 8, 0.05, 0.9, 1e-3, "onecycle", "crop,flip,mixup,cutmix", ema=0.8)
+LIVE = Recipe(3, 8, 0.05, 0.9, 1e-3, "onecycle", "crop,flip,mixup,cutmix", optimizer="muon",
+              ema=0.8)
 
 
 @pytest.fixture(params=["cuda", "mps"])
@@ -82,7 +83,7 @@ def test_the_offline_job_runs_and_learns_what_the_cpu_learns(card, on_cpu):
 @pytest.mark.parametrize("card", ["cuda"], indirect=True)
 def test_only_training_uses_tf32(card, tmp_path):
     classifier, _ = learn(tmp_path / "a.part", card.device)
-    assert card.seen.keys() == {"copy", "wait", "TF32"}
+    assert card.seen.keys() == {"copy", "wait", "TF32", "product"}      # of Muon, which needs it
     card.seen.clear()
     assert torch.backends.cudnn.benchmark
     found = engine.predict(classifier, IMAGES, device=card.device)

@@ -1,13 +1,17 @@
 """Scores, thresholds and the KD loss against values worked by hand; directions of comparisons."""
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import entropy
 import mms_threshold
 from distill import kd_loss
+from kd import muon
+from kd.classifier import Classifier
 from kd.scoring import load_criteria
 from kd.settings import resolve
 from kd.thresholds import passes, share_threshold
@@ -99,6 +103,46 @@ def test_a_share_threshold_lets_the_surest_quarter_of_a_class_pass(high, expecte
     thresholds = share_threshold(scores, predicted, 2, high, 0.25)
     assert scores[passes(scores, predicted, thresholds, high)].tolist() == expected
     assert np.isnan(thresholds[1])
+
+
+@pytest.mark.parametrize("shapes", [[(4, 9), (4, 30), (7, 3), (1, 5)]])
+def test_orthogonal_steps_keep_the_singular_vectors_and_make_their_values_alike(shapes):
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(*shape, generator=generator) for shape in shapes]
+    for matrix, found in zip(matrices, muon.orthogonal(matrices), strict=True):
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        values = left.T @ found @ right.T
+        torch.testing.assert_close(values, values.diag().diag(), atol=1e-3, rtol=0)
+        assert 0.6 < values.diag().min() and values.diag().max() < 1.25
+
+
+def test_a_muon_step_turns_convolutions_by_an_angle_and_the_rest_is_sgds():
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8),
+              nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 5, 1), nn.Flatten())
+    network = Classifier(nn.Sequential(*layers), "small", list("abcde"), 5)
+    plain, options = copy.deepcopy(network), {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01,
+                                              "nesterov": True}
+    taken = muon.convolutions_of(network)
+    assert [id(each) for each in taken] == [id(layers[at].weight) for at in (0, 3)]
+    optimizers = (muon.Muon(network.parameters(), taken, **options),
+                  torch.optim.SGD(plain.parameters(), **options))
+    before = copy.deepcopy(network)
+    for each, optimizer in zip((network, plain), optimizers, strict=True):
+        images = torch.randint(256, (4, 5, 5, 3), generator=torch.Generator().manual_seed(1))
+        (each(images.float()) * torch.arange(5)).sum().backward()
+        optimizer.step()
+    first, old = network.network[0].weight.detach(), before.network[0].weight.detach()
+    turned = torch.nn.functional.cosine_similarity(first.flatten(), old.flatten(), dim=0).acos()
+    assert turned.item() == pytest.approx(0.05, rel=0.1)
+    assert first.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
+    for name, value in network.state_dict().items():
+        if name not in ("network.0.weight", "network.3.weight"):
+            torch.testing.assert_close(value, plain.state_dict()[name])
+    weight = nn.Parameter(torch.zeros(8, 3, 2, 2))      # which has no direction yet
+    weight.grad = torch.randn(weight.shape)
+    muon.Muon([weight], [weight], **options).step()
+    assert weight.norm().item() == pytest.approx(0.1 * 8 ** 0.5, rel=1e-4)
 
 
 def test_kd_loss_of_a_worked_pair():

@@ -59,11 +59,15 @@ def test_what_is_not_given_follows_from_the_target_the_recipe_and_the_networks(w
     assert {name: getattr(found, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("words, rates", [
-    ("--recipe best", [0.2, 0.05, 0.05]), ("--recipe best --lr 0.3", [0.3] * 3), ("", [0.1] * 3)])
-def test_the_rate_of_best_follows_from_what_a_student_starts_with(words, rates):
-    settings = settings_of(*words.split())
-    assert [settings.student_recipe(start).lr for start in ("none", "teacher", "imagenet")] == rates
+@pytest.mark.parametrize("words, expected", [
+    ("--recipe best", [(0.1, "muon"), (0.05, "sgd")]), ("", [(0.1, "sgd")] * 2),
+    ("--recipe far", [(0.2, "sgd")] * 2),
+    ("--recipe best --lr 0.3", [(0.3, "muon"), (0.3, "sgd")]),
+    ("--recipe best --optimizer sgd", [(0.1, "sgd"), (0.05, "sgd")])])
+def test_how_best_steps_follows_from_what_a_student_starts_with(words, expected):
+    made = [settings_of(*words.split()).student_recipe(start)
+            for start in ("none", "teacher", "imagenet")]
+    assert [(each.lr, each.optimizer) for each in made] == [*expected, expected[1]]
 
 
 @pytest.mark.parametrize("flag, text, value", [

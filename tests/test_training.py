@@ -30,6 +30,7 @@ RECIPES = {
     "constant rate": Recipe(3, 8, 0.05),
     "everything": Recipe(4, 8, 0.05, 0.9, 1e-3, "onecycle", "crop,flip,mixup,cutmix", ema=0.8),
     "cosine": Recipe(4, 8, 0.05, 0.9, schedule="cosine"),
+    "orthogonal steps": Recipe(4, 8, 0.05, 0.9, 1e-3, "onecycle", "crop", optimizer="muon"),
     "fewer steps than an epoch": Recipe(1, 8, 0.05, 0.9, schedule="onecycle", steps=3),
     "part of an epoch at the end": Recipe(1, 8, 0.05, 0.9, augment="crop,cutmix", steps=13),
     "one batch per epoch": Recipe(9, 64, 0.05, 0.9, schedule="onecycle", augment="mixup", ema=0.5),
