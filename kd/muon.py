@@ -37,19 +37,26 @@ def orthogonal(matrices):
     values near 1. All that have one smaller side are computed together."""
     wide = [each if each.shape[0] <= each.shape[1] else each.T for each in matrices]
     wide = [each / vector_norm(each).clamp_min(TINY) for each in wide]
-    found, (a, b, c) = [None] * len(wide), COEFFICIENTS
+    found = [None] * len(wide)
     for n in sorted({len(each) for each in wide}):
         here = [at for at, each in enumerate(wide) if len(each) == n]
         gram = torch.stack([wide[at] @ wide[at].T for at in here])
-        one, whole = torch.eye(n, device=gram.device), None
-        for _ in range(ITERATIONS):     # X <- step X, so that its Gram matrix is step gram step
-            step = torch.baddbmm(b * gram, gram, gram, alpha=c) + a * one
-            whole = step if whole is None else step @ whole
-            gram = step @ gram @ step
+        whole = step = _polynomial(gram)
+        for _ in range(ITERATIONS - 1):
+            gram = step @ gram @ step       # of step X
+            step = _polynomial(gram)
+            whole = step @ whole
         for at, each in zip(here, whole, strict=True):
             found[at] = each @ wide[at]
     return [each if each.shape == like.shape else each.T
             for each, like in zip(found, matrices, strict=True)]
+
+
+def _polynomial(gram):
+    """What X, of which these are the Gram matrices (K, n, n), is multiplied with next."""
+    a, b, c = COEFFICIENTS
+    return torch.baddbmm(b * gram, gram, gram, alpha=c) + a * torch.eye(
+        gram.shape[1], device=gram.device)
 
 
 class Muon(torch.optim.SGD):
