@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import entropy
 import mms_threshold
@@ -119,7 +120,10 @@ def test_orthogonal_steps_keep_the_singular_vectors_and_make_their_values_alike(
 def test_a_muon_step_turns_convolutions_by_an_angle_and_the_rest_is_sgds():
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8),
-              nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 5, 1), nn.Flatten())
+              nn.Conv2d(8, 8, 1, bias=False), weight_norm(nn.Conv2d(8, 8, 1)), nn.Conv2d(8, 5, 1),
+              nn.Flatten())
+    layers[3].register_module("again", nn.Conv2d(8, 8, 1))
+    layers[3].again.weight = layers[3].weight       # which two layers share
     network = Classifier(nn.Sequential(*layers), "small", list("abcde"), 5)
     plain, options = copy.deepcopy(network), {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01,
                                               "nesterov": True}
@@ -136,9 +140,10 @@ def test_a_muon_step_turns_convolutions_by_an_angle_and_the_rest_is_sgds():
     turned = torch.nn.functional.cosine_similarity(first.flatten(), old.flatten(), dim=0).acos()
     assert turned.item() == pytest.approx(0.05, rel=0.1)
     assert first.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
-    for name, value in network.state_dict().items():
+    others = dict(plain.named_parameters())
+    for name, value in network.named_parameters():
         if name not in ("network.0.weight", "network.3.weight"):
-            torch.testing.assert_close(value, plain.state_dict()[name])
+            torch.testing.assert_close(value, others[name])
     weight = nn.Parameter(torch.zeros(8, 3, 2, 2))      # which has no direction yet
     weight.grad = torch.randn(weight.shape)
     muon.Muon([weight], [weight], **options).step()
