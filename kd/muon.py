@@ -24,12 +24,14 @@ LEAST = 0.1         # length of W per square root of n: one that begins as 0 has
 
 def convolutions_of(classifier):
     """The weights that take orthogonal steps: of all convolutions that are not grouped, nor the
-    head, in a network with batch norms. One that is computed, as weight_norm's, is not learned."""
+    last layer, in a network with batch norms. One that is computed, as weight_norm's, is not
+    learned."""
     modules = list(classifier.network.modules())
     if not any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in modules):
         return []
-    found = [each.weight for each in modules if isinstance(each, nn.Conv2d)
-             and each.groups == 1 and each.out_channels != len(classifier.classes)]
+    layers = [each for each in modules if isinstance(each, (nn.Conv2d, nn.Linear))]
+    found = [each.weight for each in layers[:-1]
+             if isinstance(each, nn.Conv2d) and each.groups == 1]
     return list({id(each): each for each in found if isinstance(each, nn.Parameter)}.values())
 
 
