@@ -33,6 +33,7 @@ from kd.command import command
 from kd.evaluation import evaluate, saved_split, source_agreement, test_of, watcher
 from kd.export import export, require_packages
 from kd.files import UserError, is_first, require_none, say
+from kd.muon import convolutions_of
 from kd.processes import alone, first_alone, on_all_ranks
 from kd.run import open_stage, read_product
 from kd.settings import DRAWN_BY_WEIGHT, ON_TARGET
@@ -114,7 +115,8 @@ def train_student(run, approach, target, device):
     seed = engine.seed_for(settings.seed, "student")        # the same start for all approaches
     engine.seed_all(seed)
     student, figures["weights"] = new_student(run, weights, teacher["classes"])
-    recipe = settings.student_recipe(figures["weights"])
+    recipe = settings.student_recipe(figures["weights"], bool(convolutions_of(student)))
+    figures |= {"lr": recipe.lr, "optimizer": recipe.optimizer}
     objective, recipe = objective_of(run, images, supervised, recipe, target, device)
     figures["bfloat16"] = engine.in_bfloat16(device, recipe.amp)
     watch = Watch(run / f"students/{approach}.part", product.made_from, f"student {approach}",

@@ -108,7 +108,8 @@ def line(record, approach, pool):
              "teacher": record.teacher["files"]["teacher.pt"],
              "teacher_accuracy": record.teacher["accuracy"],
              **{name: getattr(settings, name) for name in (
-                 "steps", "batch_size", "lr", "optimizer", "temperature", "augment")},
+                 "steps", "batch_size", "temperature", "augment")},
+             **{name: student.get(name) for name in ("lr", "optimizer")},
              "images": student["transfer_size"], "confidence": student["confidence_accuracy"],
              **{name: student[name] for name in ("accuracy", "agreement", "seconds")}}
     if approach not in record.selected:

@@ -23,15 +23,14 @@ LEAST = 0.1         # length of W per square root of n: one that begins as 0 has
 
 
 def convolutions_of(classifier):
-    """The weights that take orthogonal steps: of all convolutions that are not grouped, nor the
-    last layer, in a network with batch norms. One that is computed, as weight_norm's, is not
-    learned."""
+    """The weights that take orthogonal steps, in a network with batch norms: of its convolutions
+    but grouped ones and those of one pixel with a bias, whose length matters, as in gates and
+    heads. A weight that is computed, as weight_norm's, is not learned."""
     modules = list(classifier.network.modules())
     if not any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in modules):
         return []
-    layers = [each for each in modules if isinstance(each, (nn.Conv2d, nn.Linear))]
-    found = [each.weight for each in layers[:-1]
-             if isinstance(each, nn.Conv2d) and each.groups == 1]
+    found = [each.weight for each in modules if isinstance(each, nn.Conv2d) and each.groups == 1
+             and (each.bias is None or each.kernel_size != (1, 1))]
     return list({id(each): each for each in found if isinstance(each, nn.Parameter)}.values())
 
 
@@ -84,7 +83,8 @@ class Muon(torch.optim.SGD):
         gradients = [each.grad for each in weights]
         for each in weights:
             each.grad = None        # nothing is left for SGD
-            self.state[each].setdefault("momentum_buffer", torch.zeros_like(each))
+            if "momentum_buffer" not in self.state[each]:
+                self.state[each]["momentum_buffer"] = torch.zeros_like(each)
         buffers = [self.state[each]["momentum_buffer"] for each in weights]
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)

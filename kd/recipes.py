@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is trained: SGD for `epochs` passes, or for `steps` batches where not 0."""
+    """How one network is trained: for `epochs` passes, or for `steps` batches where not 0."""
 
     epochs: int
     batch_size: int
@@ -27,8 +27,8 @@ class Recipe:
         return self.steps or self.epochs * self.steps_of_epoch(count)
 
 
-# Of `best`'s students, by what they start from.
-FROM_RANDOM, FROM_TRAINED = dict(lr=0.1, optimizer="muon"), dict(lr=0.05, optimizer="sgd")
+# Peak rates of `best`'s students, by what they start from.
+FROM_RANDOM, FROM_TRAINED = {"muon": 0.1, "sgd": 0.2}, 0.05
 SGD = dict(momentum=0.9, weight_decay=5e-4, schedule="onecycle")
 
 # Defaults by recipe. How the published teacher was trained is not stated: `reference` trains it as
@@ -50,4 +50,4 @@ RECIPES["quick"] = RECIPES["best"] | dict(
     steps=352, batch_size=64, lr=0.1, optimizer="sgd", augment="none", student_weights="none")
 # For pools of another domain: the same with CutMix, from random weights.
 RECIPES["far"] = RECIPES["best"] | dict(
-    augment="crop,flip,cutmix", student_weights="none", lr=0.2, optimizer="sgd")
+    augment="crop,flip,cutmix", student_weights="none", optimizer="sgd")

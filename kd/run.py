@@ -30,6 +30,7 @@ MADE_BY = {
         "pt", "npz", "json", "part", "onnx", "pth", "safetensors")), "tensorboard/student-*",
         "wandb/student-*", "results.json", "results.md", "figures/*.png", "report.html"),
 }
+ADDED = {"optimizer": "sgd"}    # settings that an older version had not, and what it did
 CHECKED = ("teacher.json", "transfer/*/summary.json", "students/*.json")
 
 
@@ -132,7 +133,8 @@ class Run:
     def require_same(self, name, content, now):
         """Raises UserError where a product was made from something else than `now`, with every key
         that differs and the flag that helps."""
-        before, stage, changed = content["made_from"], stage_of(name), _changed(content, now)
+        before, stage = ADDED | content["made_from"], stage_of(name)
+        changed = _changed(content, now)
         if not changed:
             return
         stated = [key for key in changed if key in FIELDS or key == "seed"]
@@ -200,8 +202,9 @@ class Run:
 
 def _changed(content, now):
     """The keys of `now` that differ from those a product was made from. What an older version had
-    besides counts for nothing."""
-    return [key for key in now if content["made_from"].get(key) != now[key]]
+    besides counts for nothing, and what it had not is what it did."""
+    before = ADDED | content["made_from"]
+    return [key for key in now if before.get(key) != now[key]]
 
 
 def _with(key, value):

@@ -170,12 +170,13 @@ class Settings:
     steps: int = _students(BY_RECIPE, values.count, "N", "batches, instead of --epochs")
     batch_size: int = _students(BY_RECIPE, values.count, "N", "images per batch")
     lr: float | None = _students(BY_RECIPE, values.positive, "RATE",
-        f"peak learning rate (default: the recipe's; best has {FROM_RANDOM['lr']} from random "
-        f"weights, {FROM_TRAINED['lr']} from others)")
+        f"peak learning rate (default: the recipe's; best has {FROM_RANDOM['muon']} from random "
+        f"weights, {FROM_RANDOM['sgd']} with sgd, and {FROM_TRAINED} from others)")
     optimizer: str | None = _students(BY_RECIPE, ("sgd", "muon"),
-        "muon: orthogonal steps for the convolutions of networks with batch norms, which learn "
-        "much more in a step, of which one takes longer (default: the recipe's; best has muon from "
-        "random weights, sgd from others)")
+        "muon: orthogonal steps, which teach more and take longer, for the convolutions of "
+        "networks with batch norms: they turn by half of --lr in radians, without weight decay; "
+        "all else takes sgd's steps (default: the recipe's; best has muon from random weights, "
+        "sgd from others)")
     schedule: str = _students(BY_RECIPE, ("constant", "onecycle", "cosine", "multistep"),
         "learning-rate schedule; multistep divides it by ten after 5, 6 and 7 eighths of the steps")
     momentum: float = _students(BY_RECIPE, values.below_one, "M", "Nesterov momentum")
@@ -243,12 +244,14 @@ class Settings:
                       augment=self.teacher_augment, amp=self.amp, compile=self.compile,
                       **SGD)
 
-    def student_recipe(self, weights="none"):
-        """The Recipe of a student that starts from `weights`, as distill.new_student gives them."""
+    def student_recipe(self, weights="none", convolutions=True):
+        """The Recipe of a student that starts from `weights`, as distill.new_student gives them.
+        convolutions: whether it has any for kd/muon.py."""
         names = [field.name for field in dataclasses.fields(Recipe)]
+        optimizer = self.optimizer or ("muon" if weights == "none" and convolutions else "sgd")
+        lr = self.lr or (FROM_RANDOM[optimizer] if weights == "none" else FROM_TRAINED)
         given = {name: getattr(self, name) for name in names}
-        start = FROM_RANDOM if weights == "none" else FROM_TRAINED
-        return Recipe(**given | {name: given[name] or start[name] for name in start})
+        return Recipe(**given | {"lr": lr, "optimizer": optimizer})
 
     def of_stage(self, stage):
         """{name: value as JSON has it} of the settings that a stage's files depend on first."""
