@@ -50,4 +50,4 @@ RECIPES["quick"] = RECIPES["best"] | dict(
     steps=352, batch_size=64, lr=0.1, optimizer="sgd", augment="none", student_weights="none")
 # For pools of another domain: the same with CutMix, from random weights.
 RECIPES["far"] = RECIPES["best"] | dict(
-    augment="crop,flip,cutmix", student_weights="none", optimizer="sgd")
+    augment="crop,flip,cutmix", student_weights="none")

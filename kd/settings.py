@@ -175,8 +175,8 @@ class Settings:
     optimizer: str | None = _students(BY_RECIPE, ("sgd", "muon"),
         "muon: orthogonal steps, which teach more and take longer, for the convolutions of "
         "networks with batch norms: they turn by half of --lr in radians, without weight decay; "
-        "all else takes sgd's steps (default: the recipe's; best has muon from random weights, "
-        "sgd from others)")
+        "all else takes sgd's steps (default: the recipe's; best and far have muon from random "
+        "weights, sgd from others)")
     schedule: str = _students(BY_RECIPE, ("constant", "onecycle", "cosine", "multistep"),
         "learning-rate schedule; multistep divides it by ten after 5, 6 and 7 eighths of the steps")
     momentum: float = _students(BY_RECIPE, values.below_one, "M", "Nesterov momentum")

@@ -61,7 +61,7 @@ def test_what_is_not_given_follows_from_the_target_the_recipe_and_the_networks(w
 
 @pytest.mark.parametrize("words, expected", [
     ("--recipe best", [(0.1, "muon"), (0.05, "sgd")]), ("", [(0.1, "sgd")] * 2),
-    ("--recipe far", [(0.2, "sgd"), (0.05, "sgd")]),
+    ("--recipe far", [(0.1, "muon"), (0.05, "sgd")]),
     ("--recipe best --lr 0.3", [(0.3, "muon"), (0.3, "sgd")]),
     ("--recipe best --optimizer sgd", [(0.2, "sgd"), (0.05, "sgd")])])
 def test_how_best_steps_follows_from_what_a_student_starts_with(words, expected):
