@@ -62,8 +62,8 @@ def check_everything_is_there(settings, runs):
 def check_networks(settings, target, runs):
     """Raises UserError where the teacher does not fit or can't give an approach, or where the
     student can't be trained: before anything long, and before anything is deleted."""
-    approaches, have_teacher = set(settings.approaches), all(
-        run.has("teacher.json") for run in runs)
+    approaches = set(settings.approaches)
+    have_teacher = all(run.has("teacher.json") for run in runs)
     if have_teacher and not runs[0].restarted:
         return
     if have_teacher:

@@ -101,7 +101,7 @@ def parse(argv, script, description):
         parser.error(f"argument --restart-from: that is for {MAKER[again]}, which makes {again}")
     if "steps" in given and "epochs" in given:
         parser.error("--steps and --epochs contradict each other: give one of them")
-    return with_config(given["config"], given, script) if "config" in given else given
+    return with_config(given["config"], given, script)[0] if "config" in given else given
 
 
 def repeatable(settings, given):
@@ -131,21 +131,16 @@ def code_in(given):
             if is_own(text) or any(each.endswith(".py") for each in text.split(","))]
 
 
-def stored_in(path, given):
-    """{name: value} that a config.json has for flags that are not given."""
+def with_config(path, given, script):
+    """(What is given, and what a config.json says of the script's flags where nothing is; the same
+    of all flags.) Raises UserError where the first names code that is not given."""
     without = set(given)
     if without & {"steps", "epochs"}:       # of which a run has one
         without |= {"steps", "epochs"}
-    return {name: value for name, value in read_config(path)["given"].items()
-            if name not in without}
-
-
-def with_config(path, given, script):
-    """What is given, and what a config.json says of the script's flags where nothing is. Raises
-    UserError where that names code."""
-    stored = {name: value for name, value in stored_in(path, given).items()
-              if name in flags_of(script)}
-    if code := code_in(stored):
+    stored = {name: value for name, value in read_config(path)["given"].items()
+              if name not in without}
+    used = {name: value for name, value in stored.items() if name in flags_of(script)}
+    if code := code_in(used):
         raise UserError(f"{path} names code, and code runs only where the command line names it: "
                         f"add {listed(code)}.")
-    return stored | given
+    return used | given, stored | given

@@ -89,10 +89,10 @@ class Muon(torch.optim.SGD):
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)
         torch._foreach_add_(gradients, buffers, alpha=momentum)
-        exact = torch.backends.cuda.matmul.allow_tf32
+        allowed = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = False       # rounded so, small directions explode
         steps = orthogonal([each.flatten(1) for each in gradients])
-        torch.backends.cuda.matmul.allow_tf32 = exact
+        torch.backends.cuda.matmul.allow_tf32 = allowed
         for weight, step in zip(weights, steps, strict=True):
             length = vector_norm(weight).clamp_min(LEAST * len(weight) ** 0.5)
             angle = lr * length / vector_norm(step).clamp_min(TINY)

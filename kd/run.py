@@ -133,12 +133,11 @@ class Run:
     def require_same(self, name, content, now):
         """Raises UserError where a product was made from something else than `now`, with every key
         that differs and the flag that helps."""
-        before, stage = ADDED | content["made_from"], stage_of(name)
-        changed = _changed(content, now)
+        stage, changed = stage_of(name), _changed(content, now)
         if not changed:
             return
         stated = [key for key in changed if key in FIELDS or key == "seed"]
-        was = [_with(key, before.get(key)) for key in stated]
+        was = [_with(key, changed[key]) for key in stated]
         was += [f"with another version of its {key.replace('_', ' ')}" for key in changed
                 if key not in stated]
         new = ", ".join(_with(key, now[key]) for key in stated)
@@ -201,10 +200,10 @@ class Run:
 
 
 def _changed(content, now):
-    """The keys of `now` that differ from those a product was made from. What an older version had
+    """{key: what a product was made from} where that differs from `now`. What an older version had
     besides counts for nothing, and what it had not is what it did."""
     before = ADDED | content["made_from"]
-    return [key for key in now if before.get(key) != now[key]]
+    return {key: before.get(key) for key in now if before.get(key) != now[key]}
 
 
 def _with(key, value):
@@ -224,17 +223,16 @@ def read_settings(folder):
 def open_stage(argv, script, description):
     """For a stage run by hand: (its Run, what was given and what the run folder's config.json has
     beside it, of other stages too). What is not given comes from there."""
-    given = flags.parse(argv, script, description)
+    given = everything = flags.parse(argv, script, description)
     where = {name: given[name] for name in ("target", "run_dir") if name in given}
     folder = resolve(where).run_dir
-    config, stored = Path(folder) / "config.json", {}
+    config = Path(folder) / "config.json"
     if config.exists():
-        stored = flags.stored_in(config, given)
-        given = flags.with_config(config, given, script) | {"run_dir": folder}
+        given, everything = flags.with_config(config, given, script)
     approach = {"approaches": (given["approach"],)} if "approach" in given else {}
-    run = Run(resolve(given | approach), USES[script])
+    run = Run(resolve(given | approach | {"run_dir": folder}), USES[script])
     run.check()
-    return run, stored | given
+    return run, everything
 
 
 def environment():

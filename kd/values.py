@@ -1,4 +1,5 @@
 """Values of settings: parsers of their texts. Each raises Wrong, which argparse shows."""
+import functools
 import os
 import re
 from argparse import ArgumentTypeError as Wrong
@@ -63,16 +64,11 @@ share = _number(lambda text: float(text[:-1]) / 100 if text.endswith("%") else f
 count = _number(int, lambda x: 1 <= x <= 10 ** 12, "a positive whole number")
 seed = _number(int, lambda x: 0 <= x < 2 ** 32, "a whole number from 0 to 4294967295")
 edge = _number(int, lambda x: 1 <= x <= 4096, "a number of pixels from 1 to 4,096")
-colour = _number(lambda text: tuple(map(float, text.split(","))),
-                 lambda x: len(x) == 3 and all(0 <= each <= 1 for each in x),
-                 "three numbers from 0 to 1, one per colour")
-
-
-def deviation(text):
-    found = colour(text)
-    if not all(found):
-        raise Wrong(f"'{text}' has a deviation of 0")
-    return found
+_per_colour = functools.partial(_number, lambda text: tuple(map(float, text.split(","))))
+colour = _per_colour(lambda x: len(x) == 3 and all(0 <= each <= 1 for each in x),
+                     "three numbers from 0 to 1, one per colour")
+deviation = _per_colour(lambda x: len(x) == 3 and all(0 < each <= 1 for each in x),
+                        "three numbers above 0 and up to 1, one per colour")
 
 
 def threshold(text):

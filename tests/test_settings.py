@@ -92,7 +92,7 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--target=../x", "'../x' is neither NAME nor NAME=PATH (a comma separates data sets)"),
     ("--sources=,", "no source is given"), ("--seeds/--seed=1,1", "the same seed is given twice"),
     ("--augment=crop,spin", f"'crop,spin' is neither none nor some of {','.join(AUGMENTATIONS)}"),
-    ("--teacher-std=1,1", "'1,1' is not three numbers from 0 to 1, one per colour"),
+    ("--teacher-std=1,1", "'1,1' is not three numbers above 0 and up to 1"),
     ("--classes=no.txt", "'no.txt' is neither a number nor a UTF-8 file with one class per line"),
     ("--recipe=slow", "invalid choice: 'slow' (choose from 'reference', 'best', 'quick', 'far')"),
     ("--approches=mms", "unrecognized arguments: --approches=mms. Did you mean --approaches?"),
@@ -108,7 +108,7 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
      "of the target, which --data-free does not touch: use --calibrate sources."),
     ("--approaches eats --sources stl10", "eats needs svhn or tinyimagenet among the sources, "
      "which are stl10."),
-    ("--teacher-std 0.2,0,0.2", "argument --teacher-std: '0.2,0,0.2' has a deviation of 0"),
+    ("--teacher-std 0.2,0,0.2", "argument --teacher-std: '0.2,0,0.2' is not three numbers above 0"),
     ("--target digits --sources matched=/data/web", "'matched' can't be the name of a source."),
     ("--target digits --sources digits", "digits is the target and can't be a source as well: take "
      "it out of --sources."),
