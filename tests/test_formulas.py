@@ -117,6 +117,16 @@ def test_orthogonal_steps_keep_the_singular_vectors_and_make_their_values_alike(
         assert 0.6 < values.diag().min() and values.diag().max() < 1.25
 
 
+@pytest.mark.parametrize("columns", [0, 3, 9])
+def test_columns_of_zeros_change_no_orthogonal_step(columns):
+    matrix = torch.randn(4, columns, generator=torch.Generator().manual_seed(0))
+    wide = torch.zeros(4, 12)
+    wide[:, 1:columns + 1] = matrix
+    found, alone = muon.orthogonal([wide, matrix])
+    torch.testing.assert_close(found[:, 1:columns + 1], alone)
+    assert not found[:, columns + 1:].any() and not found[:, 0].any()
+
+
 def test_a_muon_step_turns_convolutions_by_an_angle_and_the_rest_is_sgds():
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8),
