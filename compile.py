@@ -19,12 +19,12 @@ import data
 from distill import report_student, train_student
 from kd import checkpoints, engine, models, report
 from kd.command import command
-from kd.files import UserError, is_first, listed, require_none, say
+from kd.files import UserError, is_first, listed, read_product, require_none, say
 from kd.flags import parse
 from kd.matching import norms_of
 from kd.processes import alone, first_alone, gathered, rank, wait, world_size
 from kd.record import Experiment
-from kd.run import Run, read_product
+from kd.run import Run
 from kd.scoring import Scoring, load_criteria, no_mms, report_thresholds
 from kd.settings import BUILT_IN_SOURCES, ON_TARGET, resolve
 from kd.state_dicts import read_file

@@ -32,10 +32,10 @@ from kd.augment import MIXING
 from kd.command import command
 from kd.evaluation import evaluate, saved_split, source_agreement, test_of, watcher
 from kd.export import export, require_packages
-from kd.files import UserError, is_first, require_none, say
+from kd.files import UserError, is_first, read_product, require_none, say
 from kd.muon import convolutions_of
 from kd.processes import alone, first_alone, on_all_ranks
-from kd.run import open_stage, read_product
+from kd.run import open_stage
 from kd.settings import DRAWN_BY_WEIGHT, ON_TARGET
 from kd.training import Watch, cross_entropy, train
 from kd.values import name_of, name_of_approach, name_of_arch

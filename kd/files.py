@@ -111,6 +111,22 @@ def _seal(content):
     return digest(json.dumps(kept, sort_keys=True).encode())
 
 
+def read_product(folder, name):
+    """(content, None) of a sealed JSON whose files, {path: digest} of "files", are whole; (None,
+    what is wrong) of one that isn't, (None, None) where there is none."""
+    if not (folder / name).exists():
+        return None, None
+    content = read_sealed(folder / name)
+    if content is None:
+        return None, f"{folder / name} is damaged: it is not what was written there"
+    for file, written in content["files"].items():
+        if not (folder / file).exists():
+            return None, f"{folder / file} is missing"
+        if file_digest(folder / file) != written:
+            return None, f"{folder / file} is damaged: it is not what was written there"
+    return content, None
+
+
 def digest(*contents):
     """16 hexadecimal digits that tell these bytes, or arrays, from others."""
     found = hashlib.sha256()

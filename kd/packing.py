@@ -16,13 +16,20 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from kd.files import UserError, file_digest, holding, one_field, read_json, say, write_json
+from kd.files import (
+    UserError,
+    file_digest,
+    holding,
+    one_field,
+    read_product,
+    say,
+    write_sealed,
+)
 from kd.progress import Progress
 from kd.readers import Chosen, Images, decode
 
 FORKS = sys.platform == "linux"
 BLOCK = 1 << 19             # bytes, about, that a worker packs at a time
-DARK = 64                   # of 255: images without a brighter pixel are misread
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Packed(Source):
-    """images: (N, size, size, 3) uint8, memory-mapped; digest: of them; bad: how many others can't
-    be read; the rest as in Images."""
+    """images: (N, size, size, 3) uint8, memory-mapped; digest: of them; unreadable: [(number, file,
+    what is wrong)] of the others; the rest as in Images."""
 
     name: str
     images: np.ndarray
@@ -118,7 +125,11 @@ class Packed(Source):
     numbers: np.ndarray | None
     fingerprint: str
     digest: str
-    bad: int
+    unreadable: list
+
+    @property
+    def bad(self):
+        return len(self.unreadable)
 
     def __len__(self):
         return len(self.images)
@@ -188,40 +199,22 @@ def pack(images, folder, name, size, max_bad):
             packed = open_pack(images, folder, name, size) or _make(images, folder, name, size)
     if packed.bad:
         listing = f" They are listed in {folder / 'bad.txt'}."
-        _require_few(name, _listed(folder), images.count, max_bad, listing)
+        _require_few(name, packed.unreadable, images.count, max_bad, listing)
         say(f"{name}: {packed.bad:,} of {images.count:,} images can't be read and are left out."
             f"{listing}")
-    brightest = packed.images[::len(packed) // 500 + 1].max()
-    if brightest < DARK:
-        say(f"{name}: the images are nearly black, no pixel is above {brightest} of 255. If their "
-            "files hold 12 bits in 16, scale them to the full range.")
     return packed
 
 
 def open_pack(images, folder, name, size):
     """The Packed in `folder`; None where none is whole, of these files and of this size."""
-    meta = read_json(folder / "pack.json") or {}
-    if (meta.get("fingerprint"), meta.get("size")) != (images.fingerprint, size) or (
-            meta.get("digests") != _digests(folder)):
+    content, _ = read_product(folder, "pack.json")
+    if content is None or content["made_from"] != [images.fingerprint, size]:
         return None
     pixels = np.load(folder / "images.npy", mmap_mode="r")
-    bad = [number for number, *_ in _listed(folder)]
-    kept = images.take(np.delete(np.arange(images.count), bad)) if bad else images
+    bad = content["bad"]
+    kept = images.take(np.delete(np.arange(images.count), [i for i, *_ in bad])) if bad else images
     return Packed(name, pixels, kept.labels, kept.classes, kept.files, kept.rows,
-                  images.fingerprint, meta["digests"]["images.npy"], len(bad))
-
-
-def _digests(folder):
-    """{name: digest, or False where the file is missing}."""
-    return {name: (folder / name).is_file() and file_digest(folder / name)
-            for name in ("images.npy", "bad.txt")}
-
-
-def _listed(folder):
-    """[(number, file, what is wrong)] of a bad.txt."""
-    with open(folder / "bad.txt", encoding="utf-8", errors="surrogateescape") as lines:
-        fields = (line.split("\t") for line in lines)
-        return [(int(number), file, what) for file, what, number in fields]
+                  images.fingerprint, content["files"]["images.npy"], bad)
 
 
 def _make(images, folder, name, size):
@@ -236,9 +229,10 @@ def _make(images, folder, name, size):
     (part / "bad.txt").write_text("".join(lines), "utf-8", "surrogateescape")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-    write_json(folder / "pack.json", {
-        "images": images.count - len(bad), "bad": len(bad), "size": size,
-        "classes": images.classes, "fingerprint": images.fingerprint, "digests": _digests(folder)})
+    write_sealed(folder / "pack.json", {
+        "images": images.count - len(bad), "bad": bad, "classes": images.classes,
+        "made_from": [images.fingerprint, size],
+        "files": {each: file_digest(folder / each) for each in ("images.npy", "bad.txt")}})
     return open_pack(images, folder, name, size)
 
 

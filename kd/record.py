@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd.files import one_field, say
+from kd.files import one_field, read_product, say
 from kd.readers import Names
-from kd.run import read_product, read_settings
+from kd.run import read_settings
 from kd.settings import APPROACHES
 from kd.values import name_of
 

@@ -15,7 +15,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from kd import flags
-from kd.files import UserError, file_digest, hold, is_first, listed, read_sealed, say, write_sealed
+from kd.files import (
+    UserError,
+    file_digest,
+    hold,
+    is_first,
+    listed,
+    read_product,
+    read_sealed,
+    say,
+    write_sealed,
+)
 from kd.flags import MAKER, USES, flag_of
 from kd.settings import FIELDS, STAGES, resolve
 
@@ -63,22 +73,6 @@ class Product:
         if is_first():      # what an interrupted training would have resumed from
             (self.run / self.name).with_suffix(".part").unlink(missing_ok=True)
         return self.content
-
-
-def read_product(run, name):
-    """(content, None) of a product that is whole, (None, what is wrong) of one that isn't, (None,
-    None) where there is none."""
-    if not (run / name).exists():
-        return None, None
-    content = read_sealed(run / name)
-    if content is None:
-        return None, f"{run / name} is damaged: it is not what was written there"
-    for file, written in content["files"].items():
-        if not (run / file).exists():
-            return None, f"{run / file} is missing"
-        if file_digest(run / file) != written:
-            return None, f"{run / file} is damaged: it is not what was written there"
-    return content, None
 
 
 def stage_of(name):
