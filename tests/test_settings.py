@@ -108,7 +108,6 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
      "of the target, which --data-free does not touch: use --calibrate sources."),
     ("--approaches eats --sources stl10", "eats needs svhn or tinyimagenet among the sources, "
      "which are stl10."),
-    ("--teacher-std 0.2,0,0.2", "argument --teacher-std: '0.2,0,0.2' is not three numbers above 0"),
     ("--target digits --sources matched=/data/web", "'matched' can't be the name of a source."),
     ("--target digits --sources digits", "digits is the target and can't be a source as well: take "
      "it out of --sources."),
