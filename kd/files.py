@@ -86,15 +86,6 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path):
-    """The dict in a file, or None where the file holds anything else."""
-    try:
-        content = json.loads(Path(path).read_text()) if Path(path).is_file() else None
-    except ValueError:
-        content = None
-    return content if isinstance(content, dict) else None
-
-
 def write_sealed(path, content):
     """Writes a dict as JSON with a "digest" of the rest, so that a later change is noticed."""
     write_json(path, content | {"digest": _seal(content)})
@@ -102,8 +93,12 @@ def write_sealed(path, content):
 
 def read_sealed(path):
     """The dict in a file that `write_sealed` wrote; None where it holds anything else."""
-    content = read_json(path) or {}
-    return content if content.get("digest") == _seal(content) else None
+    try:
+        content = json.loads(Path(path).read_text()) if Path(path).is_file() else None
+    except ValueError:
+        return None
+    whole = isinstance(content, dict) and content.get("digest") == _seal(content)
+    return content if whole else None
 
 
 def _seal(content):

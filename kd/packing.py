@@ -230,8 +230,7 @@ def _make(images, folder, name, size):
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     write_sealed(folder / "pack.json", {
-        "images": images.count - len(bad), "bad": bad, "classes": images.classes,
-        "made_from": [images.fingerprint, size],
+        "bad": bad, "made_from": [images.fingerprint, size],
         "files": {each: file_digest(folder / each) for each in ("images.npy", "bad.txt")}})
     return open_pack(images, folder, name, size)
 

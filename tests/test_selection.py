@@ -150,6 +150,11 @@ def test_weights_are_the_most_even_ones():
     np.testing.assert_allclose(weights, slow, atol=0.02)
 
 
+def test_a_set_as_large_as_the_pool_is_the_pool():
+    assert match(pool(), 400).tolist() == [1.0] * 400
+    assert draw(np.ones(400), 400, 0).tolist() == list(range(400))
+
+
 def test_the_weights_of_a_large_pool_follow_from_a_part_of_it(monkeypatch):
     values = pool(40_000)
     whole = match(values, 16_000)

@@ -93,6 +93,7 @@ def test_a_value_is_taken_as_it_is_meant(flag, text, value):
     ("--sources=,", "no source is given"), ("--seeds/--seed=1,1", "the same seed is given twice"),
     ("--augment=crop,spin", f"'crop,spin' is neither none nor some of {','.join(AUGMENTATIONS)}"),
     ("--teacher-std=1,1", "'1,1' is not three numbers above 0 and up to 1"),
+    ("--teacher-std 0.2,0,0.2", "argument --teacher-std: '0.2,0,0.2' is not three numbers above 0"),
     ("--classes=no.txt", "'no.txt' is neither a number nor a UTF-8 file with one class per line"),
     ("--recipe=slow", "invalid choice: 'slow' (choose from 'reference', 'best', 'quick', 'far')"),
     ("--approches=mms", "unrecognized arguments: --approches=mms. Did you mean --approaches?"),
