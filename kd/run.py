@@ -40,7 +40,8 @@ MADE_BY = {
         "pt", "npz", "json", "part", "onnx", "pth", "safetensors")), "tensorboard/student-*",
         "wandb/student-*", "results.json", "results.md", "figures/*.png", "report.html"),
 }
-ADDED = {"optimizer": "sgd"}    # settings that an older version had not, and what it did
+# Settings that an older version had not, and what it did.
+ADDED = {"optimizer": "sgd", "tta": False}
 CHECKED = ("teacher.json", "transfer/*/summary.json", "students/*.json")
 
 

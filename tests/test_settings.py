@@ -27,7 +27,7 @@ STANDS_FOR = {
         recipe="reference", seeds=(0,), teacher_arch="resnet34", teacher_weights="imagenet",
         teacher_lr=pytest.approx(0.01), student_arch="resnet18", student_weights="none", epochs=20,
         batch_size=64, lr=0.1, temperature=10.0, augment="none", schedule="constant",
-        threshold="published", fill="first", floor=0.0, calibrate="target",
+        threshold="published", fill="first", floor=0.0, calibrate="target", tta=False,
         supervised_weights="imagenet"),
     "--target cifar100": dict(teacher_arch="inception_v3", run_dir="runs/cifar100",
                               sources=("cifar10", *PUBLISHED_ORDER[1:])),
@@ -46,8 +46,9 @@ STANDS_FOR = {
         calibrate="sources", approaches=APPROACHES[1:], threshold=0.25, floor=0.0,
         transfer_size=50_000),
     "--recipe best": dict(
-        steps=6_000, batch_size=256, student_weights="auto", threshold=0.9, floor=1.0),
-    "--recipe best --epochs 3": dict(epochs=3, steps=0, temperature=4.0),
+        steps=6_000, batch_size=256, student_weights="auto", threshold=0.9, floor=1.0, tta=True),
+    "--recipe best --epochs 3 --no-tta": dict(epochs=3, steps=0, temperature=4.0, tta=False),
+    "--recipe best --augment crop": dict(tta=False),        # of digits, say
     "--recipe far": dict(
         steps=6_000, batch_size=256, schedule="onecycle", temperature=4.0, floor=1.0,
         augment="crop,flip,cutmix", student_weights="none", threshold=0.9)}
