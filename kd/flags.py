@@ -15,6 +15,7 @@ USES = {"TeacherTrain": ("teacher",), "distill": STAGES,
 # What each of them makes, and may make again.
 MAKES = {"TeacherTrain": ("teacher",), "mms_threshold": ("scores",), "entropy": ("scores",),
          "transfer": ("scores", "transfer"), "distill": ("students",)}
+OF_TRAINING = ("amp", "compile", "tensorboard", "wandb")      # of the group that all stages share
 MAKER = {stage: f"{script}.py" for script, stages in MAKES.items() for stage in stages}
 NAME_CODE = ("approaches", "teacher_arch", "student_arch")
 APPROACH = {"group": "everyday", "flag": dict(
@@ -67,7 +68,8 @@ def flags_of(script):
     """The names of the settings that are flags of a script."""
     if script not in USES:
         return FLAGS
-    return tuple(name for name in FLAGS if name not in ("approaches", "restart") and
+    others = ("approaches", "restart", *OF_TRAINING * (script not in ("TeacherTrain", "distill")))
+    return tuple(name for name in FLAGS if name not in others and
                  FIELDS[name].metadata["stage"] in (None, *USES[script]))
 
 

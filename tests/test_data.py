@@ -257,6 +257,13 @@ def test_folders_are_packed_by_their_path(tmp_path):
     assert len(made.names_in(tmp_path / "d" / "packed")) == 2
 
 
+def test_what_is_drawn_is_packed_for_each_seed(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.drawn.COUNTS, "noise", 5)
+    made.register(monkeypatch, "noise", images={"source": 5})
+    data.main(["noise", "--seeds", "0,3", "--data-dir", str(tmp_path)])
+    assert made.names_in(tmp_path / "packed") == ["noise-source-32-seed0", "noise-source-32-seed3"]
+
+
 def test_a_test_folder_without_classes_gives_way_to_val(tmp_path):
     """As in ImageNet's and TinyImageNet's own layouts."""
     spec = pets(tmp_path / "pets", test="val")

@@ -134,8 +134,8 @@ def test_a_stage_takes_one_seed():
     ("TeacherTrain", "teacher-lr data-dir device", "sources threshold lr temperature restart"),
     ("mms_threshold", "threshold sources run-dir", "lr approach approaches"),
     ("entropy", "threshold sources run-dir", "lr approach approaches"),
-    ("transfer", "approach fill threshold", "lr student-arch approaches"),
-    ("distill", "approach export lr fill restart-from", "approaches restart"),
+    ("transfer", "approach fill threshold", "lr student-arch approaches amp wandb"),
+    ("distill", "approach export lr fill restart-from amp wandb tta", "approaches restart"),
     ("data", "all list data-dir image-size", "target device"), ("report", "run-dir out", "target")])
 def test_help_is_there_at_once_and_shows_what_the_stage_uses_in_groups(script, shown, not_shown):
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime

@@ -211,7 +211,8 @@ def test_on_fixed_pixels_the_teacher_may_answer_beforehand(tmp_path):
 def test_with_tta_the_student_learns_the_mean_of_the_answers_to_a_view_and_its_mirror_image():
     teacher, views, logits = small(seed=1), torch.from_numpy(IMAGES[:5]), torch.randn(5, 3)
     objective = live_objective(teacher, 4.0, CPU, tta=True)
-    both = [teacher(each).detach() for each in (views, torch.from_numpy(IMAGES[:5, :, ::-1].copy()))]
+    mirrored = torch.from_numpy(IMAGES[:5, :, ::-1].copy())
+    both = [teacher(each).detach() for each in (views, mirrored)]
     torch.testing.assert_close(objective(logits, views, None),
                                kd_loss(logits, sum(both) / 2, 4.0))
 
