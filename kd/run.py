@@ -202,8 +202,8 @@ def _changed(content, now):
 
 
 def _with(key, value):
-    if value is None:
-        return f"without {flag_of(key)}"
+    if value is None or isinstance(value, bool):
+        return f"{'with' if value else 'without'} {flag_of(key)}"
     text = ",".join(map(str, value)) if isinstance(value, list) else (
         f"{value:.6g}" if isinstance(value, float) else value)
     return f"with {flag_of(key)} {text}"
