@@ -230,7 +230,8 @@ def folded(classifier):
     copied = copy.deepcopy(classifier)
 
     def after(module, inputs, output):
-        if type(module) in (nn.Conv2d, SmallInputConv2d):
+        if type(module) in (nn.Conv2d, SmallInputConv2d) and isinstance(
+                module.weight, nn.Parameter):       # not computed anew, as weight_norm's is
             made[id(output)] = module, output       # kept, so that no other tensor takes its id
 
     def before(module, inputs):

@@ -8,12 +8,13 @@ from kd.files import UserError, digest, file_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"kd", "criteria"}
+seen = set()        # folders from which something was imported
 
 
 def import_file(path):
     """The module in a Python file of the user's, which may import what lies beside it; at its
-    top also under names of this project. What the file raises is not caught. Raises UserError where
-    there is no such file."""
+    top also under names of this project, or of files beside another one of theirs. What the file
+    raises is not caught. Raises UserError where there is no such file."""
     path = Path(path).resolve()
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
@@ -22,7 +23,8 @@ def import_file(path):
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        theirs = {each.stem for each in folder.iterdir()} & OURS if folder != ROOT else set()
+        theirs = {each.stem for each in folder.iterdir()} & (OURS | _names_from(seen - {folder}))
+        theirs = set() if folder == ROOT else theirs
         ours = _taken_out(theirs)
         sys.path.insert(0, str(folder))
         try:
@@ -33,9 +35,16 @@ def import_file(path):
         finally:
             sys.path.remove(str(folder))
             sys.path.append(str(folder))        # for what its functions import
+            seen.add(folder)
             _taken_out(theirs)
             sys.modules.update(ours)
     return sys.modules[name]
+
+
+def _names_from(folders):
+    """The names of the modules and packages that were imported from these folders."""
+    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+    return {name for name, file in files.items() if file and folders & {*Path(file).parents[:2]}}
 
 
 def _taken_out(names):

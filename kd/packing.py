@@ -3,6 +3,7 @@
     Packed      images.npy, memory-mapped: decoded once, by all cores, and reused for ever
     Streamed    decoded as they are asked for; nothing is kept
 """
+import contextlib
 import mmap
 import multiprocessing
 import os
@@ -51,7 +52,9 @@ class _Blocks:
                     pixels[len(good)] = decode(self.images.read(i), self.size)
                     good.append(i)
                 except Exception as error:      # whatever a broken file makes a decoder raise
-                    file = "" if self.images.files is None else self.images.files[i]
+                    file = ""
+                    with contextlib.suppress(Exception):    # of a shard that is gone
+                        file = self.images.files[i] if self.images.files is not None else ""
                     what = one_field(f"{type(error).__name__}: {error}")
                     bad.append((i, one_field(file), what))
         return pixels[:len(good)], good, bad
@@ -212,6 +215,8 @@ def open_pack(images, folder, name, size):
         return None
     pixels = np.load(folder / "images.npy", mmap_mode="r")
     bad = content["bad"]
+    if _Blocks(images, size)[[i for i, *_ in bad]][1]:
+        return None         # what could not be read now can, by another owner or another Pillow
     kept = images.take(np.delete(np.arange(images.count), [i for i, *_ in bad])) if bad else images
     return Packed(name, pixels, kept.labels, kept.classes, kept.files, kept.rows,
                   images.fingerprint, content["files"]["images.npy"], bad)

@@ -233,7 +233,7 @@ def list_images(root, label="", wanted=lambda path: True):
 def read_class_folders(root, label="", wanted=lambda path: "/" in path):
     """`root`/<class>/**: a class per folder, in the order of their names, which are compared in
     Unicode's composed form (macOS writes accents as characters of their own). label, wanted: as in
-    `list_images`."""
+    `list_images`. Raises UserError for a folder that can't be read."""
     def class_of(path):
         return unicodedata.normalize("NFC", path.partition("/")[0])
 
@@ -241,6 +241,8 @@ def read_class_folders(root, label="", wanted=lambda path: "/" in path):
     classes, labels = np.unique([class_of(path) for path in files], return_inverse=True)
     empty = [path.name for path in Path(root).glob("*/")
              if not is_hidden(path.name) and class_of(path.name) not in classes]
+    if closed := [name for name in empty if not os.access(Path(root, name), os.R_OK | os.X_OK)]:
+        raise UserError(f"{root}/{closed[0]} can't be read: its class would be left out.")
     if label and empty:
         say(f"{label}: {listed(sorted(empty))} holds no image and is not a class.")
     return read_files(root, files, labels, classes.tolist())
@@ -259,7 +261,8 @@ def shard_paths(name, pattern):
                  for path in shard_paths(name, f"{start}{number:0{width}}{end}")]
     else:
         folder, file = os.path.split(pattern)
-        paths = sorted(str(path) for path in Path(folder).glob(file.replace("[", "[[]"))
+        file = re.sub(r"\*+", "*", file.replace("[", "[[]"))
+        paths = sorted(str(path) for path in Path(folder).glob(file)
                        if not is_hidden(path.name))
     if not paths:
         raise UserError(f"{name}: there is no {pattern}. Shards are given as {name}=FOLDER/*.tar "
@@ -305,6 +308,8 @@ def _members(path, passed):
                 tar.members.clear()     # which it would keep, of millions
                 if any(is_hidden(part) for part in member.name.split("/") if part != "."):
                     passed["hidden"] += 1
+                elif member.islnk() or member.issym():
+                    passed["links"] += 1
                 elif member.isreg() and is_image(
                         member.name, lambda file=member: tar.extractfile(file).read(16), passed):
                     yield member

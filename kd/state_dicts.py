@@ -104,21 +104,27 @@ def tensors_of(content, at=""):
 
 
 def _bare(key):
-    """A name without what wraps modules, and as torchvision renames those of its old DenseNets."""
+    """A name without what wraps modules, and as torchvision renames those of its old DenseNets and
+    vision transformers."""
     key = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+    key = re.sub(r"(\.mlp\.)linear_([12])(?=\.)", lambda old: old[1] + "03"[int(old[2]) - 1], key)
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", key)
 
 
 def _prefixes(theirs, ours):
     """The prefixes of names in `theirs` {name: tensor} below which the most of `ours` {name: shape}
-    lie and the least else; plain weights come before averages of them."""
+    lie and the least else, but for whole copies of the network; plain weights come before averages
+    of them."""
     matches = collections.Counter()
     for key, value in theirs.items():
         for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
             if key[start:] in ours:
                 matches[key[:start]] += 1 + (ours[key[start:]] == value.shape)
+    whole = [prefix for prefix, found in matches.items() if found == 2 * len(ours)]
     for prefix in matches:
-        rest = (key.removeprefix(prefix) for key in theirs if key.startswith(prefix))
+        copies = tuple(each for each in whole if each.startswith(prefix) and each != prefix)
+        rest = (key.removeprefix(prefix) for key in theirs
+                if key.startswith(prefix) and not key.startswith(copies))
         matches[prefix] -= sum(key not in ours and not LEFT_OUT.search(key) for key in rest)
     best = max(matches.values(), default=0)
     tied = [prefix for prefix in matches if matches[prefix] == best] or [""]
@@ -132,10 +138,12 @@ def fit(network, content, path, arch):
     names = {_bare(name): name for name in expected}
     theirs = {key: value for key, value in tensors_of(content) if not key.startswith("optim")}
     prefix, *others = _prefixes(theirs, {key: expected[names[key]].shape for key in names})
-    state = collections.OrderedDict()
+    state, copies = collections.OrderedDict(), tuple(
+        each for each in others if each.startswith(prefix))
     for key, value in theirs.items():
         rest = key.removeprefix(prefix)
-        if key.startswith(prefix) and (rest in names or not LEFT_OUT.search(rest)):
+        if key.startswith(prefix) and not key.startswith(copies) and (
+                rest in names or not LEFT_OUT.search(rest)):
             state[names.get(rest, rest)] = value
     state._metadata = expected._metadata        # the versions of its layers
     wrong = _misfits(network, state) if theirs else f"it holds no state dict. {REMEDY}"

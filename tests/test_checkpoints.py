@@ -21,6 +21,7 @@ from kd.classifier import Classifier
 from kd.engine import predict
 from kd.export import export
 from kd.files import UserError
+from kd.state_dicts import fit
 
 CLASSES = ["ant, small", "bee", "cow é"]
 
@@ -113,6 +114,9 @@ SAVED = {
         "state_dict": net.state_dict(), "best": np.float64(0.9), "array": np.zeros(3),
         "opt": argparse.Namespace(lr=0.05, data=Path("/data")),
         "cfg": Attributes(a=Attributes(b=1)), "history": collections.defaultdict(list, a=[1])},
+    "an average inside": lambda net: net.state_dict() | under("ema.", {
+        "n_averaged": torch.tensor(3)} | under("module.", {
+            key: torch.ones_like(value) for key, value in net.state_dict().items()})),
     "an optimizer beside": lambda net: net.state_dict() | {
         "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}},
 }
@@ -177,6 +181,17 @@ def test_torchvisions_weights_are_read_with_older_keys_and_without_auxiliary_hea
     state = {key_of(key): value for key, value in network.state_dict().items() if key_of(key)}
     torch.save({"arch": arch, "state_dict": state}, tmp_path / "w.pth.tar")
     assert same(checkpoints.load_teacher(tmp_path / "w.pth.tar", arch, CLASSES, size), network)
+
+
+def test_torchvisions_weights_of_vision_transformers_are_read_with_older_keys():
+    ours, theirs = (torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 16, num_classes=3)
+                    for _ in range(2))
+    state = {key.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): value
+             for key, value in theirs.state_dict().items()}
+    assert state.keys() != ours.state_dict().keys()
+    fit(ours, state, "vit.pth", "vit")
+    assert all(torch.equal(value, theirs.state_dict()[key])
+               for key, value in ours.state_dict().items())
 
 
 def test_what_is_assumed_of_the_pixels_is_said(net, capsys):

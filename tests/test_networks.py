@@ -9,7 +9,7 @@ from conftest import refusal
 from torch import nn
 
 from kd import architectures, checkpoints, models, own
-from kd.classifier import IMAGENET
+from kd.classifier import IMAGENET, Classifier
 from kd.download import RemoteFile
 from kd.files import file_digest
 from kd.settings import resolve
@@ -181,6 +181,16 @@ def test_batch_norms_are_folded_where_the_logits_stay_the_same(arch, left):
                                    atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("computed", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_convolution_whose_weight_is_computed_is_not_folded(computed):
+    layers = computed(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(3600, 3)
+    classifier = with_statistics(Classifier(nn.Sequential(*layers), "own", CLASSES))
+    with torch.no_grad():
+        expected = classifier.eval()(random_images(4))
+        torch.testing.assert_close(models.folded(classifier)(random_images(4)), expected)
+
+
 def test_a_student_of_the_same_family_inherits_what_its_teacher_has():
     student, stranger = (models.build(arch, CLASSES) for arch in (
         "resnet18", "mobilenet_v3_small"))
@@ -280,6 +290,16 @@ def make(num_classes):
     network = models.build(f"{tmp_path}/nets.py:make", CLASSES).network
     assert (network[1].out_features, own.import_file(tmp_path / "nets.py").KEEP) == (5, ">=")
     assert sys.modules["data"] is data
+
+
+def test_two_files_have_each_what_lies_beside_it(tmp_path):
+    for folder, width in (("a", 4), ("b", 6), ("c", 8)):
+        package = tmp_path / folder / "parts"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("from parts.sizes import WIDTH\n")
+        (package / "sizes.py").write_text(f"WIDTH = {width}\n")
+        (tmp_path / folder / "nets.py").write_text("from parts import WIDTH\n")
+        assert own.import_file(tmp_path / folder / "nets.py").WIDTH == width
 
 
 @pytest.mark.quick

@@ -96,14 +96,16 @@ def test_odd_images_are_read_as_a_viewer_shows_them(tmp_path, capfd):
 
 
 @pytest.mark.quick
-def test_a_shard_is_read_as_a_folder_is(tmp_path):
+def test_a_shard_is_read_as_a_folder_is(tmp_path, capfd):
     root, names = tmp_path / "pool", ["a/1.png", "x/" * 90 + "long.png", "d"]
     save(root, *names[:2], "a/._1.png", ".hidden.png", "__MACOSX/a.png")
     save(root, "d", kind="JPEG")
     (root / "notes.txt").write_text("no image")
+    os.link(root / names[0], root / "linked.png")
     with tarfile.open(tmp_path / "000.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         tar.add(root, ".")
-    found = source(tmp_path / "d", f"pool={tmp_path}/000.tar")
+    found = source(tmp_path / "d", f"pool={tmp_path}/**.tar")
+    assert "1 links" in capfd.readouterr().out
     assert sorted(found.files) == sorted(f"000.tar/./{name}" for name in names)
     (tmp_path / "moved").mkdir()
     shutil.copy2(tmp_path / "000.tar", tmp_path / "moved")
@@ -164,6 +166,18 @@ def test_a_pack_is_made_once_and_again_when_a_file_changes(tmp_path):
     assert len(again) == 6 and again.fingerprint != first.fingerprint
     assert again.images[3, 0, 0].tolist() == list(GREEN)
     assert made.names_in(file.parent) == ["bad.txt", "images.npy", "pack.json"]
+
+
+def test_what_could_not_be_read_and_now_can_is_packed(tmp_path):
+    spec, path = pool(tmp_path / "pool", 20), tmp_path / "pool" / "004.png"
+    whole, content, state = source(tmp_path / "d", spec).images.tobytes(), path.read_bytes(), None
+    for file, bad in ((b"?" * len(content), 1), (content, 0)):      # as of another owner
+        path.write_bytes(file)
+        state = state or path.stat()
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        found = source(tmp_path / "e", spec, max_bad=0.1)
+        assert found.bad == bad
+    assert found.images.tobytes() == whole
 
 
 @pytest.mark.parametrize("damage", [
