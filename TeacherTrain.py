@@ -134,6 +134,7 @@ def main(argv):
         load_checkpoint(settings, target)
     first_alone(lambda: run.open(device, given))
     report_teacher(train_teacher(run, target, device))
+    run.save_config(device, given)
     say(f"saved in {run / 'teacher.pt'}")
 
 

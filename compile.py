@@ -75,6 +75,8 @@ def check_networks(settings, target, runs):
         teacher = new_teacher(settings, target.classes)
     if settings.read_sources:
         bucket_size(settings, target, teacher.classes)
+    with alone():       # as students are trained, of which there are mostly several
+        require_batch("--batch-size", settings.batch_size)
     weights = settings.student_weights if is_file(settings.student_weights) else "none"
     student = models.untrained(settings.student_arch, teacher.classes, weights, settings.image_size)
     if settings.student_weights == "teacher":

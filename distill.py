@@ -37,7 +37,7 @@ from kd.muon import convolutions_of
 from kd.processes import alone, first_alone, on_all_ranks
 from kd.run import open_stage
 from kd.settings import DRAWN_BY_WEIGHT, ON_TARGET
-from kd.training import Watch, cross_entropy, train
+from kd.training import Watch, cross_entropy, require_batch, train
 from kd.values import name_of, name_of_approach, name_of_arch
 
 FORMS = {"onnx": ".onnx", "state_dict": ".pth", "safetensors": ".safetensors"}
@@ -226,6 +226,7 @@ def main(argv):
     if not run.has(f"students/{approach}.json"):
         needed = [settings.start_of(approach)]
         first_alone(lambda: require_none(models.unavailable(needed, settings.image_size)))
+    require_batch("--batch-size", settings.batch_size)
     classes = run.content_of("teacher.json")["classes"]
     first_alone(lambda: data.obtain(settings, sources=False))
     if run.restarted:       # what can't start is refused before anything is deleted
@@ -235,6 +236,7 @@ def main(argv):
     # An export needs nothing but a student that is whole.
     if "export" not in given or read_product(run, f"students/{approach}.json")[0] is None:
         report_student(train_student(run, approach, target, device))
+    run.save_config(device, given)
     if "export" in given and is_first():
         with alone():
             export_student(run, approach, given["export"], target)

@@ -298,6 +298,7 @@ def main(argv):
     first_alone(lambda: run.open(device, given))        # which deletes: not what is refused above
     report_pool(scoring)
     report_transfer_set(approach, make_transfer_set(run, approach, scoring))
+    run.save_config(device, given)
     say(f"saved in {run / 'transfer' / approach}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchvision.utils import make_grid
 
-from kd.files import is_first, write_text
+from kd.files import UserError, first_line, is_first, write_text
 
 
 def _tensorboard(folder, step):
@@ -26,8 +26,11 @@ class _WandbWriter:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "id").exists():
             write_text(folder / "id", secrets.token_hex(8))
-        self.run = wandb.init(dir=folder, name=f"{folder.parents[1].name} {folder.name}",
-                              id=(folder / "id").read_text(), resume="allow")
+        try:
+            self.run = wandb.init(dir=folder, name=f"{folder.parents[1].name} {folder.name}",
+                                  id=(folder / "id").read_text(), resume="allow")
+        except wandb.Error as error:        # mostly nobody has logged in
+            raise UserError(f"--wandb: {first_line(error)}") from None
 
     def add_scalar(self, name, value, step):
         self.run.log({name: value}, step=step)

@@ -17,6 +17,8 @@ MAKES = {"TeacherTrain": ("teacher",), "mms_threshold": ("scores",), "entropy": 
          "transfer": ("scores", "transfer"), "distill": ("students",)}
 OF_TRAINING = ("amp", "compile", "tensorboard", "wandb")      # of the group that all stages share
 MAKER = {stage: f"{script}.py" for script, stages in MAKES.items() for stage in stages}
+# Settings that an older version had not, and what it did.
+ADDED = {"optimizer": "sgd", "tta": False}
 NAME_CODE = ("approaches", "teacher_arch", "student_arch")
 APPROACH = {"group": "everyday", "flag": dict(
     type=values.approach, metavar="A", default="mms",
@@ -121,8 +123,10 @@ def read_config(path):
     if "given" not in config:
         raise UserError(f"{path} is missing, damaged or of another version, so {path.parent} is "
                         "not a run folder. Running compile.py again writes it.")
-    return config | {"given": {name: tuple(value) if isinstance(value, list) else value
-                               for name, value in config["given"].items()}}
+    given = {name: value for name, value in ADDED.items() if name not in config}
+    return config | {"given": given | {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config["given"].items()}}
 
 
 def code_in(given):

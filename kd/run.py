@@ -40,8 +40,6 @@ MADE_BY = {
         "pt", "npz", "json", "part", "onnx", "pth", "safetensors")), "tensorboard/student-*",
         "wandb/student-*", "results.json", "results.md", "figures/*.png", "report.html"),
 }
-# Settings that an older version had not, and what it did.
-ADDED = {"optimizer": "sgd", "tta": False}
 CHECKED = ("teacher.json", "transfer/*/summary.json", "students/*.json")
 
 
@@ -160,7 +158,7 @@ class Run:
 
     def open(self, device, given):
         """Deletes what is to be made again, and writes config.json after that, or where there is
-        none. device: the torch.device that computes."""
+        none: once the work is done `save_config` has it. device: the torch.device that computes."""
         config = self._config(device, given)        # which may refuse what is given
         if is_first():
             self._clear()
@@ -197,7 +195,7 @@ class Run:
 def _changed(content, now):
     """{key: what a product was made from} where that differs from `now`. What an older version had
     besides counts for nothing, and what it had not is what it did."""
-    before = ADDED | content["made_from"]
+    before = flags.ADDED | content["made_from"]
     return {key: before.get(key) for key in now if before.get(key) != now[key]}
 
 

@@ -298,4 +298,5 @@ def threshold_command(name, script, description, data, argv):
     scoring.require(name)
     first_alone(lambda: run.open(device, given))
     report_thresholds(name, scoring)
+    run.save_config(device, given)
     say(f"saved in {run / 'thresholds.json'}")

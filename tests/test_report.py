@@ -6,11 +6,12 @@ import re
 import shutil
 import time
 from base64 import b64decode
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, small_run
+from conftest import refusal, run_script, small_run
 from PIL import Image
 from script_files import manifest, put, ran, read
 
@@ -252,9 +253,13 @@ def test_hostile_names_cannot_become_a_part_of_the_page(run, request, capsys):
 
 def test_wandb_gets_losses_and_views_and_a_resumed_training_continues_its_run(
         tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="pip install wandb")
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "run" / "wandb" / "student-mms"
+    with monkeypatch.context() as patch:
+        error = wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+        patch.setattr(wandb, "init", mock.Mock(side_effect=error))
+        refusal("^--wandb: No API key configured.", board.Board, {"wandb": folder})
     shown = board.Board({"wandb": folder})
     shown.views(2, torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
     shown.figures(3, epoch_loss=0.375)

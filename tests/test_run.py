@@ -171,9 +171,11 @@ def test_images_that_have_changed_are_noticed_and_nothing_is_lost(run, flags, pa
 
 @pytest.mark.parametrize("script", STAGES)
 def test_a_stage_run_by_hand_takes_what_is_not_given_from_the_run(run, painted, script):
-    before = contents(run)
+    before, config = contents(run), read(run, "config.json")
     ran(script, by_hand(painted, run))
-    assert contents(run) == before
+    assert {name for name, content in contents(run).items() if content != before[name]} <= {
+        "config.json"}      # which names the folder
+    assert read(run, "config.json")["given"] == config["given"]
 
 
 @pytest.mark.parametrize("restart, first, kept", [
@@ -199,6 +201,8 @@ def test_restart_keeps_what_comes_before_and_what_is_not_the_runs(run, flags, re
     ("compile.py", "--restart-from transfer --transfer-size 1", "1 images are fewer than one"),
     ("transfer.py", "--restart-from transfer --transfer-size 1", "1 images are fewer than one"),
     ("TeacherTrain.py", "--restart-from teacher --teacher-checkpoint typo.pth", "typo.pth can't"),
+    *((script, "--restart-from students --batch-size 1", "--batch-size: a batch needs 2 images")
+      for script in ("compile.py", "distill.py")),
     ("mms_threshold.py", "--restart-from teacher",
      "--restart-from: that is for TeacherTrain.py, which makes teacher"),
     ("compile.py", "--restart --teacher-checkpoint {run}/teacher.pt", "compile.py: --restart would "
@@ -262,6 +266,7 @@ def test_every_stage_by_hand_gives_what_compile_gave(flags, tmp_path, finished_r
     expected, ended = outcome(finished_run), outcome(run)
     assert expected.keys() - ended.keys() == {"results.json"}
     assert [name for name in ended if ended[name] != expected[name]] == []
+    assert read(run, "config.json")["given"] == read(finished_run, "config.json")["given"]
 
 
 @pytest.mark.parametrize("script, absent, command", [

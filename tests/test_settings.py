@@ -1,8 +1,9 @@
 """Settings: what a command line stands for, what it says when it is wrong, and how it is kept."""
+import json
 import re
 import resource
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from conftest import ROOT, refusal, run_script
@@ -187,7 +188,8 @@ def test_the_first_page_is_short():
 def kept(folder, *argv):
     """The config.json of a run with this command line, as far as --config reads it."""
     given, path = parse(argv, "compile", "text"), folder / "config.json"
-    write_sealed(path, {"given": repeatable(resolve(given), given)})
+    settings = resolve(given)
+    write_sealed(path, asdict(settings) | {"given": repeatable(settings, given)})
     return str(path)
 
 
@@ -204,6 +206,15 @@ def test_a_config_repeats_a_run_in_any_folder_and_the_command_line_has_the_last_
     assert settings_of("--config", path) == expected
     assert settings_of("--config", path, "--epochs", "2", "--seed", "9", "--data-dir", "d") == (
         replace(expected, epochs=2, steps=0, seeds=(9,), data_dir="/d"))
+
+
+def test_a_config_of_before_a_setting_was_there_means_what_was_done_then(tmp_path):
+    path = kept(tmp_path, "--recipe", "best")
+    content = json.loads((tmp_path / "config.json").read_text())
+    write_sealed(path, {name: value for name, value in content.items()
+                        if name not in ("optimizer", "tta", "digest")})
+    found = settings_of("--config", path)
+    assert (found.optimizer, found.tta) == ("sgd", False)
 
 
 @pytest.mark.parametrize("flag, value", [
