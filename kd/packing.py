@@ -61,16 +61,23 @@ class _Blocks:
 
 
 def decoded(images, size, blocks):
-    """What _Blocks makes of each of `blocks`, lists of image numbers, in order."""
+    """Yields what _Blocks makes of each of `blocks`, lists of image numbers, in order."""
     import torch
 
     from kd.processes import working_here
     workers = min(-(-cores() // working_here()), len(blocks)) if len(blocks) > 2 else 0
-    return iter(torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         _Blocks(images, size), batch_size=None, sampler=blocks, num_workers=workers,
         collate_fn=tuple, multiprocessing_context="fork" if workers and FORKS else None,
         worker_init_fn=_end_with_parent,
-        generator=torch.Generator()))       # which leaves everybody else's random numbers alone
+        generator=torch.Generator())        # which leaves everybody else's random numbers alone
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError("A process that decodes images was killed, mostly for lack of memory. "
+                        "There are fewer where fewer cores may be used (taskset -c 0,1).") from None
 
 
 def _end_with_parent(_):

@@ -21,8 +21,9 @@ from PIL import Image
 from torchvision.transforms import Resize
 
 import data
+from kd import packing
 from kd.packing import Streamed
-from kd.readers import decode
+from kd.readers import Images, decode
 from kd.values import data_set_spec
 
 ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -319,6 +320,12 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, how, size, few
         return float(done.stdout) if done.stdout else pytest.fail(done.stderr)
     small, large = peak(few), peak(8 * few)
     assert small < 250 and large - small < 30, (small, large)
+
+
+def test_a_decoder_that_is_killed_is_one_line():
+    images = Images(9, lambda i: os.kill(os.getpid(), signal.SIGKILL), "x")
+    refusal("^A process that decodes images was killed", list,
+            packing.decoded(images, 32, [[i] for i in range(9)]))
 
 
 def test_packing_needs_no_fork(tmp_path):
