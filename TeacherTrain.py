@@ -17,7 +17,7 @@ from kd.evaluation import evaluate, saved_split, test_of, watcher
 from kd.files import UserError, listed, require_none, say
 from kd.processes import first_alone, on_all_ranks
 from kd.run import open_stage
-from kd.training import Watch, cross_entropy, train
+from kd.training import Watch, cross_entropy, require_batch, train
 from kd.values import name_of_arch
 
 LEARNED = 0.03      # in accuracy: a confidence set so far above the test was learned from
@@ -92,6 +92,14 @@ def load_checkpoint(settings, target):
     return teacher
 
 
+def teacher_to_be(settings, target):
+    """The one that was given, or that will be trained. Raises UserError where it can't be."""
+    if settings.teacher_checkpoint:
+        return load_checkpoint(settings, target)
+    require_batch("--teacher-batch-size", settings.teacher_batch_size)
+    return new_teacher(settings, target.classes)
+
+
 def say_if_odd(accuracies, classes, calibrate):
     """Says where a teacher that was given is near chance: its images or classes are misread; and
     where it has probably learned from the confidence set."""
@@ -130,8 +138,8 @@ def main(argv):
     first_alone(lambda: require_none(models.unavailable(weights_of(settings),
                                                         settings.image_size)))
     target = first_alone(lambda: data.load_target(settings))
-    if run.restarted and settings.teacher_checkpoint:       # before anything is deleted
-        load_checkpoint(settings, target)
+    if run.restarted:       # what can't be is refused before anything is deleted
+        teacher_to_be(settings, target)
     first_alone(lambda: run.open(device, given))
     report_teacher(train_teacher(run, target, device))
     run.save_config(device, given)

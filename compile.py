@@ -10,6 +10,7 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
     from kd.flags import parser_of
     parser_of("compile", __doc__).parse_args()
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -30,7 +31,7 @@ from kd.settings import BUILT_IN_SOURCES, ON_TARGET, resolve
 from kd.state_dicts import read_file
 from kd.training import require_batch
 from kd.values import is_file, name_of
-from TeacherTrain import load_checkpoint, new_teacher, report_teacher, train_teacher, weights_of
+from TeacherTrain import report_teacher, teacher_to_be, train_teacher, weights_of
 from transfer import bucket_size, make_transfer_set, report_pool, report_transfer_set
 
 
@@ -68,14 +69,12 @@ def check_networks(settings, target, runs):
         return
     if have_teacher:
         teacher = checkpoints.load(runs[0] / "teacher.pt", settings.teacher_arch)
-    elif settings.teacher_checkpoint:
-        teacher = load_checkpoint(settings, target)
     else:
-        require_batch("--teacher-batch-size", settings.teacher_batch_size)
-        teacher = new_teacher(settings, target.classes)
+        teacher = teacher_to_be(settings, target)
     if settings.read_sources:
         bucket_size(settings, target, teacher.classes)
-    with alone():       # as students are trained, of which there are mostly several
+    several = len(runs) * len(settings.rows) > 1        # of which each is trained by one process
+    with alone() if several else contextlib.nullcontext():
         require_batch("--batch-size", settings.batch_size)
     weights = settings.student_weights if is_file(settings.student_weights) else "none"
     student = models.untrained(settings.student_arch, teacher.classes, weights, settings.image_size)

@@ -224,9 +224,9 @@ def main(argv):
         require_packages(given["export"])
     device = engine.pick_device(settings.device, settings.amp)
     if not run.has(f"students/{approach}.json"):
+        require_batch("--batch-size", settings.batch_size)
         needed = [settings.start_of(approach)]
         first_alone(lambda: require_none(models.unavailable(needed, settings.image_size)))
-    require_batch("--batch-size", settings.batch_size)
     classes = run.content_of("teacher.json")["classes"]
     first_alone(lambda: data.obtain(settings, sources=False))
     if run.restarted:       # what can't start is refused before anything is deleted
@@ -236,7 +236,7 @@ def main(argv):
     # An export needs nothing but a student that is whole.
     if "export" not in given or read_product(run, f"students/{approach}.json")[0] is None:
         report_student(train_student(run, approach, target, device))
-    run.save_config(device, given)
+        run.save_config(device, given)
     if "export" in given and is_first():
         with alone():
             export_student(run, approach, given["export"], target)

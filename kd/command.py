@@ -84,6 +84,9 @@ def command(main):
             f"The files written so far are complete. {_how_to_resume()}" if full else
             "Choose another folder, with --data-dir or --run-dir."))
     except RuntimeError as error:
+        if "DataLoader worker (pid" in str(error):
+            _fail("a process that decodes images was killed, mostly for lack of memory. There are "
+                  "fewer where fewer cores may be used (taskset -c 0,1).")
         if not several or "by peer" not in str(error):
             raise
         _fail("another process has ended.", late=True)

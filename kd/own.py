@@ -23,8 +23,8 @@ def import_file(path):
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        theirs = {each.stem for each in folder.iterdir()} & (OURS | _names_from(seen - {folder}))
-        theirs = set() if folder == ROOT else theirs
+        taken = _names_from(seen - {folder}) | (OURS if folder != ROOT else set())
+        theirs = {each.stem for each in folder.iterdir()} & taken
         ours = _taken_out(theirs)
         sys.path.insert(0, str(folder))
         try:
@@ -42,9 +42,10 @@ def import_file(path):
 
 
 def _names_from(folders):
-    """The names of the modules and packages that were imported from these folders."""
+    """The first names of the modules that were imported from these folders."""
     files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
-    return {name for name, file in files.items() if file and folders & {*Path(file).parents[:2]}}
+    return {name.partition(".")[0] for name, file in files.items()
+            if file and folders & {*Path(file).parents[:2]}}
 
 
 def _taken_out(names):

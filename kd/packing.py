@@ -31,6 +31,7 @@ from kd.readers import Chosen, Images, decode
 
 FORKS = sys.platform == "linux"
 BLOCK = 1 << 19             # bytes, about, that a worker packs at a time
+TRIED = 100                 # of what could not be read, about, that is tried again
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,16 @@ class _Blocks:
 
 
 def decoded(images, size, blocks):
-    """Yields what _Blocks makes of each of `blocks`, lists of image numbers, in order."""
+    """What _Blocks makes of each of `blocks`, lists of image numbers, in order."""
     import torch
 
     from kd.processes import working_here
     workers = min(-(-cores() // working_here()), len(blocks)) if len(blocks) > 2 else 0
-    loader = torch.utils.data.DataLoader(
+    return iter(torch.utils.data.DataLoader(
         _Blocks(images, size), batch_size=None, sampler=blocks, num_workers=workers,
         collate_fn=tuple, multiprocessing_context="fork" if workers and FORKS else None,
         worker_init_fn=_end_with_parent,
-        generator=torch.Generator())        # which leaves everybody else's random numbers alone
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError("A process that decodes images was killed, mostly for lack of memory. "
-                        "There are fewer where fewer cores may be used (taskset -c 0,1).") from None
+        generator=torch.Generator()))       # which leaves everybody else's random numbers alone
 
 
 def _end_with_parent(_):
@@ -203,10 +197,10 @@ def pack(images, folder, name, size, max_bad):
     What can't be read is left out and listed in bad.txt, a line of file, reason and number each;
     UserError where that is more than the share `max_bad`.
     """
-    packed = open_pack(images, folder, name, size)
+    packed = _as_of_now(images, folder, name, size)
     if packed is None:
         with holding(folder, f"packing {name}"):        # another process may make it meanwhile
-            packed = open_pack(images, folder, name, size) or _make(images, folder, name, size)
+            packed = _as_of_now(images, folder, name, size) or _make(images, folder, name, size)
     if packed.bad:
         listing = f" They are listed in {folder / 'bad.txt'}."
         _require_few(name, packed.unreadable, images.count, max_bad, listing)
@@ -222,17 +216,27 @@ def open_pack(images, folder, name, size):
         return None
     pixels = np.load(folder / "images.npy", mmap_mode="r")
     bad = content["bad"]
-    if _Blocks(images, size)[[i for i, *_ in bad]][1]:
-        return None         # what could not be read now can, by another owner or another Pillow
     kept = images.take(np.delete(np.arange(images.count), [i for i, *_ in bad])) if bad else images
     return Packed(name, pixels, kept.labels, kept.classes, kept.files, kept.rows,
                   images.fingerprint, content["files"]["images.npy"], bad)
 
 
+def _as_of_now(images, folder, name, size):
+    """As of open_pack; None also where some of what could not be read now can, by another owner or
+    another Pillow."""
+    packed = open_pack(images, folder, name, size)
+    if packed is None or not os.access(folder.parent, os.W_OK):
+        return packed
+    numbers = [number for number, *_ in packed.unreadable]
+    readable = _Blocks(images, size)[numbers[::max(1, len(numbers) // TRIED)]][1]
+    return None if readable else packed
+
+
 def _make(images, folder, name, size):
     """What is being made is `<folder>.part`. pack.json comes last: without it there is no pack."""
     if folder.exists():
-        say(f"{folder} is damaged, or its files have changed. It will be made again.")
+        say(f"{folder} is damaged, or its files have changed or can be read now. It will be made "
+            "again.")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)     # of an attempt that was killed
     part.mkdir()

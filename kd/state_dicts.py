@@ -107,7 +107,8 @@ def _bare(key):
     """A name without what wraps modules, and as torchvision renames those of its old DenseNets and
     vision transformers."""
     key = ".".join(part for part in key.split(".") if part not in WRAPPERS)
-    key = re.sub(r"(\.mlp\.)linear_([12])(?=\.)", lambda old: old[1] + "03"[int(old[2]) - 1], key)
+    for old, new in (("1", "0"), ("2", "3")):
+        key = re.sub(rf"((?:^|\.)mlp\.)linear_{old}(?=\.)", rf"\g<1>{new}", key)
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", key)
 
 
@@ -150,9 +151,10 @@ def fit(network, content, path, arch):
     if wrong:
         raise UserError(f"{path} does not fit {arch}: {wrong}. It needs the network and the "
                         "classes that it was saved with.")
-    if prefix:
+    if prefix or others:
+        where = f"under '{prefix[:-1]}'" if prefix else "on top"
         beside = f", not those under {listed([repr(other[:-1]) for other in others])}"
-        say_once(f"{path}: the weights under '{prefix[:-1]}' are used{beside * bool(others)}.")
+        say_once(f"{path}: the weights {where} are used{beside * bool(others)}.")
 
 
 def _misfits(network, state):

@@ -20,7 +20,7 @@ from kd import checkpoints, models, own
 from kd.classifier import Classifier
 from kd.engine import predict
 from kd.export import export
-from kd.files import UserError
+from kd.files import UserError, say_once
 from kd.state_dicts import fit
 
 CLASSES = ["ant, small", "bee", "cow é"]
@@ -124,9 +124,12 @@ SAVED = {
 
 @pytest.mark.parametrize("how", SAVED)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_state_dict_is_read_however_it_was_saved(net, how, zipped):
+def test_a_state_dict_is_read_however_it_was_saved(net, capsys, how, zipped):
     content = SAVED[how](net)
+    say_once.cache_clear()
     assert same(given(content, _use_new_zipfile_serialization=zipped), net)
+    assert ("on top are used, not those under 'ema'." in capsys.readouterr().out) == (
+        how == "an average inside")
 
 
 def test_what_timms_own_script_saves_is_read(net, capsys):

@@ -171,6 +171,14 @@ def test_a_target_has_a_class_per_folder_hidden_ones_and_empty_ones_left_out(tmp
     assert "pets train: cow holds no image and is not a class." in capsys.readouterr().out
 
 
+def test_a_class_that_can_not_be_read_is_refused(tmp_path, monkeypatch):
+    spec, access = pets(tmp_path / "pets"), os.access
+    (tmp_path / "pets" / "train" / "cow").mkdir()       # root, too, may read it
+    monkeypatch.setattr(os, "access", lambda path, mode: (
+        "cow" not in str(path) and access(path, mode)))
+    refusal("pets/train/cow can't be read: its class would be left out.", target, tmp_path, spec)
+
+
 @pytest.mark.quick
 def test_classes_take_the_order_of_the_names_that_are_given(tmp_path, capsys):
     composed, split = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))

@@ -292,13 +292,16 @@ def make(num_classes):
     assert sys.modules["data"] is data
 
 
-def test_two_files_have_each_what_lies_beside_it(tmp_path):
+@pytest.mark.parametrize("name, init", [("parts", "from parts.sizes import WIDTH\n"),
+                                        ("pieces", None)])
+def test_two_files_have_each_what_lies_beside_it(tmp_path, name, init):
     for folder, width in (("a", 4), ("b", 6), ("c", 8)):
-        package = tmp_path / folder / "parts"
+        package = tmp_path / folder / name
         package.mkdir(parents=True)
-        (package / "__init__.py").write_text("from parts.sizes import WIDTH\n")
+        if init:
+            (package / "__init__.py").write_text(init)
         (package / "sizes.py").write_text(f"WIDTH = {width}\n")
-        (tmp_path / folder / "nets.py").write_text("from parts import WIDTH\n")
+        (tmp_path / folder / "nets.py").write_text(f"from {name}.sizes import WIDTH\n")
         assert own.import_file(tmp_path / folder / "nets.py").WIDTH == width
 
 

@@ -203,6 +203,8 @@ def test_restart_keeps_what_comes_before_and_what_is_not_the_runs(run, flags, re
     ("TeacherTrain.py", "--restart-from teacher --teacher-checkpoint typo.pth", "typo.pth can't"),
     *((script, "--restart-from students --batch-size 1", "--batch-size: a batch needs 2 images")
       for script in ("compile.py", "distill.py")),
+    ("TeacherTrain.py", "--restart-from teacher --teacher-batch-size 1",
+     "--teacher-batch-size: a batch needs 2 images"),
     ("mms_threshold.py", "--restart-from teacher",
      "--restart-from: that is for TeacherTrain.py, which makes teacher"),
     ("compile.py", "--restart --teacher-checkpoint {run}/teacher.pt", "compile.py: --restart would "
