@@ -65,17 +65,14 @@ def fixed_objective(teacher, images, temperature, device):
                                                temperature)
 
 
-def live_objective(teacher, temperature, device, amp=None, tta=False):
-    """KD on views as they come. tta: the teacher's answer is the mean of its logits for a view and
-    for its mirror image (test-time augmentation; to learn from it: Radosavovic et al., "Data
-    distillation: towards omni-supervised learning", CVPR 2018)."""
+def live_objective(teacher, temperature, device, amp=None):
+    """KD on augmented views: the teacher answers for each view as it comes."""
     teacher.eval()
 
     @functools.lru_cache(1)     # a student with auxiliary heads asks for each
     def answers(views):
         with torch.no_grad(), engine.autocast(device, amp):
-            found = teacher(views).float()
-            return (found + teacher(views.flip(2)).float()) / 2 if tta else found
+            return teacher(views).float()
     return lambda logits, views, rows: kd_loss(logits.float(), answers(views), temperature)
 
 
@@ -183,11 +180,11 @@ def objective_of(run, images, supervised, recipe, target, device):
                 dataclasses.replace(recipe, augment=",".join(views) or "none"))
     teacher = checkpoints.load(run / "teacher.pt", run.settings.teacher_arch)
     teacher = models.folded(teacher).to(device)
-    if recipe.augment == "none" and not recipe.tta:
+    if recipe.augment == "none":
         return fixed_objective(teacher, images, recipe.temperature, device), recipe
     if engine.in_bfloat16(device, recipe.amp):
         teacher = engine.cast_once(teacher)
-    return live_objective(teacher, recipe.temperature, device, recipe.amp, recipe.tta), recipe
+    return live_objective(teacher, recipe.temperature, device, recipe.amp), recipe
 
 
 def report_student(figures):

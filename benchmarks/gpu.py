@@ -65,8 +65,8 @@ def steps(device, count, compiled, batch_size=None):
             ("resnet34_cifar, labels", "resnet34_cifar", None, BEST.teacher_recipe),
             ("resnet34_cifar to resnet18_cifar, live", "resnet18_cifar", "resnet34_cifar",
              speed.LIVE),
-            ("the same as best has it, orthogonal steps here alone", "resnet18_cifar",
-             "resnet34_cifar", replace(speed.LIVE, optimizer="muon", tta=True))):
+            ("the same, orthogonal steps here", "resnet18_cifar", "resnet34_cifar",
+             replace(speed.LIVE, optimizer="muon"))):
         recipe = replace(recipe, batch_size=batch_size or recipe.batch_size)
         big = teacher and models.folded(models.build(teacher, range(10)))
         big = big and big.to(device)

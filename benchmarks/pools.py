@@ -110,7 +110,6 @@ def line(record, approach, pool):
              **{name: getattr(settings, name) for name in (
                  "steps", "batch_size", "temperature", "augment")},
              **{name: student.get(name) for name in ("lr", "optimizer")},
-             "tta": student["made_from"].get("tta", False),
              "images": student["transfer_size"], "confidence": student["confidence_accuracy"],
              **{name: student[name] for name in ("accuracy", "agreement", "seconds")}}
     if approach not in record.selected:

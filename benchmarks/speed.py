@@ -27,7 +27,7 @@ from kd.training import cross_entropy
 
 REFERENCE, BATCH = resolve({}), engine.EVALUATION_BATCH
 LIVE = replace(resolve({"recipe": "best"}).student_recipe(), augment="crop,flip", ema=0.0,
-               optimizer="sgd", tta=False)      # as the bare loops have it
+               optimizer="sgd")     # as the bare loops have it
 
 
 def random_images(count):
@@ -60,8 +60,7 @@ def bare(network, batch, count, device, recipe=None, teacher=None, wrap=lambda s
         with engine.autocast(device):
             if teacher:
                 with torch.inference_mode():
-                    for _ in range(1 + recipe.tta):
-                        teacher(images)
+                    teacher(images)
             loss = F.cross_entropy(network(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -79,7 +78,7 @@ def training(arch, recipe, teacher, count, device):
     else:
         if engine.in_bfloat16(device):
             teacher = engine.cast_once(copy.deepcopy(teacher))
-        objective = distill.live_objective(teacher, recipe.temperature, device, tta=recipe.tta)
+        objective = distill.live_objective(teacher, recipe.temperature, device)
     trained(models.build(arch, range(10)), images, objective,
             replace(recipe, epochs=2, steps=0, lr=1e-3), device,
             lambda network: ends.append(time.perf_counter()))

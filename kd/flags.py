@@ -18,7 +18,7 @@ MAKES = {"TeacherTrain": ("teacher",), "mms_threshold": ("scores",), "entropy": 
 OF_TRAINING = ("amp", "compile", "tensorboard", "wandb")      # of the group that all stages share
 MAKER = {stage: f"{script}.py" for script, stages in MAKES.items() for stage in stages}
 # Settings that an older version had not, and what it did.
-ADDED = {"optimizer": "sgd", "tta": False}
+ADDED = {"optimizer": "sgd"}
 NAME_CODE = ("approaches", "teacher_arch", "student_arch")
 APPROACH = {"group": "everyday", "flag": dict(
     type=values.approach, metavar="A", default="mms",

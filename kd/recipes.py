@@ -13,7 +13,6 @@ class Recipe:
     weight_decay: float = 0.0
     schedule: str = "constant"      # or onecycle, cosine, multistep
     augment: str = "none"           # or some of AUGMENTATIONS, joined by commas
-    tta: bool = False               # the teacher answers for mirror images too
     temperature: float = 1.0        # of the KD loss
     steps: int = 0
     optimizer: str = "sgd"          # or muon (kd/muon.py)

@@ -185,9 +185,6 @@ class Settings:
         "temperature of the KD loss")
     augment: str = _students(BY_RECIPE, values.augment, "none|A,B,...",
         f"some of {', '.join(values.AUGMENTATIONS)}; teacher and student see the same views")
-    tta: bool = _students(BY_RECIPE, bool,
-        "the student learns the mean of the teacher's logits for a view and for its mirror image, "
-        "which is better than one of them (default: where --augment has flip)")
     ema: float = _students(BY_RECIPE, values.below_one, "D",
         "end as an exponential moving average of the weights, with this decay")
 
@@ -306,9 +303,7 @@ def resolve(given):
         recipe |= {"threshold": SOURCE_SHARE, "floor": 0.0}
     if "epochs" in given:
         recipe["steps"] = 0
-    chosen = recipe | chosen
-    chosen.setdefault("tta", "flip" in values.augmentations(chosen["augment"]))
-    settings = Settings(**chosen)
+    settings = Settings(**recipe | chosen)
     _require_consistent(settings)
     return settings
 

@@ -130,7 +130,8 @@ def test_a_setting_that_came_or_went_between_versions_makes_nothing_again(run, f
     ("--teacher-epochs 5 --seed 1", "teacher.json", "teacher", "with --teacher-epochs 8, with "
      "--seed 0", "with --teacher-epochs 5, with --seed 1"),
     ("--limit 50", "teacher.json", "teacher", "without --limit", "with --limit 50"),
-    ("--tta", "students/balanced.json", "students", "without --tta", "with --tta"),
+    ("--no-balance", "transfer/balanced/summary.json", "transfer", "without --no-balance",
+     "with --no-balance"),
     ("--fill best --threshold 0.5", "transfer/balanced/summary.json", "transfer",
      "with --threshold published, with --fill random", "with --threshold 0.5, with --fill best"),
     ("--temperature 2", "students/balanced.json", "students", "with --temperature 4",

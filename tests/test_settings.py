@@ -28,7 +28,7 @@ STANDS_FOR = {
         recipe="reference", seeds=(0,), teacher_arch="resnet34", teacher_weights="imagenet",
         teacher_lr=pytest.approx(0.01), student_arch="resnet18", student_weights="none", epochs=20,
         batch_size=64, lr=0.1, temperature=10.0, augment="none", schedule="constant",
-        threshold="published", fill="first", floor=0.0, calibrate="target", tta=False,
+        threshold="published", fill="first", floor=0.0, calibrate="target",
         supervised_weights="imagenet"),
     "--target cifar100": dict(teacher_arch="inception_v3", run_dir="runs/cifar100",
                               sources=("cifar10", *PUBLISHED_ORDER[1:])),
@@ -47,9 +47,8 @@ STANDS_FOR = {
         calibrate="sources", approaches=APPROACHES[1:], threshold=0.25, floor=0.0,
         transfer_size=50_000),
     "--recipe best": dict(
-        steps=6_000, batch_size=256, student_weights="auto", threshold=0.9, floor=1.0, tta=True),
-    "--recipe best --epochs 3 --no-tta": dict(epochs=3, steps=0, temperature=4.0, tta=False),
-    "--recipe best --augment crop": dict(tta=False),        # of digits, say
+        steps=6_000, batch_size=256, student_weights="auto", threshold=0.9, floor=1.0),
+    "--recipe best --epochs 3": dict(epochs=3, steps=0, temperature=4.0),
     "--recipe far": dict(
         steps=6_000, batch_size=256, schedule="onecycle", temperature=4.0, floor=1.0,
         augment="crop,flip,cutmix", student_weights="none", threshold=0.9)}
@@ -136,7 +135,7 @@ def test_a_stage_takes_one_seed():
     ("mms_threshold", "threshold sources run-dir", "lr approach approaches"),
     ("entropy", "threshold sources run-dir", "lr approach approaches"),
     ("transfer", "approach fill threshold", "lr student-arch approaches amp wandb"),
-    ("distill", "approach export lr fill restart-from amp wandb tta", "approaches restart"),
+    ("distill", "approach export lr fill restart-from amp wandb", "approaches restart"),
     ("data", "all list data-dir image-size", "target device"), ("report", "run-dir out", "target")])
 def test_help_is_there_at_once_and_shows_what_the_stage_uses_in_groups(script, shown, not_shown):
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
@@ -212,9 +211,8 @@ def test_a_config_of_before_a_setting_was_there_means_what_was_done_then(tmp_pat
     path = kept(tmp_path, "--recipe", "best")
     content = json.loads((tmp_path / "config.json").read_text())
     write_sealed(path, {name: value for name, value in content.items()
-                        if name not in ("optimizer", "tta", "digest")})
-    found = settings_of("--config", path)
-    assert (found.optimizer, found.tta) == ("sgd", False)
+                        if name not in ("optimizer", "digest")})
+    assert settings_of("--config", path).optimizer == "sgd"
 
 
 @pytest.mark.parametrize("flag, value", [

@@ -208,15 +208,6 @@ def test_on_fixed_pixels_the_teacher_may_answer_beforehand(tmp_path):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_with_tta_the_student_learns_the_mean_of_the_answers_to_a_view_and_its_mirror_image():
-    teacher, views, logits = small(seed=1), torch.from_numpy(IMAGES[:5]), torch.randn(5, 3)
-    objective = live_objective(teacher, 4.0, CPU, tta=True)
-    mirrored = torch.from_numpy(IMAGES[:5, :, ::-1].copy())
-    both = [teacher(each).detach() for each in (views, mirrored)]
-    torch.testing.assert_close(objective(logits, views, None),
-                               kd_loss(logits, sum(both) / 2, 4.0))
-
-
 def test_a_board_is_written_where_it_is_asked_for(tmp_path, stopping):
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
