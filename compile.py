@@ -10,7 +10,6 @@ if __name__ == "__main__":      # --help and wrong flags need no PyTorch
     from kd.flags import parser_of
     parser_of("compile", __doc__).parse_args()
 
-import contextlib
 import dataclasses
 import functools
 import time
@@ -74,8 +73,7 @@ def check_networks(settings, target, runs):
     if settings.read_sources:
         bucket_size(settings, target, teacher.classes)
     several = len(runs) * len(settings.rows) > 1        # of which each is trained by one process
-    with alone() if several else contextlib.nullcontext():
-        require_batch("--batch-size", settings.batch_size)
+    require_batch("--batch-size", settings.batch_size, 1 if several else world_size())
     weights = settings.student_weights if is_file(settings.student_weights) else "none"
     student = models.untrained(settings.student_arch, teacher.classes, weights, settings.image_size)
     if settings.student_weights == "teacher":

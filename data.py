@@ -313,12 +313,12 @@ def main(argv):
     if show:
         return _list(settings)
     obtain(settings)
-    every_seed = [(spec, replace(settings, seeds=(seed,))) for spec in specs for seed in (
-        settings.seeds if spec in drawn.COUNTS else settings.seeds[:1])]
-    for source in (load_source(of_seed, spec) for spec, of_seed in every_seed):
-        what = "packed" if isinstance(source, Packed) else "will be decoded as they are read"
-        bad = f", {source.bad:,} left out" if source.bad else ""
-        say(f"{source.name}: {len(source):,} images {what}{bad}")
+    for spec in specs:
+        for seed in settings.seeds if spec in drawn.COUNTS else settings.seeds[:1]:
+            source = load_source(replace(settings, seeds=(seed,)), spec)
+            what = "packed" if isinstance(source, Packed) else "will be decoded as they are read"
+            bad = f", {source.bad:,} left out" if source.bad else ""
+            say(f"{source.name}: {len(source):,} images {what}{bad}")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def flags_of(script):
     """The names of the settings that are flags of a script."""
     if script not in USES:
         return FLAGS
-    others = ("approaches", "restart", *OF_TRAINING * (script not in ("TeacherTrain", "distill")))
+    trains = {"teacher", "students"} & {*MAKES[script]}
+    others = ("approaches", "restart", *(() if trains else OF_TRAINING))
     return tuple(name for name in FLAGS if name not in others and
                  FIELDS[name].metadata["stage"] in (None, *USES[script]))
 

@@ -204,12 +204,14 @@ def train(classifier, images, rows, objective, recipe, *, seed, device, watch, w
     return state
 
 
-def require_batch(label, images):
-    """Raises UserError where a batch of so many images is too small: batch norms see the part of
-    one process alone, and students of parts of two images reached a third of their accuracy."""
-    smallest = 2 if world_size() == 1 else SMALLEST_PART * world_size()
+def require_batch(label, images, processes=None):
+    """Raises UserError where a batch of so many images is too small for `processes` (None: all that
+    there are): batch norms see the part of one process alone, and students of parts of two images
+    reached a third of their accuracy."""
+    processes = processes or world_size()
+    smallest = 2 if processes == 1 else SMALLEST_PART * processes
     if images < smallest:
-        more = f", {SMALLEST_PART} for each process" if world_size() > 1 else ""
+        more = f", {SMALLEST_PART} for each process" if processes > 1 else ""
         raise UserError(f"{label}: a batch needs {smallest} images or more{more}, and there are "
                         f"{images}.")
 

@@ -323,7 +323,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, how, size, few
 
 
 KILLED = """
-import os, signal, time
+import os, signal
 from kd.command import command
 from kd.packing import decoded
 from kd.readers import Images
